@@ -1,0 +1,114 @@
+"""Arguments and output that several commands share."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from proxsparse.errors import UsageError
+from proxsparse.model import DTYPES, EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
+from proxsparse.perplexity import Perplexity, perplexity
+from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
+
+MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (embedded)"
+TEXT_HELP = f"{', '.join(NAMED)}, or a .txt/.jsonl/.json.gz/.parquet file or a folder of them"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence and exit code 2, as every command's."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def positive_int(text: str) -> int:
+    """An integer >= 1, for argparse."""
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=EMBEDDED, help=f"{MODEL_HELP}; default: %(default)s")
+    parser.add_argument("--revision", default=None, help="revision of a Hub model")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: the checkpoint's own"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset", nargs="+", default=["wikitext2"], metavar="TEXT", help=f"{TEXT_HELP}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--split",
+        default="all",
+        choices=SPLITS,
+        help="part of a local or embedded text: all, or heldout where another part calibrated; default: %(default)s",
+    )
+    parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens a window; default: %(default)s")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: %(default)s")
+    parser.add_argument(
+        "--max_windows", type=positive_int, default=None, help="use the first so many windows only; default: all"
+    )
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer that the arguments name."""
+    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    return load_model(args.model, dtype=dtype, device=device, **options), load_tokenizer(args.model, **options)
+
+
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Perplexity]:
+    """Perplexity on every text the arguments name, printed as it comes."""
+    check_ctx_len(args.ctx_len, model.config)
+    windows = {
+        text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows) for text in args.dataset
+    }
+    results = {}
+    for text, batch in windows.items():
+        result = perplexity(model, batch, args.batch_size, progress=text)
+        results[text] = result
+        print(
+            f"{text}: perplexity {result.perplexity:.3f} +- {result.standard_error:.3f} "
+            f"({result.windows} windows of {result.ctx_len} tokens, {result.tokens_per_second:,.0f} tokens/s)",
+            flush=True,
+        )
+    return results
+
+
+def as_record(results: dict[str, Perplexity]) -> dict:
+    return {text: result._asdict() for text, result in results.items()}
+
+
+def print_json(record: dict) -> None:
+    """The machine-readable last line of a command."""
+    print(json.dumps(record), flush=True)
+
+
+def existing_folder(text: str, argument: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise UsageError(f"--{argument}: there is no folder {text}.")
+    return path
+
+
+def describe_device(device: torch.device | str) -> str:
+    """Name of the device for records."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    return parser.parse_args(argv)

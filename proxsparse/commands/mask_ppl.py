@@ -1,0 +1,57 @@
+"""Apply a mask to the original weights: measure the perplexity, save the pruned checkpoint.
+
+    python eval/eval_mask_ppl.py --model smollm2-135m --mask runs/demo/mask.safetensors --dataset wiki news --ctx_len 512
+    python eval/eval_mask_ppl.py --mask runs/demo/mask.safetensors --save runs/demo/pruned --no_eval
+"""
+
+from collections.abc import Sequence
+
+from proxsparse.commands.common import (
+    Parser,
+    add_evaluation_arguments,
+    add_model_arguments,
+    as_record,
+    describe_device,
+    evaluate,
+    load,
+    print_json,
+)
+from proxsparse.errors import UsageError, command
+from proxsparse.export import save_pruned
+from proxsparse.mask import apply_mask, load_mask
+from proxsparse.record import versions, write_json
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="eval_mask_ppl.py", description=__doc__)
+    add_model_arguments(parser)
+    add_evaluation_arguments(parser)
+    parser.add_argument("--mask", required=True, metavar="FILE", help="mask.safetensors, or the folder it lies in")
+    parser.add_argument("--save", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
+    parser.add_argument("--no_eval", action="store_true", help="do not measure the perplexity")
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    args = parser.parse_args(argv)
+    if args.no_eval and not args.save:
+        raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
+    mask = load_mask(args.mask)
+    model, tokenizer = load(args)
+    if mask.base_model and mask.base_model != args.model:
+        print(f"note: the mask was made for {mask.base_model}; the model given is {args.model}")
+    pruned = apply_mask(model, mask)
+    print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")
+    if args.save:
+        save_pruned(model, tokenizer, args.save)
+        print(f"pruned checkpoint written to {args.save}")
+    results = {} if args.no_eval else evaluate(model, tokenizer, args)
+    record = {
+        "model": args.model,
+        "mask": args.mask,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": describe_device(model.device),
+        "perplexity": as_record(results),
+        "versions": versions(),
+    }
+    if args.output:
+        write_json(args.output, record)
+    print_json({"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}})

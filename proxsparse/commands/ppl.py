@@ -1,0 +1,50 @@
+"""Perplexity of any checkpoint.
+
+    python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
+    python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new --ctx_len 4096 --batch_size 4
+    python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt --output ppl.json
+"""
+
+from collections.abc import Sequence
+
+from proxsparse.commands.common import (
+    Parser,
+    add_evaluation_arguments,
+    add_model_arguments,
+    as_record,
+    describe_device,
+    evaluate,
+    load,
+    print_json,
+)
+from proxsparse.errors import command
+from proxsparse.mask import sparsity_by_kind
+from proxsparse.prunable import find_prunable
+from proxsparse.record import versions, write_json
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="ppl.py", description=__doc__)
+    add_model_arguments(parser)
+    add_evaluation_arguments(parser)
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    args = parser.parse_args(argv)
+    model, tokenizer = load(args)
+    targets = find_prunable(model, multiple=1)
+    blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
+    sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
+    for kind, shares in sparsity.items():
+        print(f"{kind}: {sum(shares[2:]):.2%} of the blocks are 2:4")
+    results = evaluate(model, tokenizer, args)
+    record = {
+        "model": args.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": describe_device(model.device),
+        "perplexity": as_record(results),
+        "blocks_24": {kind: sum(shares[2:]) for kind, shares in sparsity.items()},
+        "versions": versions(),
+    }
+    if args.output:
+        write_json(args.output, record)
+    print_json({"model": args.model, **{text: round(r.perplexity, 4) for text, r in results.items()}})

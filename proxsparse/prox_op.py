@@ -1,0 +1,259 @@
+"""The proximal operator of the 2:4 penalty, the penalty itself, and the mask it leads to.
+
+    R(w)      = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|          per block of four weights
+    prox_op   = argmin_u 1/2 ||u - w||^2 + lambda R(u)
+
+Blocks run along the last dimension. R is zero exactly on blocks with at most two non-zero weights.
+How the minimiser is found is derived in ``proxsparse/kernels/__init__.py``.
+
+Source: Liu et al., ProxSparse, ICML 2025, https://arxiv.org/abs/2502.00258.
+Shapes: (..., I) with I a multiple of 4: linear weights (O, I), stacked experts (E, O, I).
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxsparse.kernels import eager
+
+logger = logging.getLogger(__name__)
+
+try:
+    from proxsparse.kernels import cpu
+except ImportError:  # numba is an optional extra
+    cpu = None  # type: ignore[assignment]
+
+_FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_announced: set[str] = set()
+
+
+class ProxStats(NamedTuple):
+    """What one call of :func:`prox_op_` found, over the blocks of the weight."""
+
+    blocks: int
+    blocks_24: int  # blocks with at most two non-zeros afterwards
+
+
+def kernel_for(weight: Tensor) -> str:
+    """Name of the fastest kernel for this weight: 'cpu' (fused, numba) or 'eager' (torch operations)."""
+    if weight.device.type == "cpu" and weight.dtype in _FUSED_CPU_DTYPES:
+        if cpu is not None:
+            return "cpu"
+        if "cpu" not in _announced:
+            _announced.add("cpu")
+            logger.warning("numba is not installed: the proximal operator runs in plain torch. pip install numba")
+    return "eager"
+
+
+def _check(weight: Tensor, lambda_: float, scale: Tensor | None) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}.")
+    if weight.dim() == 0 or weight.shape[-1] % 4:
+        raise ValueError(
+            f"The last dimension of weight must be a multiple of 4 for 2:4 blocks, got shape {tuple(weight.shape)}. "
+            "Leave this weight out, or transpose it so that its input dimension comes last."
+        )
+    if not (math.isfinite(lambda_) and lambda_ >= 0):
+        raise ValueError(f"lambda_ must be a finite number >= 0, got {lambda_}.")
+    if scale is not None and scale.shape != weight.shape[-1:]:
+        raise ValueError(
+            f"scale must have one entry per input, shape {tuple(weight.shape[-1:])}, got {tuple(scale.shape)}."
+        )
+
+
+@torch.no_grad()
+def prox_op_(
+    weight: Tensor,
+    lambda_: float,
+    *,
+    scale: Tensor | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    kernel: str | None = None,
+) -> ProxStats:
+    """Apply :func:`prox_op` to ``weight`` in place.
+
+    Args:
+        weight: (..., I), any float dtype, any strides; overwritten. Solved in float32 (float64 for a float64 weight).
+        lambda_: strength per call, unit 1 / |weight * scale|; not multiplied by the learning rate.
+        scale: (I,) positive, or None. The operator acts on weight * scale, and the result is divided back:
+            with the norms of the inputs it measures a weight by what it contributes to the output.
+        stochastic: round half-precision results stochastically. A shrinkage below half a unit in the last
+            place is lost by rounding to nearest, and survives on average this way.
+        seed: of the rounding noise; give every call its own.
+        kernel: 'cpu' or 'eager'; None picks the fastest (:func:`kernel_for`).
+
+    Returns:
+        Counts of blocks, and of blocks that are 2:4 afterwards.
+
+    Raises:
+        ValueError: the last dimension is no multiple of 4, lambda_ is negative or not finite, scale has the
+            wrong shape, or the weight has NaN or infinite entries.
+    """
+    _check(weight, lambda_, scale)
+    blocks = weight.numel() // 4
+    if lambda_ == 0 or blocks == 0:
+        return ProxStats(blocks, int((_nonzeros(weight) <= 2).sum()) if blocks else 0)
+    kernel = kernel or kernel_for(weight)
+    if kernel == "cpu":
+        return _run_cpu(weight, lambda_, scale, stochastic, seed)
+    if kernel != "eager":
+        raise ValueError(f"kernel must be 'cpu' or 'eager', got {kernel!r}.")
+    return _run_eager(weight, lambda_, scale, stochastic, seed)
+
+
+def prox_op(weight: Tensor, lambda_: float, *, scale: Tensor | None = None) -> Tensor:
+    """Proximal operator of the 2:4 penalty: argmin_u 1/2 ||u - w||^2 + lambda_ R(u), per block of four.
+
+    Args:
+        weight: (..., I), any float dtype, I a multiple of 4; not modified. Solved in float32.
+        lambda_: strength per call, >= 0, unit 1 / |weight|; not multiplied by the learning rate.
+        scale: (I,) positive, or None; see :func:`prox_op_`.
+
+    Returns:
+        Tensor of the shape and dtype of ``weight``. No entry grows or changes sign; the two largest of a
+        block stay the two largest.
+
+    Raises:
+        ValueError: see :func:`prox_op_`.
+
+    Example:
+        >>> prox_op(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 0.25)
+        tensor([[4., 3., 0., 0.]])
+        >>> prox_op(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 0.0)
+        tensor([[4., 3., 2., 1.]])
+    """
+    out = weight.detach().clone(memory_format=torch.contiguous_format)
+    prox_op_(out, lambda_, scale=scale)
+    return out
+
+
+def regularizer(weight: Tensor) -> Tensor:
+    """Sum of R(w) over all blocks, a differentiable scalar in float32 (float64 for a float64 weight).
+
+    Args:
+        weight: (..., I), I a multiple of 4.
+
+    Example:
+        >>> regularizer(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+        tensor(6.)
+    """
+    _check(weight, 0.0, None)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a, b, c, d = weight.to(dtype).abs().unflatten(-1, (-1, 4)).unbind(-1)
+    return (a * b * (c + d) + c * d * (a + b)).sum()
+
+
+def top2_mask(weight: Tensor) -> Tensor:
+    """Boolean mask of the two largest magnitudes of every block of four; exactly two are True.
+
+    Among equal magnitudes the earlier entry wins, everywhere, so that the same weight always gives the same mask.
+
+    Args:
+        weight: (..., I), I a multiple of 4.
+
+    Returns:
+        (..., I) bool, True = keep.
+
+    Example:
+        >>> top2_mask(torch.tensor([[0.1, -4.0, 2.0, 2.0]])).int()
+        tensor([[0, 1, 1, 0]], dtype=torch.int32)
+    """
+    return nm_mask(weight, 2, 4)
+
+
+def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """Boolean mask of the n largest |score| of every m consecutive entries; ties go to the earlier entry.
+
+    Args:
+        score: (..., I), I a multiple of m.
+        n: entries kept of every m, 1 <= n <= m.
+        m: block length.
+
+    Raises:
+        ValueError: I is no multiple of m, or n is not in 1..m.
+    """
+    if score.dim() == 0 or score.shape[-1] % m:
+        raise ValueError(f"The last dimension must be a multiple of {m} for {n}:{m} blocks, got {tuple(score.shape)}.")
+    if not 1 <= n <= m:
+        raise ValueError(f"n must be between 1 and {m} in an n:{m} pattern, got {n}.")
+    blocks = score.detach().abs().unflatten(-1, (-1, m))
+    kept = blocks.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    return torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+
+def _nonzeros(weight: Tensor) -> Tensor:
+    """Non-zero entries of each block: (..., I) -> (..., I / 4)."""
+    return weight.unflatten(-1, (-1, 4)).count_nonzero(-1)
+
+
+def _refuse_nonfinite(bad: int) -> None:
+    if bad:
+        raise ValueError(f"weight has NaN or infinite entries in {bad} of its blocks of four; they have no minimiser.")
+
+
+def _run_cpu(weight: Tensor, lambda_: float, scale: Tensor | None, stochastic: bool, seed: int) -> ProxStats:
+    import numpy as np
+
+    flat = weight if weight.is_contiguous() else weight.contiguous()
+    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+    ones = np.empty(0, np.float32)
+    sparse, bad = cpu.prox_flat_(
+        bits.reshape(-1).numpy(),
+        weight.shape[-1],
+        np.float32(min(lambda_, torch.finfo(torch.float32).max)),
+        ones if scale is None else scale.detach().to("cpu", torch.float32).contiguous().numpy(),
+        stochastic,
+        np.uint32(seed & 0xFFFFFFFF),
+        8 * cpu.threads(torch.get_num_threads()),
+    )
+    if flat is not weight:
+        weight.copy_(flat)
+    _refuse_nonfinite(int(bad))
+    return ProxStats(weight.numel() // 4, int(sparse))
+
+
+def _run_eager(weight: Tensor, lambda_: float, scale: Tensor | None, stochastic: bool, seed: int) -> ProxStats:
+    rows = weight.reshape(-1, weight.shape[-1])
+    width = rows.shape[-1]
+    step = max(1, 4 * eager.CHUNK_BLOCKS // width)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    generator = torch.Generator(weight.device).manual_seed(seed) if stochastic else None
+    sparse = torch.zeros((), dtype=torch.int64, device=weight.device)
+    bad = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        solved = part.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, 4)
+        finite = solved.isfinite().all(-1)
+        bad += (~finite).sum()
+        solved[~finite] = 0
+        spread = None if scale is None else scale.to(solved).expand_as(part).reshape(-1, 4)
+        eager.prox_blocks_(solved, lambda_, spread)
+        rounded = solved.view_as(part)
+        if generator is not None and weight.dtype == torch.bfloat16:
+            rounded = round_stochastically(rounded, generator)
+        rounded = rounded.to(part.dtype)
+        part.copy_(torch.where(finite[:, None], rounded.view(-1, 4), part.reshape(-1, 4)).view_as(part))
+        sparse += ((_nonzeros(part) <= 2).flatten() & finite).sum()
+    if rows.data_ptr() != weight.data_ptr():
+        weight.copy_(rows.view_as(weight))
+    _refuse_nonfinite(int(bad))
+    return ProxStats(weight.numel() // 4, int(sparse))
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to the bfloat16 below or above, each with the probability that keeps the mean.
+
+    Args:
+        values: float32, any shape, finite.
+        generator: on the device of ``values``.
+
+    Returns:
+        bfloat16 tensor of the same shape.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = (values.contiguous().view(torch.int32) + noise) & -65536
+    return bits.view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,216 @@
+"""Texts: named and local corpora, cut into calibration samples and evaluation windows.
+
+    wikitext2          wikitext-2-raw-v1 from the Hub: train split to calibrate, test split to evaluate
+    c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
+    c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
+    wiki, news         the embedded corpora (see ``proxsparse/embedded.py``): every eighth document is held out
+    path               a .txt, .jsonl, .json.gz or .parquet file, or a folder of them
+
+Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from proxsparse import embedded
+from proxsparse.errors import RunError, UsageError
+
+C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
+WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+EMBEDDED: dict[str, Callable[[], Sequence[str]]] = {"wiki": embedded.wikipedia, "news": embedded.news}
+NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
+SPLITS = ("calibration", "heldout", "all")
+HELD_OUT = 8  # one document in eight
+C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def load_documents(name: str, split: str = "all") -> Sequence[str]:
+    """Documents of a corpus.
+
+    Args:
+        name: see the module docstring.
+        split: 'calibration' and 'heldout' never share a document; 'all' is everything there is
+            (of a Hub corpus: its evaluation split).
+
+    Raises:
+        UsageError: no such corpus or file, or nothing readable in it.
+        RunError: the Hub can't be reached.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    if name in EMBEDDED:
+        return _take(EMBEDDED[name](), split)
+    if name == "wikitext2":
+        return _from_hub(*WIKITEXT2, split="train" if split == "calibration" else "test")
+    if name in ("c4", "c4_new"):
+        return _from_hub(C4[0], data_files=C4[1 if split == "calibration" else 2], split="train")
+    path = Path(name)
+    if not path.exists():
+        raise UsageError(f"--dataset must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.")
+    return _take(_read_local(path), split)
+
+
+def calibration_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int
+) -> Tensor:
+    """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
+
+    Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
+    second of any. Spans are joined and cut into full windows.
+
+    Returns:
+        (samples, ctx_len) int64.
+
+    Raises:
+        UsageError: the text has fewer than ``samples`` windows.
+    """
+    documents = list(load_documents(name, "calibration"))
+    rng = random.Random(seed)
+    rng.shuffle(documents)
+    need = samples * ctx_len
+    spans: list[list[list[int]]] = []
+    first_spans = 0
+    for ids in _tokenize_each(tokenizer, documents):
+        spans.append([ids[i : i + ctx_len] for i in range(0, len(ids), ctx_len)])
+        first_spans += min(len(ids), ctx_len)
+        if first_spans >= need:
+            break
+    stream = list(chain.from_iterable(span for turn in zip_longest(*spans, fillvalue=[]) for span in turn))
+    if len(stream) < need:
+        raise UsageError(
+            f"The calibration text {name} has {len(stream):,} tokens, enough for {len(stream) // ctx_len} samples of "
+            f"--ctx_len {ctx_len}, but --samples is {samples}. Lower one of them or give more text."
+        )
+    windows = torch.tensor(stream[:need]).view(samples, ctx_len)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    return windows[order]
+
+
+def evaluation_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str = "all", limit: int | None = None
+) -> Tensor:
+    """Evaluation windows after the protocols that papers print (see each branch).
+
+    Args:
+        limit: at most this many windows, the first ones; None for the whole protocol.
+
+    Returns:
+        (n, ctx_len) int64.
+
+    Raises:
+        UsageError: the text is too short for one window.
+    """
+    documents = load_documents(name, split)
+    if name == "c4":
+        windows = _random_c4_windows(documents, tokenizer, ctx_len)
+    else:
+        if name == "c4_new":
+            # First 1,100 documents joined by spaces, at most 256 windows (GPTQ's "new" C4 protocol).
+            ids = tokenizer(" ".join(documents[:C4_NEW_DOCUMENTS])).input_ids[: C4_WINDOWS * ctx_len]
+        else:
+            # Joined by blank lines, tokenised once, cut without overlap, the remainder dropped.
+            ids = tokenizer("\n\n".join(documents)).input_ids
+        count = len(ids) // ctx_len
+        if not count:
+            raise UsageError(
+                f"The text {name} has {len(ids):,} tokens, too few for one window of --ctx_len {ctx_len}."
+            )
+        windows = torch.tensor(ids[: count * ctx_len]).view(count, ctx_len)
+    return windows if limit is None else windows[:limit]
+
+
+def check_ctx_len(ctx_len: int, config) -> None:
+    """Refuse a context longer than the model's positions.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or ctx_len
+    if not 8 <= ctx_len <= longest:
+        raise UsageError(f"--ctx_len must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
+
+
+def _random_c4_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> Tensor:
+    """256 windows, each at a random place of a random document longer than it; random.seed(0) as in GPTQ and Wanda."""
+    rng = random.Random(0)
+    windows: list[list[int]] = []
+    # A corpus without a document of this length would never fill 256 windows.
+    for _ in range(200 * C4_WINDOWS):
+        ids = tokenizer(documents[rng.randint(0, len(documents) - 1)]).input_ids
+        if len(ids) < ctx_len:
+            continue
+        start = rng.randint(0, len(ids) - ctx_len)
+        windows.append(ids[start : start + ctx_len])
+        if len(windows) == C4_WINDOWS:
+            return torch.tensor(windows)
+    raise UsageError(f"The c4 validation text has too few documents of --ctx_len {ctx_len} tokens; use c4_new.")
+
+
+def _take(documents: Sequence[str], split: str) -> Sequence[str]:
+    """One part of a corpus that has no split of its own: every eighth document, or the last eighth of a short one."""
+    if split == "all":
+        return documents
+    held_out = split == "heldout"
+    if len(documents) >= HELD_OUT:
+        return [d for i, d in enumerate(documents) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    cuts = [len(d) - len(d) // HELD_OUT for d in documents]
+    return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
+
+
+def _tokenize_each(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch: int = 64) -> Iterator[list[int]]:
+    for start in range(0, len(documents), batch):
+        yield from tokenizer(list(documents[start : start + batch])).input_ids
+
+
+def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[str]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(repository, config, **kwargs)["text"]
+    except (ConnectionError, OSError, ValueError) as error:
+        raise RunError(
+            f"The dataset {repository} can't be loaded from the Hub ({type(error).__name__}). "
+            f"Give a local file, or one of the embedded texts: --dataset {' or '.join(EMBEDDED)}."
+        ) from error
+
+
+def _read_local(path: Path) -> list[str]:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    readable = [p for p in files if p.name.endswith((".txt", ".parquet", *JSON_SUFFIXES))]
+    if not readable:
+        raise UsageError(f"--dataset: {path} has no .txt, .jsonl, .json.gz or .parquet file.")
+    documents = [d for file in readable for d in _read_file(file) if d.strip()]
+    if not documents:
+        raise UsageError(f"--dataset: there is no text in {path}.")
+    return documents
+
+
+def _read_file(path: Path) -> Iterable[str]:
+    if path.suffix == ".txt":
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--dataset: {path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv."
+            ) from error
+        if "\0" in text:
+            raise UsageError(f"--dataset: {path} is a binary file, not text.")
+        return [text]
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    try:
+        table = load_dataset(kind, data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise UsageError(f"--dataset: {path} is not a readable {kind} file ({error.__cause__ or error}).") from error
+    if "text" not in table.column_names:
+        raise UsageError(f"--dataset: {path} needs a column 'text', and has {', '.join(table.column_names)}.")
+    return [row for row in table["text"] if isinstance(row, str)]
