@@ -162,7 +162,33 @@ def top2_mask(weight: Tensor) -> Tensor:
         >>> top2_mask(torch.tensor([[0.1, -4.0, 2.0, 2.0]])).int()
         tensor([[0, 1, 1, 0]], dtype=torch.int32)
     """
-    return nm_mask(weight, 2, 4)
+    _check(weight, 0.0, None)
+    a, b, c, d = weight.detach().abs().unflatten(-1, (-1, 4)).unbind(-1)
+    # Kept where fewer than two others are larger.
+    ab, ac, ad, bc, bd, cd = b > a, c > a, d > a, c > b, d > b, d > c
+    larger = (
+        ab.byte() + ac.byte() + ad.byte(),
+        (~ab).byte() + bc.byte() + bd.byte(),
+        (~ac).byte() + (~bc).byte() + cd.byte(),
+        (~ad).byte() + (~bd).byte() + (~cd).byte(),
+    )
+    return torch.stack([count < 2 for count in larger], -1).flatten(-2)
+
+
+@torch.no_grad()
+def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None = None) -> None:
+    """Write base * top2_mask(learned * scale) into ``out``: the original weights under the learned mask.
+
+    Args:
+        out, base, learned: (..., I), I a multiple of 4; ``out`` is overwritten.
+        scale: (I,) positive, or None for ones.
+    """
+    if kernel_for(learned) == "cpu" and all(t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)):
+        ones = torch.empty(0)
+        arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
+        cpu.top2_product_(*(t.numpy() for t in arrays), 8 * cpu.threads(torch.get_num_threads()))
+        return
+    out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

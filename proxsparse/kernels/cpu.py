@@ -357,3 +357,28 @@ def threads(wanted: int) -> int:
     count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(count)
     return count
+
+
+@numba.njit(parallel=True, error_model="numpy", cache=True)
+def top2_product_(out, base, learned, scale, parts):
+    """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
+
+    Args:
+        out, base, learned: (N,) float32 contiguous, N a multiple of 4; ``out`` is overwritten.
+        scale: (I,) float32, I the length of a row and a multiple of 4, or (0,) for ones.
+        parts: number of contiguous parts shared out among the threads.
+    """
+    blocks = learned.size // 4
+    scaled = scale.size > 0
+    for part in numba.prange(parts):
+        for block in range(part * blocks // parts, (part + 1) * blocks // parts):
+            i = 4 * block
+            a, b, c, d = abs(learned[i]), abs(learned[i + 1]), abs(learned[i + 2]), abs(learned[i + 3])
+            if scaled:
+                k = i % scale.size
+                a, b, c, d = a * scale[k], b * scale[k + 1], c * scale[k + 2], d * scale[k + 3]
+            # Kept where fewer than two others are larger; ties go to the earlier entry, as in top2_mask.
+            out[i] = base[i] if (b > a) + (c > a) + (d > a) < 2 else ZERO
+            out[i + 1] = base[i + 1] if (a >= b) + (c > b) + (d > b) < 2 else ZERO
+            out[i + 2] = base[i + 2] if (a >= c) + (b >= c) + (d > c) < 2 else ZERO
+            out[i + 3] = base[i + 3] if (a >= d) + (b >= d) + (c >= d) < 2 else ZERO

@@ -1,0 +1,188 @@
+"""Learn a 2:4 mask: fine-tune under the ProxSparse regulariser, then write mask.safetensors.
+
+    python end-to-end/main.py --model smollm2-135m --dataset wiki --ctx_len 512 --samples 100 --output_dir runs/mine
+    python end-to-end/main.py --model meta-llama/Llama-2-7b-hf --dataset c4 --method paper --lambda_value 0.25 \\
+        --ctx_len 4096 --samples 400 --batch_size 1 --learning_rate 1e-4 --bf16 true --dtype bfloat16
+
+Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds config.json of
+the run, checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import HfArgumentParser, set_seed
+
+from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
+from proxsparse.config import ProxSparseConfig
+from proxsparse.errors import UsageError, command
+from proxsparse.mask import save_mask
+from proxsparse.model import EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
+from proxsparse.record import git_commit, read_json, versions, write_json
+from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+from proxsparse.text import calibration_windows, check_ctx_len
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LearnArguments:
+    """What to learn on; the settings of the learning itself are in ProxSparseConfig."""
+
+    model: str = field(default=EMBEDDED, metadata={"help": MODEL_HELP, "aliases": ["--model_dir"]})
+    dataset: str = field(default="c4", metadata={"help": f"calibration text: {TEXT_HELP}"})
+    ctx_len: int = field(default=4096, metadata={"help": "tokens a calibration sample"})
+    samples: int = field(default=400, metadata={"help": "calibration samples"})
+    eval_samples: int = field(default=0, metadata={"help": "held-out calibration samples for eval_loss under the mask"})
+    batch_size: int = field(default=1, metadata={"help": "samples a device and micro-batch"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, or the accelerator's name"})
+    revision: str | None = field(default=None, metadata={"help": "revision of a Hub model"})
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    run, config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    trainer, checkpoint = build(run, config)
+    out = Path(config.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    mask = trainer.mask()
+    mask.base_model = run.model
+    mask.info |= {"dataset": run.dataset, "samples": run.samples, "ctx_len": run.ctx_len, "seed": config.seed}
+    if trainer.is_world_process_zero():
+        save_mask(mask, out / "mask.safetensors")
+        write_json(out / "history.json", trainer.state.log_history)
+        last = next((entry for entry in reversed(trainer.state.log_history) if "share_24" in entry), {})
+        print_json({"mask": str(out / "mask.safetensors"), "share_24": last.get("share_24")})
+
+
+def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
+    """Arguments of a run.
+
+    Raises:
+        UsageError: names the flag, what was found and what is accepted.
+    """
+    parser = HfArgumentParser((LearnArguments, ProxSparseConfig), description=__doc__, allow_abbrev=False)
+    parser.formatter_class = _Formatter
+
+    def refuse(message: str):
+        raise UsageError(f"{message} (see --help)")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    on_cpu = _option(argv, "device", "auto") == "cpu" or resolve_device("auto") == "cpu"
+    if on_cpu and "--bf16" not in argv:
+        argv = [*argv, "--bf16", "false"]
+    if on_cpu and "--use_cpu" not in argv:
+        argv = [*argv, "--use_cpu", "true"]
+    if "--activation_checkpointing" not in argv and "--gradient_checkpointing" not in argv and on_cpu:
+        argv = [*argv, "--activation_checkpointing", "false"]
+    if "--output_dir" not in argv:
+        argv = [*argv, "--output_dir", "runs"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            run, config = parser.parse_args_into_dataclasses(argv)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
+    for name in ("ctx_len", "samples", "batch_size"):
+        if getattr(run, name) < 1:
+            raise UsageError(f"--{name} must be at least 1; got {getattr(run, name)}.")
+    if run.eval_samples < 0:
+        raise UsageError(f"--eval_samples must be at least 0; got {run.eval_samples}.")
+    config.per_device_train_batch_size = run.batch_size
+    if config.output_dir == "runs":
+        config.output_dir = str(Path("runs") / default_folder(run, config))
+    return run, config
+
+
+def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
+    """The name of a run's folder, after the released ones: model, data, samples, learning rate, context, lambdas."""
+    name = (
+        f"{Path(run.model).name}-{Path(run.dataset).name}_{config.method}_{run.samples}_lr{config.learning_rate}"
+        f"_len{run.ctx_len}_batch{run.batch_size}_lambda{config.lambda_value}"
+    )
+    return name + (f"_lambdatwo{config.lambda2_value}_eps{config.epsilon}" if config.project_lambda2 else "")
+
+
+def build(run: LearnArguments, config: ProxSparseConfig):
+    """Model, data and trainer of a run, and the checkpoint to go on from (None at the start)."""
+    from proxsparse.trainer import ProxSparseTrainer
+
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    set_seed(config.seed)
+    _remember(run, config, out)
+    tokenizer = load_tokenizer(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        run.model,
+        dtype=resolve_dtype(run.dtype),
+        device="cpu" if config.use_cpu else str(config.device),
+        revision=run.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_ctx_len(run.ctx_len, model.config)
+    windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
+    data = Dataset.from_dict({"input_ids": windows.tolist()})
+    config.max_length = run.ctx_len
+    trainer = ProxSparseTrainer(
+        model,
+        config,
+        train_dataset=data.select(range(run.samples)),
+        eval_dataset=data.select(range(run.samples, len(data))) if run.eval_samples else None,
+        processing_class=tokenizer,
+        callbacks=[CompleteCheckpoints()],
+    )
+    checkpoint = last_complete_checkpoint(out)
+    if checkpoint:
+        print(f"going on from {checkpoint}")
+    return trainer, checkpoint
+
+
+def _remember(run: LearnArguments, config: ProxSparseConfig, out: Path) -> None:
+    """Write the run's configuration beside its output; refuse a folder that holds another run."""
+    described = dataclasses.asdict(run) | {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(ProxSparseConfig) if f.init
+    }
+    path = out / "run.json"
+    decisive = [f.name for f in dataclasses.fields(LearnArguments)]
+    decisive += [name for name in ProxSparseConfig.__annotations__ if not name.startswith("logging")]
+    decisive += ["learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps"]
+    record = {"settings": {n: described[n] for n in described}, "versions": versions(), "commit": git_commit()}
+    if path.is_file():
+        before = read_json(path)["settings"]
+        changed = [n for n in decisive if str(before.get(n)) != str(described[n])]
+        if changed:
+            n = changed[0]
+            raise UsageError(
+                f"{out} holds a run with --{n} {before.get(n)}, now it is {described[n]}: "
+                "give another --output_dir, or delete that folder."
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        write_json(path, record)
+
+
+def _option(argv: list[str], name: str, default: str) -> str:
+    """Value of --name in argv, in either spelling."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return default
+
+
+class _Formatter(HfArgumentParser().formatter_class):  # type: ignore[misc]
+    """Keeps the examples' line breaks."""
+
+    def _fill_text(self, text, width, indent):
+        return "\n".join(indent + line for line in text.splitlines())

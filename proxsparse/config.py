@@ -1,0 +1,142 @@
+"""Configuration of a learning run: TRL's SFTConfig and what ProxSparse adds.
+
+The paper's method and this project's default differ only in the values of these fields; ``METHODS`` lists both.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from proxsparse.errors import UsageError
+
+ROUNDINGS = ("stochastic", "nearest")
+SCORES = ("activation", "weight")
+
+# Defaults by method; a value the user gives wins.
+METHODS: dict[str, dict[str, Any]] = {
+    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink by an absolute lambda, keep |w|.
+    "paper": {
+        "score": "weight",
+        "masked_forward": False,
+        "distill": 0.0,
+        "relative": False,
+        "lambda_ramp": 0.0,
+        "train_only_pruned": False,
+        "learning_rate": 1e-4,
+        "lambda_value": 0.25,
+        "adam_beta2": 0.999,
+        "warmup_steps": 0.1,
+    },
+    # The measured best (BENCHMARKS.md): train on what will be deployed, W0 under the mask, towards the dense model.
+    "masked": {
+        "score": "activation",
+        "masked_forward": True,
+        "distill": 1.0,
+        "relative": True,
+        "lambda_ramp": 0.5,
+        "train_only_pruned": True,
+        "learning_rate": 1e-2,
+        "lambda_value": 2e-3,
+        "adam_beta2": 0.95,
+        "warmup_steps": 0.05,
+    },
+}
+
+
+@dataclass
+class ProxSparseConfig(SFTConfig):
+    """SFTConfig plus the settings of ProxSparse; every field is also a flag of ``end-to-end/main.py``."""
+
+    # The Trainer's defaults that would hurt here. Weight decay would shrink kept and pruned weights alike, which
+    # blurs what lambda1 does; the paper uses none. Dropout is what the model's configuration says (zero in current
+    # decoders). One epoch: a mask sees each sample once.
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int = 1
+    weight_decay: float = 0.0
+    lr_scheduler_type: str = "linear"
+    logging_steps: float = 0.02
+    seed: int = 42
+
+    method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
+    lambda_value: float | None = field(
+        default=None, metadata={"help": "lambda1, strength of the 2:4 regulariser, used once a step as it is"}
+    )
+    project_lambda2: int = field(default=0, metadata={"help": "1: add the frozen-weight regulariser (lambda2)"})
+    lambda2_value: float = field(default=0.0, metadata={"help": "lambda2, strength of the frozen-weight regulariser"})
+    epsilon: float = field(default=0.1, metadata={"help": "epsilon of the frozen-weight regulariser, > 0"})
+    score: str | None = field(
+        default=None,
+        metadata={"help": "what a block compares: weight (|w|) or activation (|w| times the norm of its input)"},
+    )
+    masked_forward: bool | None = field(
+        default=None, metadata={"help": "compute the loss with the masked original weights, straight-through"}
+    )
+    distill: float | None = field(
+        default=None, metadata={"help": "share of the loss that is KL to the dense model; the rest is the LM loss"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
+    relative: bool | None = field(
+        default=None,
+        metadata={"help": "take lambda1 and the learning rate relative to each matrix's root mean square"},
+    )
+    lambda_ramp: float | None = field(
+        default=None, metadata={"help": "share of the steps over which lambda1 rises from zero"}
+    )
+    train_only_pruned: bool | None = field(
+        default=None, metadata={"help": "freeze embeddings, norms, biases and the LM head"}
+    )
+    rounding: str = field(
+        default="stochastic",
+        metadata={"help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"},
+    )
+    base_on_cpu: bool = field(default=False, metadata={"help": "keep the copy of the original weights on the CPU"})
+    norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
+    include: str | None = field(default=None, metadata={"help": "prune only weights whose name has this expression"})
+    exclude: str | None = field(default=None, metadata={"help": "leave out weights whose name has this expression"})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise UsageError(f"--method must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        sft_defaults = {name: SFTConfig.__dataclass_fields__[name].default for name in SFT_FIELDS}
+        for name, value in METHODS[self.method].items():
+            if getattr(self, name) is None or (name in SFT_FIELDS and getattr(self, name) == sft_defaults[name]):
+                setattr(self, name, value)
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        _in("score", self.score, SCORES)
+        _in("rounding", self.rounding, ROUNDINGS)
+        _in("project_lambda2", self.project_lambda2, (0, 1))
+        for name in ("lambda_value", "lambda2_value"):
+            _at_least(name, getattr(self, name), 0.0)
+        for name in ("distill", "lambda_ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} must be between 0 and 1; got {getattr(self, name)}.")
+        for name in ("epsilon", "temperature", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"--{name} must be a finite number > 0; got {getattr(self, name)}.")
+        if self.norm_samples < 1:
+            raise UsageError(f"--norm_samples must be at least 1; got {self.norm_samples}.")
+        if self.lambda2_value and not self.project_lambda2:
+            raise UsageError("--lambda2_value has no effect without --project_lambda2 1; give both or neither.")
+        if self.project_lambda2 and self.masked_forward:
+            raise UsageError(
+                "--project_lambda2 1 pulls learned weights to the original ones, but with masked_forward the loss never "
+                "sees learned weights. Use --method paper, or leave lambda2 out."
+            )
+
+
+SFT_FIELDS = ("learning_rate", "adam_beta2", "warmup_steps")
+
+
+def _in(name: str, value: Any, accepted: tuple) -> None:
+    if value not in accepted:
+        raise UsageError(f"--{name} must be one of {', '.join(map(str, accepted))}; got {value!r}.")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < float("inf"):
+        raise UsageError(f"--{name} must be a finite number of at least {least}; got {value}.")

@@ -1,0 +1,75 @@
+"""AdamW whose bfloat16 weights learn: the update is computed in float32 and rounded stochastically.
+
+bfloat16 has eight significant bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and
+rounding to nearest loses it, every time. Rounded stochastically it survives on average, at no extra memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from proxsparse.prox_op import round_stochastically
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
+
+    Moments are kept in the weights' dtype: for bfloat16 weights a second moment in bfloat16 costs nothing measurable
+    and halves the optimizer's memory.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        seed: of the rounding noise. The noise of a step depends on the seed, the step and the weight's place only,
+            so that a resumed run repeats it.
+
+    Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                place += 1
+                if parameter.grad is not None:
+                    self._step_one(parameter, group, place)
+        return loss
+
+    def _step_one(self, parameter: Tensor, group: dict, place: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step, (beta1, beta2) = int(state["step"]), group["betas"]
+        gradient = parameter.grad.float()
+        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
+        denominator = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+        value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
+        value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        if parameter.dtype == torch.bfloat16:
+            generator = torch.Generator(parameter.device).manual_seed(noise_seed(self.seed, step, place))
+            parameter.copy_(round_stochastically(value, generator))
+        else:
+            parameter.copy_(value)
+
+
+def noise_seed(seed: int, step: int, place: int) -> int:
+    """A seed of its own for every rounding: 32 bits mixed from the run's seed, the step and the weight's place."""
+    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA77 + place * 0xC2B2AE3D + 0x27D4EB2F) & 0xFFFFFFFF
+    mixed ^= mixed >> 15
+    mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF
+    return mixed ^ (mixed >> 13)

@@ -1,0 +1,299 @@
+"""The learning loop: TRL's SFTTrainer with the proximal step after every optimizer step.
+
+    trainer = ProxSparseTrainer(model, ProxSparseConfig(output_dir="runs/mine"), train_dataset=windows, ...)
+    trainer.train()
+    mask = trainer.mask()
+
+Three things are added, none by copying the Trainer: a callback applies the operator after each real optimizer step;
+``training_step`` puts the masked original weights in place for the forward and backward pass (method 'masked');
+``compute_loss`` adds the frozen-weight regulariser or distils from the dense model.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTTrainer
+
+from proxsparse.activations import input_norms
+from proxsparse.config import ProxSparseConfig
+from proxsparse.errors import RunError, UsageError
+from proxsparse.losses import distillation_loss, frozen_weight_penalty
+from proxsparse.mask import Mask, extract_mask
+from proxsparse.masked import MaskedWeights
+from proxsparse.optim import StochasticAdamW, noise_seed
+from proxsparse.prox_op import kernel_for, prox_op_, regularizer
+from proxsparse.prunable import Prunable, find_prunable, local
+from proxsparse.record import atomic_path
+
+logger = logging.getLogger(__name__)
+NORMS_FILE = "input_norms.safetensors"
+
+
+class ProxCallback(TrainerCallback):
+    """Calls ``proximal_step(lr)`` once after each optimizer step that was not skipped."""
+
+    def __init__(self, proximal_step):
+        self.proximal_step = proximal_step
+        self._scale = None
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        self._scale = scaler.get_scale() if scaler is not None else None
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # After an overflow the fused optimizers do not report the step as skipped, but the loss scale falls.
+        scaler = getattr(optimizer, "scaler", None)
+        overflowed = scaler is not None and scaler.get_scale() < self._scale
+        if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
+            self.proximal_step(state.global_step, state.max_steps)
+
+
+class ProxSparseTrainer(SFTTrainer):
+    """SFTTrainer that learns a 2:4 mask.
+
+    Args:
+        model: the pretrained model; its weights at this moment are the original weights W0.
+        args: ProxSparseConfig.
+        train_dataset: a dataset with a column ``input_ids`` of windows of equal length.
+        norms: name -> (I,) input norms, or None to measure them on the first training windows.
+
+    Raises:
+        UsageError: settings that exclude each other, or nothing to prune.
+    """
+
+    args: ProxSparseConfig
+
+    def __init__(self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs):
+        self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude)
+        if args.train_only_pruned:
+            pruned = {target.name for target in self.targets}
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in pruned)
+        self.norms = self._input_norms(model, args, norms, kwargs.get("train_dataset"))
+        self.masked = MaskedWeights(self.targets, self.norms) if args.masked_forward else None
+        self.base: dict[str, Tensor] = {}
+        if args.project_lambda2:
+            self.base = {t.name: _copy(t.weight, args.base_on_cpu) for t in self.targets}
+        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if args.relative else {}
+        self._prox_seconds = self._step_seconds = 0.0
+        self._blocks_24 = self._blocks = 0
+        self._teacher_logits: Tensor | None = None
+        self._at_last_log: Mask | None = None
+        super().__init__(model, args, **kwargs)
+        self.add_callback(ProxCallback(self._proximal_step))
+        if self.is_deepspeed_enabled:
+            raise UsageError(
+                "DeepSpeed keeps its own copies of the weights, which would undo the proximal step. "
+                "Use FSDP2 (accelerate) instead: its shards are whole rows."
+            )
+        logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
+
+    def mask(self) -> Mask:
+        """The mask of the weights as they are now."""
+        mask = extract_mask({t.name: t.weight.detach() for t in self.targets}, self.targets, self.norms)
+        mask.base_model = self.model.config._name_or_path
+        mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
+        return mask
+
+    # The proximal step
+
+    def _proximal_step(self, step: int, max_steps: int) -> None:
+        start = time.perf_counter()
+        ramp = self.args.lambda_ramp * max_steps
+        strength = self.args.lambda_value * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+        self._blocks_24 = self._blocks = 0
+        for place, target in enumerate(self.targets):
+            weight = local(target.weight.detach())
+            if not weight.numel():  # an empty shard
+                continue
+            rows = target.rows(weight)
+            try:
+                stats = prox_op_(
+                    rows,
+                    strength / self._rms[target.name][1] if self._rms else strength,
+                    scale=None if self.norms is None else self.norms[target.name],
+                    stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
+                    seed=noise_seed(self.args.seed + 1, step, place),
+                )
+            except ValueError as error:
+                raise RunError(f"{target.name} at step {step + 1}: {error} {self._last_checkpoint()}") from error
+            self._blocks_24 += stats.blocks_24
+            self._blocks += stats.blocks
+        self._prox_seconds += time.perf_counter() - start
+
+    # The loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        if self.args.distill:
+            self._teacher_logits = self._dense_logits(model, inputs)
+        with self._masked():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._teacher_logits = None
+        self._step_seconds += time.perf_counter() - start
+        if not loss.isfinite():
+            raise RunError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. "
+                f"Lower --learning_rate or --lambda_value. {self._last_checkpoint()}"
+            )
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.training or self._teacher_logits is None:
+            out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = out[0] if return_outputs else out
+            if self.model.training:
+                self._record("lm_loss", loss)
+                loss = loss + self._frozen_weight_term(num_items_in_batch)
+            return (loss, out[1]) if return_outputs else loss
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        kept = targets != -100
+        tokens = kept.sum()
+        distilled = distillation_loss(logits[kept], self._teacher_logits[kept], self.args.temperature)
+        lm = cross_entropy(logits[kept].float(), targets[kept], reduction="sum") if self.args.distill < 1 else None
+        self._record("kl", distilled / tokens)
+        loss = self.args.distill * distilled
+        if lm is not None:
+            self._record("lm_loss", lm / tokens)
+            loss = loss + (1 - self.args.distill) * lm
+        # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
+        loss = loss / (tokens if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        loss = loss + self._frozen_weight_term(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _frozen_weight_term(self, num_items_in_batch) -> Tensor | float:
+        if not self.base:
+            return 0.0
+        penalty = sum(frozen_weight_penalty(t.weight, self.base[t.name], self.args.epsilon) for t in self.targets)
+        term = self.args.lambda2_value * penalty
+        self._record("lambda2_loss", term)
+        # With num_items_in_batch the Trainer leaves the division by the accumulation steps to the loss.
+        return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
+
+    @torch.no_grad()
+    def _dense_logits(self, model, inputs) -> Tensor:
+        """Logits of the original weights for the same batch, on (B * (T - 1), V)."""
+        inputs = self._prepare_inputs(inputs)
+        with self.masked.dense() if self.masked else contextlib.nullcontext(), self.compute_loss_context_manager():
+            model.eval()
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+            model.train()
+        return logits[:, :-1].flatten(0, 1)
+
+    # Evaluation, logging, checkpoints
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluate what will be deployed: the original weights under the current mask, where they are at hand."""
+        with self._masked():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs and self._blocks:
+            logs.update(self._progress())
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None:
+            return self.optimizer
+        self._choose_stochastic_optimizer()
+        optimizer = super().create_optimizer(model)
+        if self.args.relative:
+            _scale_learning_rates(optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
+        return optimizer
+
+    def _choose_stochastic_optimizer(self) -> None:
+        """AdamW that rounds stochastically, where weights are bfloat16 and the user did not ask for nearest."""
+        low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in self.model.parameters())
+        if not low_precision or self.args.rounding != "stochastic":
+            return
+        if not str(self.args.optim.value if hasattr(self.args.optim, "value") else self.args.optim).startswith("adamw_torch"):
+            logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", self.args.optim)
+            return
+        options = {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+            "seed": self.args.seed,
+        }
+        self.optimizer_cls_and_kwargs = (StochasticAdamW, options)
+
+    def _progress(self) -> dict[str, float]:
+        """What the log shows beside the loss."""
+        mask = self.mask()
+        churn = 0.0
+        if self._at_last_log is not None:
+            changed = sum(int((mask.tensors[n] != m).sum()) for n, m in self._at_last_log.tensors.items())
+            churn = changed / sum(m.numel() for m in mask.tensors.values())
+        self._at_last_log = mask
+        total = self._step_seconds + self._prox_seconds
+        seconds, share = self._prox_seconds, self._prox_seconds / total if total else 0.0
+        self._prox_seconds = self._step_seconds = 0.0
+        return {
+            "share_24": self._blocks_24 / self._blocks,
+            "mask_churn": churn,
+            "regularizer": sum(regularizer(t.rows(local(t.weight.detach()))).item() for t in self.targets),
+            "prox_seconds": seconds,
+            "prox_share": share,
+        }
+
+    @contextlib.contextmanager
+    def _masked(self) -> Iterator[None]:
+        with self.masked.masked() if self.masked else contextlib.nullcontext():
+            yield
+
+    def _record(self, name: str, value: Tensor) -> None:
+        self._metrics["train"][name].append(value.detach().item())
+
+    def _last_checkpoint(self) -> str:
+        folders = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+        return f"The last good checkpoint is {folders[-1]}." if folders else "No checkpoint had been written yet."
+
+    # Set-up
+
+    def _input_norms(self, model, args, given, dataset) -> dict[str, Tensor] | None:
+        """Norms of the inputs, measured once per run: a resumed run reads them back."""
+        if args.score != "activation" or given is not None:
+            return given
+        path = Path(args.output_dir) / NORMS_FILE
+        if path.is_file():
+            return load_file(path)
+        windows = torch.tensor(dataset[: args.norm_samples]["input_ids"])
+        norms = input_norms(model, self.targets, windows, progress="input norms")
+        with atomic_path(path) as scratch:
+            save_file(norms, scratch)
+        return norms
+
+    def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
+        """Of the original weight, and of its scores: the units of learning rate and lambda."""
+        rows = target.rows(target.weight.detach()).float()
+        plain = rows.square().mean().sqrt().item()
+        scored = plain if self.norms is None else (rows * self.norms[target.name].to(rows)).square().mean().sqrt().item()
+        if not plain > 0 or not scored > 0:
+            raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
+        return plain, scored
+
+
+def _copy(weight: Tensor, on_cpu: bool) -> Tensor:
+    return weight.detach().to("cpu", copy=True) if on_cpu else weight.detach().clone()
+
+
+def _scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
+    """Give every listed weight a group of its own, whose learning rate is the common one times its factor."""
+    groups = []
+    for group in optimizer.param_groups:
+        rest = [p for p in group["params"] if id(p) not in factors]
+        own = [p for p in group["params"] if id(p) in factors]
+        groups += [{**group, "params": rest}] if rest else []
+        groups += [{**group, "params": [p], "lr": group["lr"] * factors[id(p)]} for p in own]
+    optimizer.param_groups[:] = groups
