@@ -1,8 +1,12 @@
-"""Norms of the inputs of every prunable weight: what one weight contributes to the layer's output.
+"""What flows into the prunable weights: hooks that see it, and the norms that score weights by it.
 
 Source of the score |w_ij| * ||x_j||_2: Sun et al., Wanda, https://arxiv.org/abs/2306.11695.
-Shapes: I = in_features; T = tokens.
+Shapes: I = in_features; E = experts; T = tokens.
 """
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +15,82 @@ from transformers import PreTrainedModel
 
 from proxsparse.prunable import Prunable
 
+Visit = Callable[[Prunable, int | None, Tensor], None]
+
+
+@contextlib.contextmanager
+def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
+    """Call ``visit(target, expert, inputs)`` for everything that flows into the targets inside the block.
+
+    ``inputs`` is (T, I) float32; ``expert`` is None but for stacked experts, which are visited one at a time with the
+    tokens routed to them.
+    """
+    by_module: dict[nn.Module, list[Prunable]] = {}
+    for target in targets:
+        by_module.setdefault(target.module, []).append(target)
+
+    def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        members = by_module[module]
+        if members[0].weight.dim() == 3:
+            _visit_experts(module, arguments, keywords, members, visit)
+            return
+        inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
+        for target in members:
+            visit(target, None, inputs.reshape(-1, inputs.shape[-1]).float())
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in by_module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _visit_experts(module: nn.Module, arguments: tuple, keywords: dict, members: list[Prunable], visit: Visit) -> None:
+    """Route the tokens as the module will, and recompute what its second projection sees."""
+    hidden, chosen = (*arguments, *keywords.values())[:2]
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+    chosen = chosen.reshape(len(hidden), -1)
+    by_attribute = {target.attribute: target for target in members}
+    first = by_attribute.get("gate_up_proj") or by_attribute.get("up_proj")
+    second = by_attribute.get("down_proj")
+    for expert in chosen.unique().tolist():
+        first_name = "gate_up_proj" if module.has_gate else "up_proj"
+        weight = getattr(module, first_name)
+        if expert >= len(weight):  # padding of the router
+            continue
+        tokens = hidden[(chosen == expert).any(-1)]
+        if first is not None:
+            visit(first, expert, tokens.float())
+        if second is not None:
+            weight = weight[expert].detach()
+            middle = tokens @ (weight if module.is_transposed else weight.T)
+            bias = getattr(module, f"{first_name}_bias", None)
+            middle = middle if bias is None else middle + bias[expert].detach()
+            middle = module._apply_gate(middle) if module.has_gate else module.act_fn(middle)
+            visit(second, expert, middle.detach().float())
+
+
+class NormStatistic:
+    """Running mean of the squared inputs of one weight: (I,), or (E, I) for stacked experts."""
+
+    def __init__(self, target: Prunable):
+        weight = target.weight
+        shape = (weight.shape[target.in_dim],) if weight.dim() == 2 else (weight.shape[0], weight.shape[target.in_dim])
+        self.squares = torch.zeros(shape, device=weight.device)
+        self.tokens = torch.zeros(shape[:-1], device=weight.device)
+
+    def add(self, expert: int | None, inputs: Tensor) -> None:
+        place = ... if expert is None else expert
+        self.squares[place] += inputs.square().sum(0)
+        self.tokens[place] += len(inputs)
+
+    def norm(self) -> Tensor:
+        """Root mean square of every input. Where nothing flowed, the input counts a thousandth of the mean."""
+        rms = (self.squares / self.tokens.clamp_min(1)[..., None]).sqrt()
+        mean = rms.mean(-1, keepdim=True)
+        return rms.maximum(torch.where(mean > 0, 1e-3 * mean, torch.ones_like(mean)))
+
 
 @torch.no_grad()
 def input_norms(
@@ -18,40 +98,17 @@ def input_norms(
 ) -> dict[str, Tensor]:
     """Root mean square of every input feature of every prunable weight, over all tokens of the windows.
 
-    Inputs that are hardly ever active get a thousandth of the layer's mean, so that no score vanishes. The second
-    projection of stacked experts has no module of its own to listen to, and gets ones.
-
     Args:
         windows: (n, ctx_len) token ids.
 
     Returns:
-        name of the weight -> (I,) float32 on the CPU.
+        name of the weight -> (I,) float32 on the CPU, (E, I) for stacked experts.
     """
-    squares: dict[nn.Module, Tensor] = {}
-    by_module: dict[nn.Module, list[Prunable]] = {}
-    for target in targets:
-        by_module.setdefault(target.module, []).append(target)
-
-    def listen(module: nn.Module, arguments: tuple) -> None:
-        inputs = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
-        total = inputs.square().sum(0)
-        squares[module] = squares[module] + total if module in squares else total
-
-    handles = [module.register_forward_pre_hook(listen) for module in by_module]
+    statistics = {target.name: NormStatistic(target) for target in targets}
     training = model.training
     model.eval()
-    try:
-        for window in tqdm(windows, desc=progress, disable=progress is None, leave=False):
+    with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)):
+        for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
             model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    norms = {}
-    for module, members in by_module.items():
-        rms = (squares[module] / windows.numel()).sqrt().cpu()
-        rms = rms.clamp_min(1e-3 * rms.mean().item() or 1.0)
-        for target in members:
-            width = target.weight.shape[target.in_dim]
-            norms[target.name] = rms if len(rms) == width else torch.ones(width)
-    return norms
+    model.train(training)
+    return {name: statistic.norm().cpu() for name, statistic in statistics.items()}

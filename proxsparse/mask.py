@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.prox_op import nm_mask
+from proxsparse.prox_op import expand_scale, top2_mask
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, versions
 
@@ -76,7 +76,7 @@ def extract_mask(weights: Mapping[str, Tensor], targets: list[Prunable], scales:
         rows = target.rows(weights[target.name]).float()
         if not rows.isfinite().all():
             raise RunError(f"The learned weight {target.name} has NaN or infinite entries; the run diverged.")
-        tensors[target.name] = nm_mask(rows if scales is None else rows * scales[target.name], 2, 4).cpu()
+        tensors[target.name] = top2_mask(rows if scales is None else rows * expand_scale(scales[target.name], rows)).cpu()
     return Mask(tensors)
 
 
@@ -186,8 +186,8 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     for target in targets:
         zeros = (target.rows(weights[target.name]) == 0).unflatten(-1, (-1, 4)).sum(-1)
         histogram = torch.bincount(zeros.flatten().cpu(), minlength=5)
-        for kind in (target.kind, "all"):
-            counts[kind] = counts.get(kind, 0) + histogram
+        counts[target.kind] = counts.get(target.kind, 0) + histogram
+    counts["all"] = sum(counts.values())
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}
 
 

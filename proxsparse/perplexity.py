@@ -63,7 +63,7 @@ def perplexity(
     start = time.perf_counter()
     losses: list[Tensor] = []
     batches = windows.split(batch_size)
-    for batch in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+    for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False):
         losses.append(window_losses(model, batch.to(model.device)).double().cpu())
     model.train(training)
     nll = torch.cat(losses)

@@ -58,7 +58,8 @@ def _check(weight: Tensor, lambda_: float, scale: Tensor | None) -> None:
         )
     if not (math.isfinite(lambda_) and lambda_ >= 0):
         raise ValueError(f"lambda_ must be a finite number >= 0, got {lambda_}.")
-    if scale is not None and scale.shape != weight.shape[-1:]:
+    stacked = (*weight.shape[:1], *weight.shape[-1:])
+    if scale is not None and tuple(scale.shape) not in (weight.shape[-1:], stacked):
         raise ValueError(
             f"scale must have one entry per input, shape {tuple(weight.shape[-1:])}, got {tuple(scale.shape)}."
         )
@@ -79,7 +80,7 @@ def prox_op_(
     Args:
         weight: (..., I), any float dtype, any strides; overwritten. Solved in float32 (float64 for a float64 weight).
         lambda_: strength per call, unit 1 / |weight * scale|; not multiplied by the learning rate.
-        scale: (I,) positive, or None. The operator acts on weight * scale, and the result is divided back:
+        scale: (I,) positive, (E, I) for stacked experts, or None. The operator acts on weight * scale, and the result is divided back:
             with the norms of the inputs it measures a weight by what it contributes to the output.
         stochastic: round half-precision results stochastically. A shrinkage below half a unit in the last
             place is lost by rounding to nearest, and survives on average this way.
@@ -97,6 +98,10 @@ def prox_op_(
     blocks = weight.numel() // 4
     if lambda_ == 0 or blocks == 0:
         return ProxStats(blocks, int((_nonzeros(weight) <= 2).sum()) if blocks else 0)
+    if scale is not None and scale.dim() == 2:
+        options = {"stochastic": stochastic, "kernel": kernel}
+        parts = [prox_op_(w, lambda_, scale=s, seed=seed + i, **options) for i, (w, s) in enumerate(zip(weight, scale, strict=True))]
+        return ProxStats(blocks, sum(part.blocks_24 for part in parts))
     kernel = kernel or kernel_for(weight)
     if kernel == "cpu":
         return _run_cpu(weight, lambda_, scale, stochastic, seed)
@@ -181,8 +186,12 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
 
     Args:
         out, base, learned: (..., I), I a multiple of 4; ``out`` is overwritten.
-        scale: (I,) positive, or None for ones.
+        scale: (I,) positive, (E, I) for stacked experts, or None for ones.
     """
+    if scale is not None and scale.dim() == 2:
+        for parts in zip(out, base, learned, scale, strict=True):
+            top2_product_(*parts)
+        return
     if kernel_for(learned) == "cpu" and all(t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)):
         ones = torch.empty(0)
         arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
@@ -209,6 +218,11 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
     blocks = score.detach().abs().unflatten(-1, (-1, m))
     kept = blocks.sort(dim=-1, descending=True, stable=True).indices[..., :n]
     return torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+
+def expand_scale(scale: Tensor, rows: Tensor) -> Tensor:
+    """A scale (I,) or (E, I), ready to multiply rows of (O, I) or (E, O, I)."""
+    return (scale if scale.dim() == 1 else scale[:, None]).to(rows.device)
 
 
 def _nonzeros(weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask
 from proxsparse.masked import MaskedWeights
 from proxsparse.optim import StochasticAdamW, noise_seed
-from proxsparse.prox_op import kernel_for, prox_op_, regularizer
+from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, regularizer
 from proxsparse.prunable import Prunable, find_prunable, local
 from proxsparse.record import atomic_path
 
@@ -278,7 +278,7 @@ class ProxSparseTrainer(SFTTrainer):
         """Of the original weight, and of its scores: the units of learning rate and lambda."""
         rows = target.rows(target.weight.detach()).float()
         plain = rows.square().mean().sqrt().item()
-        scored = plain if self.norms is None else (rows * self.norms[target.name].to(rows)).square().mean().sqrt().item()
+        scored = plain if self.norms is None else (rows * expand_scale(self.norms[target.name], rows)).square().mean().sqrt().item()
         if not plain > 0 or not scored > 0:
             raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
         return plain, scored

@@ -17,7 +17,7 @@ from numba.extending import overload
 TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
 MAX_STEPS = 32
 _FAST = {"contract", "arcp", "nsz", "afn", "reassoc"}
-_inline = numba.njit(fastmath=_FAST, error_model="numpy", inline="always")
+_inline = numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 
 F = np.float32
 ZERO, HALF, ONE, TWO, THREE, FOUR = F(0), F(0.5), F(1), F(2), F(3), F(4)
@@ -46,7 +46,7 @@ def _load(weight, start, count, tile, tile_bits):  # pragma: no cover (compiled)
     raise NotImplementedError
 
 
-@overload(_load, inline="always")
+@overload(_load)
 def _load_overload(weight, start, count, tile, tile_bits):
     if weight.dtype == numba.float32:
 
@@ -69,7 +69,7 @@ def _store(weight, start, count, tile, tile_bits, stochastic, seed):  # pragma: 
     raise NotImplementedError
 
 
-@overload(_store, inline="always")
+@overload(_store)
 def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed):
     if weight.dtype == numba.float32:
 

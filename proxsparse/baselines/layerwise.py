@@ -1,0 +1,142 @@
+"""The calibration walk of all one-shot methods: block after block, each seeing what the pruned blocks before it produce.
+
+One block's statistics and two copies of the hidden states exist at a time.
+Shapes: N = windows, T = ctx_len, H = hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from proxsparse.activations import listen
+from proxsparse.baselines.pattern import Pattern
+from proxsparse.errors import RunError
+from proxsparse.mask import Mask
+from proxsparse.prunable import Prunable, decoder_blocks, find_prunable
+
+# The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
+LONGEST_CONTEXT = 8192
+
+
+class _Reached(Exception):
+    """The first block has been reached; the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def prune_layerwise(
+    model: PreTrainedModel,
+    windows: Tensor,
+    method: Any,
+    pattern: Pattern | dict[int, Pattern],
+    *,
+    update: bool = True,
+    include: str | None = None,
+    exclude: str | None = None,
+    hidden_device: str = "cpu",
+    progress: str | None = None,
+) -> Mask:
+    """Prune a model in place with a one-shot method.
+
+    Args:
+        windows: (N, T) calibration token ids.
+        method: one of ``proxsparse.baselines.METHODS``.
+        pattern: for all blocks, or by block index.
+        update: keep the method's new weights; False keeps its mask on the original weights, so that the blocks
+            after it also see those.
+        hidden_device: where the hidden states lie between blocks.
+
+    Returns:
+        The mask; the model holds the pruned (and, with ``update``, changed) weights.
+
+    Raises:
+        UsageError: nothing to prune, or a width that the pattern does not divide.
+        RunError: a layer's inputs are not finite, or a solve failed; names the layer.
+    """
+    blocks = decoder_blocks(model)
+    patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(range(len(blocks)), pattern)
+    width = max(p.m for p in patterns.values())
+    targets = find_prunable(model, include, exclude, multiple=width)
+    training = model.training
+    model.eval()
+    masks: dict[str, Tensor] = {}
+    needs_data = method.statistic(targets[0]) is not None
+    hidden, calls = first_inputs(model, blocks, windows, hidden_device) if needs_data else ([], [])
+    for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
+        own = [t for t in targets if t.block == index]
+        statistics = {t.name: method.statistic(t) for t in own}
+        if needs_data:
+            with listen(own, lambda target, expert, inputs, found=statistics: found[target.name].add(expert, inputs)):
+                for states in hidden:
+                    run_block(block, states, calls[index], model.device)
+        for target in own:
+            masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
+        del statistics
+        if needs_data and index + 1 < len(blocks):
+            hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
+    model.train(training)
+    kinds = {str(p) for p in patterns.values()}
+    return Mask(masks, kinds.pop() if len(kinds) == 1 else "mixed", model.config._name_or_path)
+
+
+def first_inputs(
+    model: PreTrainedModel, blocks: list, windows: Tensor, hidden_device: str
+) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
+    """Hidden states that enter the first block, one (1, T, H) a window, and every block's other arguments.
+
+    The other arguments (positions, masks) depend on the shape of the window only, and windows have one shape; blocks
+    of one model may differ in them (sliding and full attention), so that each block's own are kept.
+    """
+    if windows.shape[1] > LONGEST_CONTEXT:
+        raise RunError(
+            f"Calibration windows of {windows.shape[1]} tokens need too much memory for the hidden states; "
+            f"use at most --ctx_len {LONGEST_CONTEXT}."
+        )
+    calls: list[tuple[tuple, dict]] = []
+    hidden: list[Tensor] = []
+
+    def remember_call(module, arguments, keywords):
+        calls.append((arguments[1:], {k: v for k, v in keywords.items() if k != "hidden_states"}))
+
+    def remember_states(module, arguments, keywords):
+        hidden.append((arguments[0] if arguments else keywords["hidden_states"]).to(hidden_device))
+        raise _Reached
+
+    decoder = model.get_decoder()
+    handles = [block.register_forward_pre_hook(remember_call, with_kwargs=True) for block in blocks]
+    decoder(input_ids=windows[:1].to(model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    handle = blocks[0].register_forward_pre_hook(remember_states, with_kwargs=True)
+    try:
+        for window in windows:
+            try:
+                decoder(input_ids=window[None].to(model.device), use_cache=False)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    return hidden, calls
+
+
+def run_block(block, states: Tensor, call: tuple[tuple, dict], device: torch.device | str) -> Tensor:
+    """Output hidden states of one block, which may return a tensor or a tuple that begins with it."""
+    arguments, keywords = call
+    output = block(states.to(device), *arguments, **keywords)
+    return output if torch.is_tensor(output) else output[0]
+
+
+def _prune_one(target: Prunable, method: Any, statistic: Any, pattern: Pattern, update: bool) -> Tensor:
+    rows = target.rows(target.weight.detach())
+    if not rows.isfinite().all():
+        raise RunError(f"{target.name} has NaN or infinite entries; the checkpoint is damaged.")
+    mask, weight = method.prune(rows, statistic, pattern)
+    if update and weight is not None:
+        if not weight.isfinite().all():
+            raise RunError(f"The update of {target.name} is not finite: its calibration inputs are degenerate.")
+        rows.copy_(weight)
+    else:
+        rows.masked_fill_(~mask, 0.0)
+    return mask.cpu()

@@ -1,0 +1,16 @@
+"""Magnitude pruning: keep the largest |w|. No data, no update."""
+
+from torch import Tensor
+
+from proxsparse.baselines.pattern import Pattern
+from proxsparse.prunable import Prunable
+
+
+class Magnitude:
+    updates_weights = False
+
+    def statistic(self, target: Prunable) -> None:
+        return None
+
+    def prune(self, rows: Tensor, statistic: None, pattern: Pattern) -> tuple[Tensor, None]:
+        return pattern.mask(rows.abs()), None

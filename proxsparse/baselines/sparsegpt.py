@@ -1,0 +1,67 @@
+"""SparseGPT: remove columns from left to right, and let the columns to the right make up for the error.
+
+Source: Frantar and Alistarh, SparseGPT, https://arxiv.org/abs/2301.00774.
+Shapes: O = out_features, I = in_features.
+"""
+
+import torch
+from torch import Tensor
+
+from proxsparse.baselines.hessian import GramStatistic, invert
+from proxsparse.baselines.pattern import Pattern
+from proxsparse.prunable import Prunable
+
+
+class SparseGPT:
+    """Args:
+    damping: added to the diagonal of the Hessian, as a share of its mean.
+    block_size: columns updated together; the result does not depend on it for N:M patterns.
+    """
+
+    updates_weights = True
+
+    def __init__(self, damping: float = 0.01, block_size: int = 128):
+        self.damping = damping
+        self.block_size = block_size
+
+    def statistic(self, target: Prunable) -> GramStatistic:
+        return GramStatistic(target)
+
+    def prune(self, rows: Tensor, statistic: GramStatistic, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        if rows.dim() == 3:
+            parts = [self._prune(w, statistic.gram(e), pattern, statistic.name) for e, w in enumerate(rows)]
+            masks, weights = zip(*parts, strict=True)
+            return torch.stack(masks), torch.stack(weights)
+        return self._prune(rows, statistic.gram(None), pattern, statistic.name)
+
+    def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
+        weight = rows.float().clone()
+        dead = gram.diagonal() == 0
+        gram = gram.clone()
+        gram.diagonal()[dead] = 1
+        weight[:, dead] = 0
+        _, inverse = invert(gram, self.damping, name)
+        # Row j of the upper factor holds how an error in column j spreads to the columns after it.
+        spread = torch.linalg.cholesky(inverse, upper=True)
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        size = self.block_size - self.block_size % pattern.m if pattern.structured else self.block_size
+        for start in range(0, weight.shape[1], size):
+            stop = min(start + size, weight.shape[1])
+            own = spread[start:stop, start:stop]
+            errors = torch.zeros_like(weight[:, start:stop])
+            if not pattern.structured:
+                score = weight[:, start:stop].square() / own.diagonal().square()
+                removed = int(score.numel() * pattern.ratio)
+                threshold = score.flatten().kthvalue(max(1, removed)).values
+                keep[:, start:stop] = score > threshold
+            for column in range(stop - start):
+                j = start + column
+                if pattern.structured and column % pattern.m == 0:
+                    group = slice(column, column + pattern.m)
+                    score = weight[:, j : j + pattern.m].square() / own.diagonal()[group].square()
+                    keep[:, j : j + pattern.m] = pattern.mask(score)
+                error = torch.where(keep[:, j], 0.0, weight[:, j]) / own[column, column]
+                weight[:, j:stop] -= error[:, None] * own[column, column:]
+                errors[:, column] = error
+            weight[:, stop:] -= errors @ spread[start:stop, stop:]
+        return keep, (weight * keep).to(rows.dtype)

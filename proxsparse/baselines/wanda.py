@@ -1,0 +1,21 @@
+"""Wanda: keep the largest |w_ij| * ||x_j||. No update.
+
+Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, https://arxiv.org/abs/2306.11695.
+"""
+
+from torch import Tensor
+
+from proxsparse.activations import NormStatistic
+from proxsparse.baselines.pattern import Pattern
+from proxsparse.prox_op import expand_scale
+from proxsparse.prunable import Prunable
+
+
+class Wanda:
+    updates_weights = False
+
+    def statistic(self, target: Prunable) -> NormStatistic:
+        return NormStatistic(target)
+
+    def prune(self, rows: Tensor, statistic: NormStatistic, pattern: Pattern) -> tuple[Tensor, None]:
+        return pattern.mask(rows.abs() * expand_scale(statistic.norm(), rows)), None

@@ -1,0 +1,81 @@
+"""Extract the mask from a learned checkpoint: the two largest scores of every block of four.
+
+    python end-to-end/mask_op.py --checkpoint runs/mine/checkpoint-100 --output runs/mine/mask.safetensors
+    python end-to-end/mask_op.py --checkpoint runs/mine            (its last complete checkpoint)
+
+Prints how many zeros the blocks of the learned weights have, by layer kind: the closer to two in every block, the less
+the final choice of the mask changes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from proxsparse.commands.common import Parser, existing_folder, print_json
+from proxsparse.errors import UsageError, command
+from proxsparse.mask import extract_mask, save_mask, sparsity_by_kind
+from proxsparse.model import load_model
+from proxsparse.prunable import find_prunable
+from proxsparse.record import read_json
+from proxsparse.resume import last_complete_checkpoint
+from proxsparse.trainer import NORMS_FILE
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="mask_op.py", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", "--model", required=True, metavar="FOLDER", help="learned checkpoint, or the folder of a run"
+    )
+    parser.add_argument(
+        "--output", default=None, metavar="FILE", help="default: mask.safetensors in the folder of the run"
+    )
+    parser.add_argument("--include", default=None, help="only weights whose name has this expression")
+    parser.add_argument("--exclude", default=None, help="leave out weights whose name has this expression")
+    args = parser.parse_args(argv)
+    checkpoint, run = locate(args.checkpoint)
+    settings = read_json(run / "run.json")["settings"] if (run / "run.json").is_file() else {}
+    model = load_model(str(checkpoint))
+    include, exclude = args.include or settings.get("include"), args.exclude or settings.get("exclude")
+    targets = find_prunable(model, include, exclude)
+    weights = {t.name: t.weight.detach() for t in targets}
+    norms = None
+    if settings.get("score") == "activation":
+        if not (run / NORMS_FILE).is_file():
+            raise UsageError(f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing.")
+        norms = load_file(run / NORMS_FILE)
+    mask = extract_mask(weights, targets, norms)
+    mask.base_model = settings.get("model", "")
+    mask.info = {k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings}
+    shares = sparsity_by_kind(weights, targets)
+    print_zeros(shares)
+    output = Path(args.output) if args.output else run / "mask.safetensors"
+    save_mask(mask, output)
+    print_json({"mask": str(output), "weights": len(targets), "blocks_24": sum(shares["all"][2:])})
+
+
+def locate(folder: str) -> tuple[Path, Path]:
+    """(checkpoint, folder of its run) of either."""
+    path = existing_folder(folder, "checkpoint")
+    if (path / "config.json").is_file():
+        return path, path.parent if (path.parent / "run.json").is_file() else path
+    checkpoint = last_complete_checkpoint(path)
+    if checkpoint is None:
+        raise UsageError(f"--checkpoint: {folder} is neither a checkpoint nor a run with a complete checkpoint.")
+    return Path(checkpoint), path
+
+
+def print_zeros(shares: dict[str, list[float]]) -> None:
+    """Table of the share of blocks with 0 to 4 zeros."""
+    table = Table(title="zeros in the blocks of the learned weights")
+    table.add_column("layer kind")
+    for zeros in range(5):
+        table.add_column(f"{zeros}", justify="right")
+    for kind, row in shares.items():
+        table.add_row(kind, *(f"{share:.1%}" for share in row), style="bold" if kind == "all" else None)
+    Console().print(table)
+
+
