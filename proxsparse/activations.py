@@ -46,7 +46,7 @@ def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
             handle.remove()
 
 
-def _visit_experts(module: nn.Module, arguments: tuple, keywords: dict, members: list[Prunable], visit: Visit) -> None:
+def _visit_experts(module: Any, arguments: tuple, keywords: dict, members: list[Prunable], visit: Visit) -> None:
     """Route the tokens as the module will, and recompute what its second projection sees."""
     hidden, chosen = (*arguments, *keywords.values())[:2]
     hidden = hidden.detach().reshape(-1, hidden.shape[-1])

@@ -44,6 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+UNSET: Any = None  # filled in from METHODS
+
+
 @dataclass
 class ProxSparseConfig(SFTConfig):
     """SFTConfig plus the settings of ProxSparse; every field is also a flag of ``end-to-end/main.py``."""
@@ -60,36 +63,38 @@ class ProxSparseConfig(SFTConfig):
     seed: int = 42
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
-    lambda_value: float | None = field(
-        default=None, metadata={"help": "lambda1, strength of the 2:4 regulariser, used once a step as it is"}
+    lambda_value: float = field(
+        default=UNSET, metadata={"help": "lambda1, strength of the 2:4 regulariser, used once a step as it is"}
     )
     project_lambda2: int = field(default=0, metadata={"help": "1: add the frozen-weight regulariser (lambda2)"})
     lambda2_value: float = field(default=0.0, metadata={"help": "lambda2, strength of the frozen-weight regulariser"})
     epsilon: float = field(default=0.1, metadata={"help": "epsilon of the frozen-weight regulariser, > 0"})
-    score: str | None = field(
-        default=None,
+    score: str = field(
+        default=UNSET,
         metadata={"help": "what a block compares: weight (|w|) or activation (|w| times the norm of its input)"},
     )
-    masked_forward: bool | None = field(
-        default=None, metadata={"help": "compute the loss with the masked original weights, straight-through"}
+    masked_forward: bool = field(
+        default=UNSET, metadata={"help": "compute the loss with the masked original weights, straight-through"}
     )
-    distill: float | None = field(
-        default=None, metadata={"help": "share of the loss that is KL to the dense model; the rest is the LM loss"}
+    distill: float = field(
+        default=UNSET, metadata={"help": "share of the loss that is KL to the dense model; the rest is the LM loss"}
     )
     temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
-    relative: bool | None = field(
-        default=None,
+    relative: bool = field(
+        default=UNSET,
         metadata={"help": "take lambda1 and the learning rate relative to each matrix's root mean square"},
     )
-    lambda_ramp: float | None = field(
-        default=None, metadata={"help": "share of the steps over which lambda1 rises from zero"}
+    lambda_ramp: float = field(
+        default=UNSET, metadata={"help": "share of the steps over which lambda1 rises from zero"}
     )
-    train_only_pruned: bool | None = field(
-        default=None, metadata={"help": "freeze embeddings, norms, biases and the LM head"}
+    train_only_pruned: bool = field(
+        default=UNSET, metadata={"help": "freeze embeddings, norms, biases and the LM head"}
     )
     rounding: str = field(
         default="stochastic",
-        metadata={"help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"},
+        metadata={
+            "help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"
+        },
     )
     base_on_cpu: bool = field(default=False, metadata={"help": "keep the copy of the original weights on the CPU"})
     norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
@@ -124,8 +129,8 @@ class ProxSparseConfig(SFTConfig):
             raise UsageError("--lambda2_value has no effect without --project_lambda2 1; give both or neither.")
         if self.project_lambda2 and self.masked_forward:
             raise UsageError(
-                "--project_lambda2 1 pulls learned weights to the original ones, but with masked_forward the loss never "
-                "sees learned weights. Use --method paper, or leave lambda2 out."
+                "--project_lambda2 1 pulls learned weights to the original ones, but with masked_forward the loss does "
+                "not see learned weights. Use --method paper, or leave lambda2 out."
             )
 
 

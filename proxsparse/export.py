@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from proxsparse.model import quiet_bars
 from proxsparse.record import atomic_path
 
 
@@ -13,6 +14,6 @@ def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
     The folder appears complete or not at all.
     """
-    with atomic_path(folder) as scratch:
+    with quiet_bars(), atomic_path(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

@@ -63,7 +63,9 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     raise UsageError(f"The pattern must be N:M with N < M, as 2:4, or 'unstructured'; got {pattern!r}.")
 
 
-def extract_mask(weights: Mapping[str, Tensor], targets: list[Prunable], scales: Mapping[str, Tensor] | None = None) -> Mask:
+def extract_mask(
+    weights: Mapping[str, Tensor], targets: list[Prunable], scales: Mapping[str, Tensor] | None = None
+) -> Mask:
     """Top two magnitudes of every block of the learned weights.
 
     Args:
@@ -76,7 +78,9 @@ def extract_mask(weights: Mapping[str, Tensor], targets: list[Prunable], scales:
         rows = target.rows(weights[target.name]).float()
         if not rows.isfinite().all():
             raise RunError(f"The learned weight {target.name} has NaN or infinite entries; the run diverged.")
-        tensors[target.name] = top2_mask(rows if scales is None else rows * expand_scale(scales[target.name], rows)).cpu()
+        tensors[target.name] = top2_mask(
+            rows if scales is None else rows * expand_scale(scales[target.name], rows)
+        ).cpu()
     return Mask(tensors)
 
 
@@ -156,19 +160,15 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         UsageError: the mask belongs to a model with other weights; names what differs.
     """
     targets = {t.name: t for t in find_prunable(model, multiple=1) if t.name in mask.tensors}
+    made_for, given = mask.base_model or "an unnamed model", model.config._name_or_path or "the model"
+    refusal = f"The mask was made for {made_for} and does not fit {given}: "
     unknown = [name for name in mask.tensors if name not in targets]
     if unknown:
-        raise UsageError(
-            f"The mask (made for {mask.base_model or 'an unnamed model'}) does not fit {model.config._name_or_path or 'this model'}: "
-            f"it has {len(unknown)} weights the model lacks, the first is {unknown[0]}."
-        )
+        raise UsageError(f"{refusal}it has {len(unknown)} weights the model lacks, the first is {unknown[0]}.")
     for name, target in targets.items():
         shape, expected = tuple(mask.tensors[name].shape), tuple(target.rows(target.weight).shape)
         if shape != expected:
-            raise UsageError(
-                f"The mask (made for {mask.base_model or 'an unnamed model'}) does not fit {model.config._name_or_path or 'this model'}: "
-                f"{name} has shape {shape} in the mask and {expected} in the model."
-            )
+            raise UsageError(f"{refusal}{name} has shape {shape} in the mask and {expected} in the model.")
     with torch.no_grad():
         for name, target in targets.items():
             rows = target.rows(target.weight)
@@ -186,8 +186,8 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     for target in targets:
         zeros = (target.rows(weights[target.name]) == 0).unflatten(-1, (-1, 4)).sum(-1)
         histogram = torch.bincount(zeros.flatten().cpu(), minlength=5)
-        counts[target.kind] = counts.get(target.kind, 0) + histogram
-    counts["all"] = sum(counts.values())
+        counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
+    counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}
 
 
@@ -202,8 +202,12 @@ def _check_pattern(name: str, mask: Tensor, pattern: str) -> None:
         return
     n, m = nm
     if mask.shape[-1] % m:
-        raise RunError(f"The mask of {name} has width {mask.shape[-1]}, which has no blocks of {m}; it is not {pattern}.")
+        raise RunError(
+            f"The mask of {name} has width {mask.shape[-1]}, which has no blocks of {m}; it is not {pattern}."
+        )
     wrong = (mask.unflatten(-1, (-1, m)).sum(-1) != n).flatten()
     if wrong.any():
         first = int(wrong.nonzero()[0])
-        raise RunError(f"The mask of {name} is not {pattern}: {int(wrong.sum())} blocks differ, the first is block {first}.")
+        raise RunError(
+            f"The mask of {name} is not {pattern}: {int(wrong.sum())} blocks differ, the first is block {first}."
+        )

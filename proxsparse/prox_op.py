@@ -80,8 +80,8 @@ def prox_op_(
     Args:
         weight: (..., I), any float dtype, any strides; overwritten. Solved in float32 (float64 for a float64 weight).
         lambda_: strength per call, unit 1 / |weight * scale|; not multiplied by the learning rate.
-        scale: (I,) positive, (E, I) for stacked experts, or None. The operator acts on weight * scale, and the result is divided back:
-            with the norms of the inputs it measures a weight by what it contributes to the output.
+        scale: (I,) positive, (E, I) for stacked experts, or None. The operator acts on weight * scale, and the result
+            is divided back: with the norms of the inputs it measures a weight by what it contributes to the output.
         stochastic: round half-precision results stochastically. A shrinkage below half a unit in the last
             place is lost by rounding to nearest, and survives on average this way.
         seed: of the rounding noise; give every call its own.
@@ -99,8 +99,10 @@ def prox_op_(
     if lambda_ == 0 or blocks == 0:
         return ProxStats(blocks, int((_nonzeros(weight) <= 2).sum()) if blocks else 0)
     if scale is not None and scale.dim() == 2:
-        options = {"stochastic": stochastic, "kernel": kernel}
-        parts = [prox_op_(w, lambda_, scale=s, seed=seed + i, **options) for i, (w, s) in enumerate(zip(weight, scale, strict=True))]
+        parts = [
+            prox_op_(rows, lambda_, scale=own, stochastic=stochastic, seed=seed + i, kernel=kernel)
+            for i, (rows, own) in enumerate(zip(weight, scale, strict=True))
+        ]
         return ProxStats(blocks, sum(part.blocks_24 for part in parts))
     kernel = kernel or kernel_for(weight)
     if kernel == "cpu":
@@ -192,10 +194,12 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
         for parts in zip(out, base, learned, scale, strict=True):
             top2_product_(*parts)
         return
-    if kernel_for(learned) == "cpu" and all(t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)):
+    if kernel_for(learned) == "cpu" and all(
+        t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)
+    ):
         ones = torch.empty(0)
         arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
-        cpu.top2_product_(*(t.numpy() for t in arrays), 8 * cpu.threads(torch.get_num_threads()))
+        cpu.top2_product_(*[t.numpy() for t in arrays], 8 * cpu.threads(torch.get_num_threads()))
         return
     out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
 

@@ -61,7 +61,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
         UsageError: the model has none.
     """
     decoder = model.get_decoder()
-    blocks = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)] if decoder is not None else []
+    modules = decoder.modules() if decoder is not None else []
+    blocks: list[nn.Module] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise UsageError(f"The model {type(model).__name__} has no decoder blocks to prune; give a decoder-only model.")
     return blocks
@@ -97,8 +98,8 @@ def find_prunable(
                     continue
                 if weight.shape[in_dim] % multiple:
                     raise UsageError(
-                        f"The input width of {name} is {weight.shape[in_dim]}, not a multiple of {multiple}, so it has no "
-                        f"blocks of {multiple}. Leave it out with --exclude '{re.escape(name)}'."
+                        f"The input width of {name} is {weight.shape[in_dim]}, not a multiple of {multiple}, so it "
+                        f"has no blocks of {multiple}. Leave it out with --exclude '{re.escape(name)}'."
                     )
                 seen.add(id(weight))
                 found.append(Prunable(name, module, attribute, in_dim, index))

@@ -57,9 +57,7 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
     return _take(_read_local(path), split)
 
 
-def calibration_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int
-) -> Tensor:
+def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
     """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
 
     Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
@@ -99,7 +97,7 @@ def evaluation_windows(
     """Evaluation windows after the protocols that papers print (see each branch).
 
     Args:
-        limit: at most this many windows, the first ones; None for the whole protocol.
+        limit: at most this many windows, evenly spread over the text; None for the whole protocol.
 
     Returns:
         (n, ctx_len) int64.
@@ -119,11 +117,9 @@ def evaluation_windows(
             ids = tokenizer("\n\n".join(documents)).input_ids
         count = len(ids) // ctx_len
         if not count:
-            raise UsageError(
-                f"The text {name} has {len(ids):,} tokens, too few for one window of --ctx_len {ctx_len}."
-            )
+            raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of --ctx_len {ctx_len}.")
         windows = torch.tensor(ids[: count * ctx_len]).view(count, ctx_len)
-    return windows if limit is None else windows[:limit]
+    return windows if limit is None else windows[:: max(1, len(windows) // limit)][:limit]
 
 
 def check_ctx_len(ctx_len: int, config) -> None:
@@ -164,7 +160,9 @@ def _take(documents: Sequence[str], split: str) -> Sequence[str]:
     return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
 
 
-def _tokenize_each(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch: int = 64) -> Iterator[list[int]]:
+def _tokenize_each(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch: int = 64
+) -> Iterator[list[int]]:
     for start in range(0, len(documents), batch):
         yield from tokenizer(list(documents[start : start + batch])).input_ids
 

@@ -70,8 +70,11 @@ class ProxSparseTrainer(SFTTrainer):
     """
 
     args: ProxSparseConfig
+    model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs):
+    def __init__(
+        self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs
+    ):
         self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude)
         if args.train_only_pruned:
             pruned = {target.name for target in self.targets}
@@ -177,7 +180,7 @@ class ProxSparseTrainer(SFTTrainer):
             return 0.0
         penalty = sum(frozen_weight_penalty(t.weight, self.base[t.name], self.args.epsilon) for t in self.targets)
         term = self.args.lambda2_value * penalty
-        self._record("lambda2_loss", term)
+        self._record("lambda2_loss", torch.as_tensor(term))
         # With num_items_in_batch the Trainer leaves the division by the accumulation steps to the loss.
         return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
 
@@ -217,8 +220,12 @@ class ProxSparseTrainer(SFTTrainer):
         low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in self.model.parameters())
         if not low_precision or self.args.rounding != "stochastic":
             return
-        if not str(self.args.optim.value if hasattr(self.args.optim, "value") else self.args.optim).startswith("adamw_torch"):
-            logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", self.args.optim)
+        if not str(self.args.optim.value if hasattr(self.args.optim, "value") else self.args.optim).startswith(
+            "adamw_torch"
+        ):
+            logger.warning(
+                "--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", self.args.optim
+            )
             return
         options = {
             "lr": self.args.learning_rate,
@@ -256,7 +263,7 @@ class ProxSparseTrainer(SFTTrainer):
         self._metrics["train"][name].append(value.detach().item())
 
     def _last_checkpoint(self) -> str:
-        folders = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+        folders = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
         return f"The last good checkpoint is {folders[-1]}." if folders else "No checkpoint had been written yet."
 
     # Set-up
@@ -278,7 +285,11 @@ class ProxSparseTrainer(SFTTrainer):
         """Of the original weight, and of its scores: the units of learning rate and lambda."""
         rows = target.rows(target.weight.detach()).float()
         plain = rows.square().mean().sqrt().item()
-        scored = plain if self.norms is None else (rows * expand_scale(self.norms[target.name], rows)).square().mean().sqrt().item()
+        scored = (
+            plain
+            if self.norms is None
+            else (rows * expand_scale(self.norms[target.name], rows)).square().mean().sqrt().item()
+        )
         if not plain > 0 or not scored > 0:
             raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
         return plain, scored

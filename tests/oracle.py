@@ -40,7 +40,7 @@ def global_minimum(blocks: np.ndarray, lam: float, starts: int = 60, sweeps: int
 
 
 def hard_blocks(count: int, seed: int = 0) -> np.ndarray:
-    """Blocks of magnitude one that have given solvers trouble: spread, tied, near-tied, with zeros, over many scales."""
+    """Blocks of magnitude one that have given solvers trouble: spread, tied, near-tied, with zeros, of many scales."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(count, 4))
     part = count // 8

@@ -128,7 +128,9 @@ def test_any_number_of_dimensions(kernel, shape):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("view", [lambda w: w.T, lambda w: w[:, ::2], lambda w: w[3:9, 4:12], lambda w: w.movedim(0, 1)])
+@pytest.mark.parametrize(
+    "view", [lambda w: w.T, lambda w: w[:, ::2], lambda w: w[3:9, 4:12], lambda w: w.movedim(0, 1)]
+)
 def test_it_writes_through_non_contiguous_views(kernel, view):
     whole = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     expected = prox_op(view(whole).contiguous(), 0.5)

@@ -4,12 +4,14 @@ A method is a class with two members: ``statistic(target)`` makes what it collec
 ``prune(rows, statistic, pattern)`` returns (mask, new weights or None).
 """
 
+from typing import Any
+
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.magnitude import Magnitude
 from proxsparse.baselines.pattern import Pattern
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.baselines.wanda import Wanda
 
-METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM}
+METHODS: dict[str, type[Any]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM}
 
 __all__ = ["ADMM", "METHODS", "Magnitude", "Pattern", "SparseGPT", "Wanda"]

@@ -1,4 +1,4 @@
-"""The calibration walk of all one-shot methods: block after block, each seeing what the pruned blocks before it produce.
+"""The calibration walk of all one-shot methods: block after block, each seeing what the pruned ones before it produce.
 
 One block's statistics and two copies of the hidden states exist at a time.
 Shapes: N = windows, T = ctx_len, H = hidden size.
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.activations import listen
+from proxsparse.activations import Visit, listen
 from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
@@ -68,7 +68,7 @@ def prune_layerwise(
         own = [t for t in targets if t.block == index]
         statistics = {t.name: method.statistic(t) for t in own}
         if needs_data:
-            with listen(own, lambda target, expert, inputs, found=statistics: found[target.name].add(expert, inputs)):
+            with listen(own, _collect_in(statistics)):
                 for states in hidden:
                     run_block(block, states, calls[index], model.device)
         for target in own:
@@ -126,6 +126,10 @@ def run_block(block, states: Tensor, call: tuple[tuple, dict], device: torch.dev
     arguments, keywords = call
     output = block(states.to(device), *arguments, **keywords)
     return output if torch.is_tensor(output) else output[0]
+
+
+def _collect_in(statistics: dict[str, Any]) -> Visit:
+    return lambda target, expert, inputs: statistics[target.name].add(expert, inputs)
 
 
 def _prune_one(target: Prunable, method: Any, statistic: Any, pattern: Pattern, update: bool) -> Tensor:

@@ -37,7 +37,9 @@ class Pattern:
             return cls(1, 1, ratio)
         n, m = nm
         if ratio not in (0.5, 1 - n / m):
-            raise UsageError(f"--sparsity_ratio {ratio} contradicts --sparsity_type {text}, which removes {1 - n / m:.3g}.")
+            raise UsageError(
+                f"--sparsity_ratio {ratio} contradicts --sparsity_type {text}, which removes {1 - n / m:.3g}."
+            )
         return cls(n, m, 1 - n / m)
 
     @property

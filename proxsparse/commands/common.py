@@ -59,7 +59,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens a window; default: %(default)s")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: %(default)s")
     parser.add_argument(
-        "--max_windows", type=positive_int, default=None, help="use the first so many windows only; default: all"
+        "--max_windows", type=positive_int, default=None, help="use so many windows, spread evenly; default: all"
     )
 
 
@@ -70,7 +70,9 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return load_model(args.model, dtype=dtype, device=device, **options), load_tokenizer(args.model, **options)
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Perplexity]:
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> dict[str, Perplexity]:
     """Perplexity on every text the arguments name, printed as it comes."""
     check_ctx_len(args.ctx_len, model.config)
     windows = {
@@ -107,7 +109,11 @@ def existing_folder(text: str, argument: str) -> Path:
 def describe_device(device: torch.device | str) -> str:
     """Name of the device for records."""
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -45,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     norms = None
     if settings.get("score") == "activation":
         if not (run / NORMS_FILE).is_file():
-            raise UsageError(f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing.")
+            raise UsageError(
+                f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing."
+            )
         norms = load_file(run / NORMS_FILE)
     mask = extract_mask(weights, targets, norms)
     mask.base_model = settings.get("model", "")
-    mask.info = {k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings}
+    mask.info = {
+        k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings
+    }
     shares = sparsity_by_kind(weights, targets)
     print_zeros(shares)
     output = Path(args.output) if args.output else run / "mask.safetensors"
@@ -77,5 +81,3 @@ def print_zeros(shares: dict[str, list[float]]) -> None:
     for kind, row in shares.items():
         table.add_row(kind, *(f"{share:.1%}" for share in row), style="bold" if kind == "all" else None)
     Console().print(table)
-
-

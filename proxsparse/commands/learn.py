@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, set_seed
 
 from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
 from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import UsageError, command
 from proxsparse.mask import save_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
+from proxsparse.model import EMBEDDED, load_model, load_tokenizer, quiet_bars, resolve_device, resolve_dtype
+from proxsparse.progress import RunProgress
 from proxsparse.record import git_commit, read_json, versions, write_json
 from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len
@@ -52,15 +53,16 @@ class LearnArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     run, config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     trainer, checkpoint = build(run, config)
-    out = Path(config.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    out = Path(str(config.output_dir))
+    with quiet_bars():
+        trainer.train(resume_from_checkpoint=checkpoint)
     mask = trainer.mask()
     mask.base_model = run.model
     mask.info |= {"dataset": run.dataset, "samples": run.samples, "ctx_len": run.ctx_len, "seed": config.seed}
     if trainer.is_world_process_zero():
         save_mask(mask, out / "mask.safetensors")
         write_json(out / "history.json", trainer.state.log_history)
-        last = next((entry for entry in reversed(trainer.state.log_history) if "share_24" in entry), {})
+        last: dict = next((entry for entry in reversed(trainer.state.log_history) if "share_24" in entry), {})
         print_json({"mask": str(out / "mask.safetensors"), "share_24": last.get("share_24")})
 
 
@@ -70,20 +72,14 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
     Raises:
         UsageError: names the flag, what was found and what is accepted.
     """
-    parser = HfArgumentParser((LearnArguments, ProxSparseConfig), description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser([LearnArguments, ProxSparseConfig], description=__doc__, allow_abbrev=False)  # type: ignore
     parser.formatter_class = _Formatter
 
     def refuse(message: str):
         raise UsageError(f"{message} (see --help)")
 
     parser.error = refuse  # type: ignore[method-assign]
-    on_cpu = _option(argv, "device", "auto") == "cpu" or resolve_device("auto") == "cpu"
-    if on_cpu and "--bf16" not in argv:
-        argv = [*argv, "--bf16", "false"]
-    if on_cpu and "--use_cpu" not in argv:
-        argv = [*argv, "--use_cpu", "true"]
-    if "--activation_checkpointing" not in argv and "--gradient_checkpointing" not in argv and on_cpu:
-        argv = [*argv, "--activation_checkpointing", "false"]
+    argv = [*argv, *_defaults_of_this_machine(argv)]
     if "--output_dir" not in argv:
         argv = [*argv, "--output_dir", "runs"]
     with warnings.catch_warnings():
@@ -105,6 +101,16 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
     return run, config
 
 
+def _defaults_of_this_machine(argv: list[str]) -> list[str]:
+    """Flags that suit the CPU, where the user gave none: the Trainer's own defaults assume a GPU."""
+    if _option(argv, "device", "auto") != "cpu" and resolve_device("auto") != "cpu":
+        return []
+    found = torch.cpu.get_capabilities()
+    native_bf16 = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
+    wanted = {"use_cpu": "true", "activation_checkpointing": "false", "bf16": "true" if native_bf16 else "false"}
+    return [w for name, value in wanted.items() if _option(argv, name, "") == "" for w in (f"--{name}", value)]
+
+
 def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
     """The name of a run's folder, after the released ones: model, data, samples, learning rate, context, lambdas."""
     name = (
@@ -118,7 +124,7 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     """Model, data and trainer of a run, and the checkpoint to go on from (None at the start)."""
     from proxsparse.trainer import ProxSparseTrainer
 
-    out = Path(config.output_dir)
+    out = Path(str(config.output_dir))
     out.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
     _remember(run, config, out)
@@ -142,6 +148,9 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         processing_class=tokenizer,
         callbacks=[CompleteCheckpoints()],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RunProgress())
     checkpoint = last_complete_checkpoint(out)
     if checkpoint:
         print(f"going on from {checkpoint}")

@@ -1,7 +1,7 @@
 """Apply a mask to the original weights: measure the perplexity, save the pruned checkpoint.
 
-    python eval/eval_mask_ppl.py --model smollm2-135m --mask runs/demo/mask.safetensors --dataset wiki news --ctx_len 512
-    python eval/eval_mask_ppl.py --mask runs/demo/mask.safetensors --save runs/demo/pruned --no_eval
+python eval/eval_mask_ppl.py --model smollm2-135m --mask runs/demo/mask.safetensors --dataset wiki news --ctx_len 512
+python eval/eval_mask_ppl.py --mask runs/demo/mask.safetensors --save runs/demo/pruned --no_eval
 """
 
 from collections.abc import Sequence
@@ -54,4 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.output:
         write_json(args.output, record)
-    print_json({"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}})
+    print_json(
+        {"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}}
+    )

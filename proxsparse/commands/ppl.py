@@ -1,8 +1,8 @@
 """Perplexity of any checkpoint.
 
-    python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
-    python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new --ctx_len 4096 --batch_size 4
-    python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt --output ppl.json
+python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
+python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new --ctx_len 4096 --batch_size 4
+python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt --output ppl.json
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = find_prunable(model, multiple=1)
     blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
     sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
-    for kind, shares in sparsity.items():
-        print(f"{kind}: {sum(shares[2:]):.2%} of the blocks are 2:4")
+    report_sparsity(sparsity)
     results = evaluate(model, tokenizer, args)
     record = {
         "model": args.model,
@@ -48,3 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         write_json(args.output, record)
     print_json({"model": args.model, **{text: round(r.perplexity, 4) for text, r in results.items()}})
+
+
+def report_sparsity(sparsity: dict[str, list[float]]) -> None:
+    """Say in one line how sparse the model is, and by layer kind where the kinds differ."""
+    shares = {kind: sum(row[2:]) for kind, row in sparsity.items()}
+    if not shares:
+        return
+    print(f"2:4 blocks: {shares['all']:.2%} of the prunable weights")
+    if max(shares.values()) - min(shares.values()) > 0.005:
+        for kind, share in shares.items():
+            print(f"  {kind}: {share:.2%}")

@@ -2,7 +2,7 @@
 
     python baseline/main.py --model smollm2-135m --prune_method wanda --dataset wiki --ctx_len 512 --save runs/wanda
     python baseline/main.py --model smollm2-135m --prune_method sparsegpt --mask_only --dataset wiki --save runs/sgpt
-    python baseline/main.py --model meta-llama/Llama-2-7b-hf --prune_method magnitude --sparsity_type 4:8 --save runs/mag
+    python baseline/main.py --model meta-llama/Llama-2-7b-hf --prune_method magnitude --sparsity_type 4:8 --save mag
 
 Writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
 """
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("Give --save FOLDER for the mask, --save_model FOLDER for the pruned checkpoint, or both.")
     if changes_weights and not args.save_model:
         raise UsageError(
-            f"{args.prune_method} changes weights, so its mask alone is not its result: give --save_model, or --mask_only."
+            f"{args.prune_method} changes weights, so a mask alone is not its result: give --save_model or --mask_only."
         )
     model, tokenizer = load(args)
     windows = model.dummy_inputs["input_ids"]

@@ -36,7 +36,7 @@ Put D4 = q and D_i = sqrt(q^2 + 4 L (z_i - z4)). Everything follows from q:
 * k <= 0 (strong shrinkage): G(q) = r(q) - sqrt(q^2 - k) is concave, G(1) <= 0 and G' < 0 there, so Newton from
   q = 1 moves monotonically to the largest root, which is the local minimum, or finds a slope >= 0: no minimum.
 * k > 0 (mild shrinkage, every real training step): the same equation in y = (1 - q) / L = x1 + x2 + x3 - x4,
-      R(y) = x4 - z4 + L e2(x1, x2, x3) = 0,   x_i = x4 + d_i,   d_i = 2 (z_i - z4) / (D_i + q),   x4 = (y - sum d_i) / 2,
+      R(y) = x4 - z4 + L e2(x1, x2, x3) = 0,  x_i = x4 + d_i,  d_i = 2 (z_i - z4) / (D_i + q),  x4 = (y - sum d_i) / 2,
   which does not cancel for small L. Newton from y = z1 + z2 + z3 - z4 needs at most four steps in float32.
 
 Both claims about starting points are tested against a float64 search over all supports with many starts

@@ -1,0 +1,224 @@
+"""Quality of masks: dense, every baseline and ProxSparse on the same calibration text, in one table.
+
+    python benchmarks/quality.py                                             the table of BENCHMARKS.md
+    python benchmarks/quality.py --rows dense wanda masked --samples 50      some rows, another budget
+    python benchmarks/quality.py --rows masked masked-lr2 --seeds 0 1 2      variants, several seeds
+
+Each row runs in a process of its own (so that its peak memory is its own) and is written to the JSON file when done;
+the same command again runs only what is missing.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.commands.learn import build, parse_arguments
+from proxsparse.mask import apply_mask
+from proxsparse.model import EMBEDDED, load_model, load_tokenizer
+from proxsparse.perplexity import perplexity
+from proxsparse.record import git_commit, read_json, versions, write_json
+from proxsparse.text import calibration_windows, evaluation_windows
+
+# Variants of the learner: name -> flags of end-to-end/main.py.
+LEARNED: dict[str, str] = {
+    "masked": "--method masked",
+    "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
+    # One change to the default each.
+    "masked-lr/4": "--learning_rate 0.0025",
+    "masked-lr/2": "--learning_rate 0.005",
+    "masked-lr2": "--learning_rate 0.02",
+    "masked-lr4": "--learning_rate 0.04",
+    "masked-noprox": "--lambda_value 0",
+    "masked-prox5": "--lambda_value 0.01",
+    "masked-prox25": "--lambda_value 0.05",
+    "masked-weight": "--score weight",
+    "masked-lm": "--distill 0",
+    "masked-half": "--distill 0.5",
+    "masked-beta2-99": "--adam_beta2 0.99",
+    "masked-t2": "--temperature 2",
+    # Steps from the paper's method towards the default.
+    "paper-activation": "--method paper --score activation --relative true --lambda_value 0.02 --learning_rate 5e-4 "
+    "--lambda_ramp 0.5 --train_only_pruned true",
+    "paper-activation-distill": "--method paper --score activation --relative true --lambda_value 0.02 "
+    "--learning_rate 5e-4 --lambda_ramp 0.5 --train_only_pruned true --distill 1",
+    "paper-relative": "--method paper --relative true --lambda_value 0.02 --learning_rate 5e-4 --lambda_ramp 0.5",
+    "paper-lambda2": "--method paper --lambda_value 0.25 --learning_rate 1e-4 --project_lambda2 1 --lambda2_value 0.25 "
+    "--epsilon 0.5",
+}
+BASELINES = {
+    "magnitude": ("magnitude", False),
+    "wanda": ("wanda", False),
+    "sparsegpt-mask": ("sparsegpt", False),
+    "admm-mask": ("admm", False),
+    "sparsegpt": ("sparsegpt", True),
+    "admm": ("admm", True),
+}
+DEFAULT_ROWS = ["dense", *BASELINES, "paper", "masked"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--text", default="wiki", help="calibration text")
+    parser.add_argument("--eval", nargs="+", default=["wiki", "news"], help="held-out texts")
+    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *LEARNED])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=None, help="evaluation windows a text; default: all")
+    parser.add_argument("--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while learning")
+    parser.add_argument("--output", default="benchmarks/results/quality_smollm2-135m.json")
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        print(json.dumps(measure(args, args.one, args.seeds[0])))
+        return 0
+    output = Path(args.output)
+    record = read_json(output) if output.is_file() else {"rows": []}
+    for row in args.rows:
+        for seed in args.seeds:
+            key = {"row": row, "seed": seed, "samples": args.samples, "ctx_len": args.ctx_len, "windows": args.windows}
+            if any(all(done[k] == v for k, v in key.items()) for done in record["rows"]):
+                continue
+            print(f"... {row}, seed {seed}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--one", row, "--seeds", str(seed), "--model", args.model]
+            command += ["--text", args.text, "--samples", str(args.samples), "--ctx_len", str(args.ctx_len)]
+            command += ["--bf16", args.bf16, "--eval", *args.eval]
+            command += ["--windows", str(args.windows)] if args.windows else []
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(done.stderr[-3000:], file=sys.stderr)
+                return 1
+            record["rows"].append(key | json.loads(done.stdout.splitlines()[-1]))
+            record |= {
+                "model": args.model,
+                "text": args.text,
+                "versions": versions(),
+                "threads": torch.get_num_threads(),
+            }
+            write_json(output, record)
+            print(summary(record["rows"][-1]), file=sys.stderr, flush=True)
+    show(record)
+    return 0
+
+
+def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
+    """One row: prune or learn, then evaluate on the held-out texts."""
+    tokenizer = load_tokenizer(args.model)
+    start = time.perf_counter()
+    updated, tokens = False, args.samples * args.ctx_len
+    if row in LEARNED:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--model {args.model} --dataset {args.text} --ctx_len {args.ctx_len} --samples {args.samples}"
+            flags += f" --seed {seed} --output_dir {folder} --save_strategy no --bf16 {args.bf16} {LEARNED[row]}"
+            trainer, _ = build(*parse_arguments(flags.split()))
+            trainer.train()
+            mask, extra = trainer.mask(), {"share_24": trainer.state.log_history[-2].get("share_24")}
+            del trainer
+        model = load_model(args.model, dtype=torch.float32)
+        apply_mask(model, mask)
+    else:
+        model, extra = load_model(args.model, dtype=torch.float32), {}
+        if row == "dense":
+            tokens = 0
+        else:
+            name, updated = BASELINES[row]
+            windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+            prune_layerwise(model, windows, METHODS[name](), Pattern.parse("2:4"), update=updated)
+            tokens = 0 if name == "magnitude" else tokens
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {
+        "updated": updated,
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_gib": peak,
+        "commit": git_commit(),
+    } | extra
+    dense = load_model(args.model, dtype=torch.float32)
+    for text in args.eval:
+        split = "heldout" if text == args.text else "all"
+        windows = evaluation_windows(text, tokenizer, args.ctx_len, split, args.windows)
+        found = perplexity(model, windows)
+        agreement, divergence = compare(model, dense, windows[:: max(1, len(windows) // 16)])
+        result[text] = {
+            "perplexity": found.perplexity,
+            "standard_error": found.standard_error,
+            "windows": found.windows,
+            "top1": agreement,
+            "kl": divergence,
+        }
+    return result
+
+
+@torch.no_grad()
+def compare(model, dense, windows) -> tuple[float, float]:
+    """Share of positions with the same most likely token as the dense model, and KL(dense || model) in nats."""
+    same, divergence, count = 0, 0.0, 0
+    for window in windows:
+        ours = model(input_ids=window[None]).logits[0].float().log_softmax(-1)
+        theirs = dense(input_ids=window[None]).logits[0].float().log_softmax(-1)
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        divergence += (theirs.exp() * (theirs - ours)).sum().item()
+        count += len(window)
+    return same / count, divergence / count
+
+
+def summary(row: dict) -> str:
+    texts = {k: v for k, v in row.items() if isinstance(v, dict)}
+    return (
+        f"{row['row']}: "
+        + ", ".join(f"{t} {v['perplexity']:.2f}" for t, v in texts.items())
+        + f", {row['seconds']:.0f} s"
+    )
+
+
+def show(record: dict) -> None:
+    """Print the table, mean over seeds."""
+    rows = record["rows"]
+    texts = [k for k, v in rows[0].items() if isinstance(v, dict)]
+    table = Table(title=f"{record['model']}, 2:4, calibrated on {record['text']}")
+    for head in ("method", "weights updated", "tokens", "seeds", "seconds", "peak GiB"):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for text in texts:
+        for head in (f"{text} perplexity", "top-1", "KL"):
+            table.add_column(head, justify="right")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["row"], row["samples"], row["ctx_len"], row["windows"]), []).append(row)
+    for (name, *_), members in groups.items():
+        cells = [name, "yes" if members[0]["updated"] else "no", f"{members[0]['tokens']:,}", str(len(members))]
+        cells += [f"{_mean(m['seconds'] for m in members):.0f}", f"{_mean(m['peak_gib'] for m in members):.1f}"]
+        for text in texts:
+            values = [m[text]["perplexity"] for m in members]
+            spread = f" +- {_spread(values):.2f}" if len(values) > 1 else ""
+            cells += [f"{_mean(values):.2f}{spread}", f"{_mean(m[text]['top1'] for m in members):.1%}"]
+            cells += [f"{_mean(m[text]['kl'] for m in members):.3f}"]
+        table.add_row(*cells)
+    Console(width=180).print(table)
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _spread(values: list[float]) -> float:
+    mean = _mean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
