@@ -58,7 +58,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["exp_avg"].copy_(mean)
         state["exp_avg_sq"].copy_(square)
-        denominator = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+        denominator = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
         value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
         if parameter.dtype == torch.bfloat16:

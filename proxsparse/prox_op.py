@@ -199,7 +199,8 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
     ):
         ones = torch.empty(0)
         arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
-        cpu.top2_product_(*[t.numpy() for t in arrays], 8 * cpu.threads(torch.get_num_threads()))
+        parts = 8 * cpu.threads(torch.get_num_threads())
+        cpu.top2_product_(*[t.numpy() for t in arrays], parts)  # type: ignore[call-arg]
         return
     out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
 

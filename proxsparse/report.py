@@ -67,3 +67,22 @@ def _smooth(values: list[float], weight: float = 0.7) -> list[float]:
     for value in values:
         smoothed.append(value if not smoothed else weight * smoothed[-1] + (1 - weight) * value)
     return smoothed
+
+
+def draw_path(lams: list[float], curves: list[list[float]], block: list[float], path: Path | str) -> None:
+    """Picture of one block under the operator, over lambda.
+
+    Args:
+        curves: for each of the four weights, its value at every lambda.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for curve, start in zip(curves, block, strict=True):
+        axis.plot(lams, curve, label=f"w = {start:g}", linewidth=2)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(xlabel="lambda", ylabel="weight after the operator", title="one block of four under the 2:4 operator")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
+    plt.close(figure)

@@ -1,0 +1,49 @@
+"""Distillation, and the optimizer that rounds stochastically."""
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from proxsparse.losses import distillation_loss
+from proxsparse.optim import StochasticAdamW
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_scaled_divergence_with_its_gradient(temperature):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(700, 11, generator=generator, requires_grad=True)
+    teacher = torch.randn(700, 11, generator=generator)
+    ours = distillation_loss(student, teacher, temperature)
+    log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    expected = kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-5)
+
+
+def test_distillation_is_zero_at_the_teacher():
+    logits = torch.randn(5, 7)
+    assert distillation_loss(logits, logits).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_in_float32_it_is_adamw():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 4, generator=generator)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    optimizers = [StochasticAdamW([weights[0]], **settings), torch.optim.AdamW([weights[1]], **settings)]
+    for _ in range(10):
+        gradient = torch.randn(4, 4, generator=generator)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_in_bfloat16_small_steps_survive_on_average():
+    weight = torch.nn.Parameter(torch.full((4000,), 1.0, dtype=torch.bfloat16))
+    optimizer = StochasticAdamW([weight], lr=1e-4, seed=3)
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    # Twenty steps of 1e-4; a unit in the last place is 2^-8 = 39e-4 below one.
+    assert weight.double().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)

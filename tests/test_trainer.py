@@ -1,0 +1,346 @@
+"""The learning loop: when the operator runs, what is logged, resuming, bfloat16, and failures."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from proxsparse.config import METHODS, ProxSparseConfig
+from proxsparse.errors import RunError, UsageError
+from proxsparse.losses import distillation_loss, frozen_weight_penalty
+from proxsparse.prox_op import prox_op
+from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+from proxsparse.trainer import ProxCallback, ProxSparseTrainer
+
+STEPS = 6
+
+
+def config(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_length": 32,
+        "disable_tqdm": True,
+    }
+    return ProxSparseConfig(**(settings | changes))
+
+
+def data(rows=STEPS, seed=0):
+    ids = torch.randint(1, 257, (rows, 32), generator=torch.Generator().manual_seed(seed))
+    return Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+def trainer(folder, tokenizer, model=None, rows=STEPS, callbacks=(), **changes):
+    settings = config(folder, **changes)
+    return ProxSparseTrainer(
+        model or tiny_llama(), settings, train_dataset=data(rows), processing_class=tokenizer, callbacks=list(callbacks)
+    )
+
+
+class CountSteps(TrainerCallback):
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_the_operator_runs_once_per_optimizer_step(tmp_path, tokenizer, method, accumulation, monkeypatch):
+    runs = trainer(tmp_path, tokenizer, method=method, gradient_accumulation_steps=accumulation)
+    calls = []
+    monkeypatch.setattr(runs, "_proximal_step", lambda *args: calls.append(args))
+    runs.callback_handler.callbacks = [
+        ProxCallback(runs._proximal_step) if isinstance(c, ProxCallback) else c for c in runs.callback_handler.callbacks
+    ]
+    runs.train()
+    assert len(calls) == runs.state.global_step == STEPS // accumulation
+
+
+def test_a_skipped_step_is_not_shrunk():
+    calls = []
+    callback = ProxCallback(lambda *args: calls.append(args))
+
+    class Scaler:
+        scale = 8.0
+
+        def get_scale(self):
+            return self.scale
+
+    class Optimizer:
+        scaler = Scaler()
+        step_was_skipped = False
+
+    class State:
+        global_step, max_steps = 0, 1
+
+    optimizer = Optimizer()
+    callback.on_pre_optimizer_step(None, State, None, optimizer=optimizer)
+    optimizer.scaler.scale = 4.0  # what an overflow does, also where the fused optimizers report no skip
+    callback.on_optimizer_step(None, State, None, optimizer=optimizer)
+    assert not calls
+    callback.on_pre_optimizer_step(None, State, None, optimizer=optimizer)
+    callback.on_optimizer_step(None, State, None, optimizer=optimizer)
+    assert len(calls) == 1
+    optimizer.step_was_skipped = True
+    callback.on_pre_optimizer_step(None, State, None, optimizer=optimizer)
+    callback.on_optimizer_step(None, State, None, optimizer=optimizer)
+    assert len(calls) == 1
+
+
+def test_without_a_gradient_step_the_paper_method_is_the_operator_repeated(tmp_path, tokenizer):
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    runs = trainer(tmp_path, tokenizer, model, method="paper", learning_rate=1e-30, lambda_value=0.3)
+    runs.train()
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = before.get_parameter(name).detach()
+    for _ in range(STEPS):
+        expected = prox_op(expected, 0.3)
+    torch.testing.assert_close(runs.model.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_log_has_every_metric(tmp_path, tokenizer, method):
+    runs = trainer(tmp_path, tokenizer, method=method)
+    runs.train()
+    logs = [entry for entry in runs.state.log_history if "share_24" in entry]
+    assert len(logs) == STEPS
+    loss = "kl" if method == "masked" else "lm_loss"
+    for key in (loss, "regularizer", "share_24", "mask_churn", "prox_seconds", "prox_share"):
+        assert all(key in entry for entry in logs), key
+    assert 0 < logs[-1]["prox_share"] < 1
+    assert logs[0]["regularizer"] > logs[-1]["regularizer"] > 0
+
+
+def test_a_strong_lambda_ends_with_24_blocks_everywhere(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer, method="paper", lambda_value=20.0)
+    runs.train()
+    assert runs.state.log_history[-2]["share_24"] == 1.0
+
+
+def test_masked_forward_computes_with_the_masked_original_weights(tmp_path, tokenizer):
+    model = tiny_llama()
+    original = {n: p.detach().clone() for n, p in model.named_parameters()}
+    runs = trainer(tmp_path, tokenizer, model)
+    runs.train()
+    mask = runs.mask()
+    moved = 0.0
+    for target in runs.targets:
+        moved += (target.weight.detach() - original[target.name]).abs().sum().item()
+        with runs.masked.masked():
+            seen = target.weight.detach().clone()
+        assert torch.equal(seen, original[target.name] * mask.tensors[target.name])
+        with runs.masked.dense():
+            assert torch.equal(target.weight.detach(), original[target.name])
+    assert moved > 0
+
+
+def test_masked_forward_freezes_what_is_not_pruned(tmp_path, tokenizer):
+    model = tiny_llama()
+    before = model.model.embed_tokens.weight.detach().clone()
+    runs = trainer(tmp_path, tokenizer, model)
+    runs.train()
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_learning_lowers_the_divergence_from_the_dense_model(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer, rows=60, learning_rate=0.02)
+    ids = torch.tensor(data(60)["input_ids"])
+
+    @torch.no_grad()
+    def divergence():
+        with runs.masked.dense():
+            dense = runs.model(input_ids=ids).logits.flatten(0, 1)
+        with runs.masked.masked():
+            return (distillation_loss(runs.model(input_ids=ids).logits.flatten(0, 1), dense) / dense.shape[0]).item()
+
+    before = divergence()
+    runs.train()
+    assert divergence() < 0.8 * before
+
+
+def test_lambda2_is_in_the_loss_and_its_gradient_does_not_depend_on_accumulation(tmp_path, tokenizer):
+    gradients = []
+    for accumulation in (1, 2):
+        torch.manual_seed(0)
+        model = tiny_llama()
+        runs = trainer(
+            tmp_path / str(accumulation), tokenizer, model, rows=accumulation, method="paper", project_lambda2=1,
+            lambda2_value=1e3, gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=1e-9,
+        )  # fmt: skip
+        with torch.no_grad():
+            for target in runs.targets:  # away from W0, where the penalty has a slope
+                target.weight.mul_(1.5)
+        seen = []
+
+        class Grab(TrainerCallback):
+            def on_pre_optimizer_step(self, *args, seen=seen, runs=runs, **kwargs):
+                seen.append(runs.targets[0].weight.grad.clone())
+
+        runs.add_callback(Grab())
+        runs.train()
+        gradients.append(seen[0])
+        assert any(entry.get("lambda2_loss", 0) > 0 for entry in runs.state.log_history)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=1e-2 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_bfloat16_learns_only_with_stochastic_rounding(tmp_path, tokenizer, rounding):
+    model = tiny_llama().to(torch.bfloat16)
+    before = model.get_parameter("model.layers.0.mlp.up_proj.weight").detach().clone()
+    # A step of 1e-4 is a tenth of a unit in the last place of a weight of 0.2, and there are six.
+    runs = trainer(
+        tmp_path, tokenizer, model, method="paper", learning_rate=1e-4, lambda_value=0.0, rounding=rounding,
+        warmup_steps=0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    runs.train()
+    big = before.abs() > 0.1
+    changed = (model.get_parameter("model.layers.0.mlp.up_proj.weight").detach() != before)[big].float().mean().item()
+    assert (changed > 0.15) if rounding == "stochastic" else (changed < 0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_mask(tmp_path, tokenizer, method):
+    masks = []
+    for attempt in range(2):
+        runs = trainer(tmp_path / str(attempt), tokenizer, method=method)
+        runs.train()
+        masks.append(runs.mask().tensors)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer, method, dtype):
+    saving = {"save_strategy": "steps", "save_steps": 2, "method": method, "save_total_limit": 2}
+    whole = trainer(tmp_path / "whole", tokenizer, tiny_llama().to(dtype), **saving)
+    whole.train()
+    broken = trainer(
+        tmp_path / "broken", tokenizer, tiny_llama().to(dtype), callbacks=[CompleteCheckpoints(), StopAt(5)], **saving
+    )
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    checkpoint = last_complete_checkpoint(tmp_path / "broken")
+    assert checkpoint.endswith("checkpoint-4")
+    again = trainer(tmp_path / "broken", tokenizer, tiny_llama().to(dtype), callbacks=[CompleteCheckpoints()], **saving)
+    again.train(resume_from_checkpoint=checkpoint)
+    for target in again.targets:
+        assert torch.equal(target.weight, whole.model.get_parameter(target.name)), target.name
+    first, second = whole.mask().tensors, again.mask().tensors
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer, callbacks=[CompleteCheckpoints()], save_strategy="steps", save_steps=2)
+    runs.train()
+    last = tmp_path / "checkpoint-6"
+    assert last_complete_checkpoint(tmp_path) == str(last)
+    weights = last / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not last.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_checkpoint(tmp_path, tokenizer):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(float("nan"))
+
+    runs = trainer(
+        tmp_path, tokenizer, callbacks=[CompleteCheckpoints(), Poison()], save_strategy="steps", save_steps=2
+    )
+    with pytest.raises(RunError, match=r"loss is nan at step 5.*last good checkpoint is .*checkpoint-4"):
+        runs.train()
+    assert (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path, tokenizer):
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                runs.targets[3].weight[0, 0] = float("inf")
+
+    runs = trainer(tmp_path, tokenizer, callbacks=[Poison()], method="paper")
+    with pytest.raises(RunError, match=r"o_proj.weight at step 1: weight has NaN or infinite entries in 1 of"):
+        runs.train()
+
+
+def test_evaluation_measures_the_masked_original_weights(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer, eval_strategy="no")
+    runs.eval_dataset = data(4, seed=1)
+    dense = tiny_llama()
+    found = runs.evaluate(data(4, seed=1))["eval_loss"]
+    ids = torch.tensor(data(4, seed=1)["input_ids"])
+    assert found != pytest.approx(dense(input_ids=ids, labels=ids).loss.item(), rel=1e-3)
+    with torch.no_grad():
+        for target in runs.targets:
+            target.weight.mul_(runs.mask().tensors[target.name])
+    assert found == pytest.approx(runs.model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "--method must be one of paper, masked; got 'magic'"),
+        ({"score": "hessian"}, "--score must be one of activation, weight; got 'hessian'"),
+        ({"lambda_value": -1.0}, "--lambda_value must be a finite number of at least 0.0; got -1.0"),
+        ({"distill": 1.5}, "--distill must be between 0 and 1; got 1.5"),
+        ({"epsilon": 0.0}, "--epsilon must be a finite number > 0; got 0.0"),
+        ({"learning_rate": -1e-3}, "--learning_rate must be a finite number > 0"),
+        ({"rounding": "up"}, "--rounding must be one of stochastic, nearest; got 'up'"),
+        ({"lambda2_value": 1.0}, "--lambda2_value has no effect without --project_lambda2 1"),
+        ({"project_lambda2": 1}, "Use --method paper, or leave lambda2 out"),
+        ({"project_lambda2": 2}, "--project_lambda2 must be one of 0, 1; got 2"),
+        ({"norm_samples": 0}, "--norm_samples must be at least 1; got 0"),
+        ({"include": "("}, "--include must be a regular expression, got '\\('"),
+        ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, tokenizer, changes, message):
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, tokenizer, **changes)
+
+
+def test_a_preset_gives_way_to_what_the_user_sets(tmp_path):
+    assert config(tmp_path).lambda_value == METHODS["masked"]["lambda_value"]
+    assert config(tmp_path, lambda_value=0.5, learning_rate=3e-3).lambda_value == 0.5
+    assert config(tmp_path, learning_rate=3e-3).learning_rate == 3e-3
+    assert config(tmp_path, masked_forward=False).masked_forward is False
+
+
+def test_the_frozen_weight_penalty_is_its_definition():
+    weight, base = torch.tensor([0.5, -1.0, 0.3]), torch.tensor([1.0, -2.0, 0.0])
+    expected = sum((w / (b + 0.1 * (-1 if b < 0 else 1)) * (w - b)) ** 2 for w, b in zip(weight, base, strict=True))
+    assert frozen_weight_penalty(weight, base, 0.1).item() == pytest.approx(expected.item())
+
+
+def test_the_frozen_weight_penalty_has_the_gradient_of_finite_differences_and_autograd():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+    base[0, 0] = 0.0
+    weight = (base + 0.3 * torch.randn(6, 8, dtype=torch.float64, generator=generator)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: frozen_weight_penalty(w, base, 0.2), (weight,))
+    scale = base + 0.2 * torch.where(base < 0, -1.0, 1.0)
+    (plain,) = torch.autograd.grad((weight / scale * (weight - base)).square().sum(), weight)
+    (ours,) = torch.autograd.grad(frozen_weight_penalty(weight, base, 0.2), weight)
+    torch.testing.assert_close(ours, plain)
