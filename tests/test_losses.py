@@ -17,7 +17,9 @@ def test_distillation_is_the_scaled_divergence_with_its_gradient(temperature):
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     expected = kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
     torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, student)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_distillation_is_zero_at_the_teacher():

@@ -37,7 +37,11 @@ FAMILIES = {
         SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
         {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
     ),
-    "gpt2": (hf.GPT2Config, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, {"c_attn", "c_proj", "c_fc"}),
+    "gpt2": (
+        hf.GPT2Config,
+        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {"c_attn", "c_proj", "c_fc"},
+    ),
     "gpt_neox": (
         hf.GPTNeoXConfig,
         SIZES,
@@ -81,7 +85,9 @@ def test_gpt2_blocks_run_along_the_input():
 def test_a_width_without_blocks_of_four_is_named_and_can_be_left_out():
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | {"intermediate_size": 66})))
-    with pytest.raises(UsageError, match="input width of model.layers.0.mlp.down_proj.weight is 66, not a multiple of 4"):
+    with pytest.raises(
+        UsageError, match="input width of model.layers.0.mlp.down_proj.weight is 66, not a multiple of 4"
+    ):
         find_prunable(model)
     assert len(find_prunable(model, exclude="down_proj")) == 12
 

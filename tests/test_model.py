@@ -1,0 +1,114 @@
+"""Loading models: what works, and one sentence for each thing that does not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM
+
+from proxsparse.errors import RunError, UsageError
+from proxsparse.model import load_model, load_tokenizer, resolve_device, resolve_dtype
+
+
+def test_a_folder_loads_with_its_dtype_and_name(checkpoint):
+    model = load_model(checkpoint)
+    assert model.dtype == torch.float32
+    assert model.config._name_or_path == checkpoint
+    assert load_model(checkpoint, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("/no/such/folder", UsageError, "--model: there is no folder /no/such/folder"),
+        ("./nothing", UsageError, "there is no folder ./nothing"),
+        ("missing.gguf", UsageError, "there is no file missing.gguf"),
+        ("nobody/nothing", RunError, "neither a local folder nor in the cache, and"),
+        ("bad name!", UsageError, "neither a folder here nor a Hub id"),
+    ],
+)
+def test_a_missing_model_is_named(name, kind, message):
+    with pytest.raises(kind, match=message):
+        load_model(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "is gated: accept its licence on https://huggingface.co/some/model, and log in"),
+        (RepositoryNotFoundError, "There is no model some/model"),
+    ],
+)
+def test_refusals_of_the_hub_say_what_to_do(monkeypatch, error, message):
+    def refuse(*args, **kwargs):
+        raise OSError("You are trying to access something") from error.__new__(error)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(RunError, match=message):
+        load_model("some/model")
+
+
+def test_a_folder_without_a_config_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="has no config.json, so it is not a checkpoint"):
+        load_model(str(tmp_path))
+
+
+def damaged(checkpoint, tmp_path, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    return str(folder)
+
+
+def test_an_unknown_architecture_is_one_sentence(checkpoint, tmp_path):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
+
+    with pytest.raises(RunError, match="can't be loaded: .*martian"):
+        load_model(damaged(checkpoint, tmp_path, change))
+
+
+def test_truncated_weights_are_one_sentence(checkpoint, tmp_path):
+    def change(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(RunError, match="can't be loaded"):
+        load_model(damaged(checkpoint, tmp_path, change))
+
+
+def test_pickled_weights_are_never_loaded(checkpoint, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(ran), "w"))
+
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(Payload(), folder / "pytorch_model.bin")
+
+    with pytest.raises(RunError, match="no safetensors weights, and pickle files can run code"):
+        load_model(damaged(checkpoint, tmp_path, change))
+    assert not ran.exists()
+
+
+def test_a_missing_tokenizer_is_one_sentence(checkpoint, tmp_path):
+    def change(folder):
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+
+    with pytest.raises(RunError, match="can't be loaded"):
+        load_tokenizer(damaged(checkpoint, tmp_path, change))
+
+
+def test_dtypes_and_devices_are_checked():
+    with pytest.raises(UsageError, match="--dtype must be one of auto, float32, bfloat16, float16; got 'int8'"):
+        resolve_dtype("int8")
+    with pytest.raises(UsageError, match="--device must be auto, cpu, or a device of this machine; got 'cuda:77'"):
+        resolve_device("cuda:77")
+    assert resolve_dtype("auto") == "auto"
+    assert resolve_device("cpu") == "cpu"

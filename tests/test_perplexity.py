@@ -1,0 +1,47 @@
+"""The perplexity loop against the definition."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from proxsparse.errors import RunError
+from proxsparse.perplexity import perplexity
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(1, 257, (7, 40), generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_the_exponential_of_the_mean_window_loss(windows):
+    model = tiny_llama()
+    losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+    found = perplexity(model, windows)
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 7), rel=1e-5)
+    spread = torch.tensor(losses).double().std().item() / math.sqrt(7)
+    assert found.standard_error == pytest.approx(found.perplexity * spread, rel=1e-3)
+    assert (found.windows, found.ctx_len) == (7, 40)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7, 100])
+def test_batches_do_not_change_it(windows, batch_size):
+    model = tiny_llama()
+    assert perplexity(model, windows, batch_size).perplexity == pytest.approx(
+        perplexity(model, windows).perplexity, rel=1e-4
+    )
+
+
+def test_a_model_that_overflows_is_reported(windows):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="loss is not finite on window 0"):
+        perplexity(model, windows)
+
+
+def test_it_leaves_the_mode_of_the_model(windows):
+    model = tiny_llama().train()
+    perplexity(model, windows[:1])
+    assert model.training
