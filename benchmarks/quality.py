@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         split = "heldout" if text == args.text else "all"
         windows = evaluation_windows(text, tokenizer, args.ctx_len, split, args.windows)
         found = perplexity(model, windows)
-        agreement, divergence = compare(model, dense, windows[:: max(1, len(windows) // 16)])
+        agreement, divergence = compare(model, dense, windows[:: max(1, len(windows) // 8)])
         result[text] = {
             "perplexity": found.perplexity,
             "standard_error": found.standard_error,

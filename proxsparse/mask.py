@@ -95,16 +95,17 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         _check_pattern(name, tensor, mask.pattern)
         packed[name] = np.packbits(tensor.numpy(), axis=-1, bitorder="little")
         shapes[name] = list(tensor.shape)
+    # One entry: safetensors writes several in random order, and the same mask should be the same bytes.
     metadata = {
         "format": FORMAT,
         "pattern": mask.pattern,
         "base_model": mask.base_model,
-        "shapes": json.dumps(shapes),
-        "info": json.dumps(mask.info, default=str),
-        "versions": json.dumps(versions()),
+        "shapes": shapes,
+        "info": mask.info,
+        "versions": versions(),
     }
     with atomic_path(path) as scratch:
-        save_file(packed, str(scratch), metadata=metadata)
+        save_file(packed, str(scratch), metadata={"proxsparse": json.dumps(metadata, default=str)})
 
 
 def load_mask(path: Path | str) -> Mask:
@@ -121,14 +122,15 @@ def load_mask(path: Path | str) -> Mask:
         raise UsageError(f"--mask: there is no file {path}.")
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
+            if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
                 raise UsageError(f"--mask: {path} is a safetensors file, but not a mask written by proxsparse.")
-            shapes = json.loads(metadata["shapes"])
-            info = json.loads(metadata["info"])
-            pattern, base_model = metadata["pattern"], metadata["base_model"]
+            shapes, info = dict(metadata["shapes"]), dict(metadata["info"])
+            pattern, base_model = str(metadata["pattern"]), str(metadata["base_model"])
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UsageError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"The mask file {path} is damaged ({error}); copy or extract it again.") from error
     if set(shapes) != set(packed) or not packed:
         raise RunError(f"The mask file {path} is damaged: its tensors and its list of shapes differ.")

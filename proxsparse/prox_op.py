@@ -199,10 +199,39 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
     ):
         ones = torch.empty(0)
         arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
-        parts = 8 * cpu.threads(torch.get_num_threads())
-        cpu.top2_product_(*[t.numpy() for t in arrays], parts)  # type: ignore[call-arg]
+        count = 8 * cpu.threads(torch.get_num_threads())
+        cpu.top2_product_(*[t.numpy() for t in arrays], count)  # type: ignore[call-arg]
         return
     out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
+
+
+@torch.no_grad()
+def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> tuple[int, float]:
+    """How far the mask has moved since the last call, and the penalty, in one pass over the weight.
+
+    Args:
+        weight: (..., I), I a multiple of 4.
+        codes: (weight.numel() / 4,) uint8, this function's memory of the mask; zeros at the first call.
+        scale: (I,) positive, (E, I) for stacked experts, or None for ones.
+
+    Returns:
+        (mask entries that changed, sum of R(weight * scale)).
+    """
+    if scale is not None and scale.dim() == 2:
+        parts = [survey_(w, c, s) for w, c, s in zip(weight, codes.view(len(weight), -1), scale, strict=True)]
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    if kernel_for(weight) == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
+        ones = torch.empty(0) if scale is None else scale.float().contiguous()
+        count = 8 * cpu.threads(torch.get_num_threads())
+        changed, penalty = cpu.survey_(weight.view(-1).numpy(), ones.numpy(), codes.view(-1).numpy(), count)
+        return int(changed), float(penalty)
+    scored = weight.float() if scale is None else weight.float() * scale.to(weight.device)
+    bits = top2_mask(scored).unflatten(-1, (-1, 4)).to(torch.uint8)
+    now = (bits * torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+    before = codes.view(now.shape)
+    changed = sum(int(((now ^ before) >> k & 1).sum()) for k in range(4))
+    before.copy_(now)
+    return changed, regularizer(scored).item()
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

@@ -29,7 +29,7 @@ from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask
 from proxsparse.masked import MaskedWeights
 from proxsparse.optim import StochasticAdamW, noise_seed
-from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, regularizer
+from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
 from proxsparse.record import atomic_path
 
@@ -89,7 +89,7 @@ class ProxSparseTrainer(SFTTrainer):
         self._prox_seconds = self._step_seconds = 0.0
         self._blocks_24 = self._blocks = 0
         self._teacher_logits: Tensor | None = None
-        self._at_last_log: Mask | None = None
+        self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
         self.add_callback(ProxCallback(self._proximal_step))
         if self.is_deepspeed_enabled:
@@ -237,19 +237,20 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _progress(self) -> dict[str, float]:
         """What the log shows beside the loss."""
-        mask = self.mask()
-        churn = 0.0
-        if self._at_last_log is not None:
-            changed = sum(int((mask.tensors[n] != m).sum()) for n, m in self._at_last_log.tensors.items())
-            churn = changed / sum(m.numel() for m in mask.tensors.values())
-        self._at_last_log = mask
+        changed, penalty, entries = 0, 0.0, 0
+        for target in self.targets:
+            rows = target.rows(local(target.weight.detach()))
+            fresh = target.name not in self._codes
+            codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
+            moved, value = survey_(rows, codes, None if self.norms is None else self.norms[target.name])
+            changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
         total = self._step_seconds + self._prox_seconds
         seconds, share = self._prox_seconds, self._prox_seconds / total if total else 0.0
         self._prox_seconds = self._step_seconds = 0.0
         return {
             "share_24": self._blocks_24 / self._blocks,
-            "mask_churn": churn,
-            "regularizer": sum(regularizer(t.rows(local(t.weight.detach()))).item() for t in self.targets),
+            "mask_churn": changed / entries,
+            "regularizer": penalty,
             "prox_seconds": seconds,
             "prox_share": share,
         }

@@ -111,8 +111,8 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
     ],
 )
 def test_wrong_contents_are_refused(tmp_path, tensor, shape, message):
-    metadata = {"format": "proxsparse-mask-1", "pattern": "2:4", "base_model": "", "info": "{}", "versions": "{}"}
-    save_file({"w": tensor}, tmp_path / "m.safetensors", metadata | {"shapes": json.dumps({"w": shape})})
+    metadata = {"format": "proxsparse-mask-1", "pattern": "2:4", "base_model": "", "info": {}, "shapes": {"w": shape}}
+    save_file({"w": tensor}, tmp_path / "m.safetensors", {"proxsparse": json.dumps(metadata)})
     with pytest.raises(RunError, match=message):
         load_mask(tmp_path / "m.safetensors")
 
@@ -124,6 +124,12 @@ def test_the_reader_survives_any_bytes(tmp_path_factory, raw):
     path.write_bytes(raw)
     with pytest.raises((RunError, UsageError)):
         load_mask(path)
+
+
+def test_the_same_mask_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        save_mask(mask_of(tiny_llama()), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_missing_files_are_named(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from oracle import coordinate_descent, global_minimum, hard_blocks, objective
 
-from proxsparse.prox_op import nm_mask, prox_op, prox_op_, regularizer, round_stochastically, top2_mask
+from proxsparse.prox_op import nm_mask, prox_op, prox_op_, regularizer, round_stochastically, survey_, top2_mask
 
 KERNELS = ["cpu", "eager"]
 # lambda * |w| from far below to far above the change of regime, which lies near one.
@@ -227,6 +227,20 @@ def test_top2_mask_keeps_exactly_two_even_under_ties_and_zeros(blocks):
 
 def test_ties_go_to_the_earlier_entry():
     assert top2_mask(torch.zeros(1, 8)).int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the fused and the plain way
+def test_a_survey_counts_changed_entries_and_the_penalty(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator, dtype=dtype)
+    scale = torch.rand(32, generator=generator) + 0.1
+    codes = torch.zeros(128, dtype=torch.uint8)
+    assert survey_(weight, codes, scale)[0] == 256  # against zeros, every kept entry counts
+    other = weight + 0.5 * torch.randn(16, 32, generator=generator, dtype=dtype)
+    changed, penalty = survey_(other, codes, scale)
+    assert changed == int((top2_mask(other * scale) != top2_mask(weight * scale)).sum()) > 0
+    assert penalty == pytest.approx(regularizer(other * scale).item(), rel=1e-4)
+    assert survey_(other, codes, scale)[0] == 0
 
 
 def test_nm_mask_counts_and_refuses():

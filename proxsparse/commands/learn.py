@@ -9,6 +9,7 @@ the run, checkpoints, mask.safetensors and history.json. The same command again 
 """
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -90,6 +91,7 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
             raise
         except ValueError as error:
             raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
+    resolve_device(run.device)
     for name in ("ctx_len", "samples", "batch_size"):
         if getattr(run, name) < 1:
             raise UsageError(f"--{name} must be at least 1; got {getattr(run, name)}.")
@@ -166,10 +168,11 @@ def _remember(run: LearnArguments, config: ProxSparseConfig, out: Path) -> None:
     decisive = [f.name for f in dataclasses.fields(LearnArguments)]
     decisive += [name for name in ProxSparseConfig.__annotations__ if not name.startswith("logging")]
     decisive += ["learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps"]
-    record = {"settings": {n: described[n] for n in described}, "versions": versions(), "commit": git_commit()}
+    described = json.loads(json.dumps(described, default=str))
+    record = {"settings": described, "versions": versions(), "commit": git_commit()}
     if path.is_file():
         before = read_json(path)["settings"]
-        changed = [n for n in decisive if str(before.get(n)) != str(described[n])]
+        changed = [n for n in decisive if before.get(n) != described[n]]
         if changed:
             n = changed[0]
             raise UsageError(

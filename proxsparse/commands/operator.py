@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(torch.tensor(args.block, dtype=torch.float64), args.lambda_value)
     if args.draw:
         draw(torch.tensor(args.block, dtype=torch.float64), args.draw)
+    if args.block:
+        found = prox_op(torch.tensor(args.block, dtype=torch.float64), args.lambda_value)
+        print_json({"block": args.block, "lambda": args.lambda_value, "prox": found.tolist()})
 
 
 def show(block: Tensor, lam: float) -> None:
@@ -48,7 +51,6 @@ def show(block: Tensor, lam: float) -> None:
     print(f"w           {_numbers(block)}   R(w) = {regularizer(block).item():.6g}")
     print(f"prox(w)     {_numbers(found)}   R    = {regularizer(found).item():.6g}")
     print(f"objective   {objective(found, block, lam).item():.6g} (at w itself {lam * regularizer(block).item():.6g})")
-    print_json({"block": block.tolist(), "lambda": lam, "prox": found.tolist()})
 
 
 def check(count: int, lam: float) -> None:

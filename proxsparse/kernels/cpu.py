@@ -352,13 +352,6 @@ def prox_flat_(weight, width, lam, scale, stochastic, seed, parts):
     return counts.sum(axis=0)
 
 
-def threads(wanted: int) -> int:
-    """Use ``wanted`` threads if numba has that many; returns how many it uses."""
-    count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(count)
-    return count
-
-
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def top2_product_(out, base, learned, scale, parts):
     """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
@@ -382,3 +375,47 @@ def top2_product_(out, base, learned, scale, parts):
             out[i + 1] = base[i + 1] if (a >= b) + (c > b) + (d > b) < 2 else ZERO
             out[i + 2] = base[i + 2] if (a >= c) + (b >= c) + (d > c) < 2 else ZERO
             out[i + 3] = base[i + 3] if (a >= d) + (b >= d) + (c >= d) < 2 else ZERO
+
+
+@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
+def survey_(weight, scale, codes, parts):
+    """Look at every block once: how many mask entries changed since the last call, and the sum of R.
+
+    Args:
+        weight: (N,) float32 contiguous, N a multiple of 4.
+        scale: (I,) float32 or (0,), as in top2_product_.
+        codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
+        parts: number of contiguous parts shared out among the threads.
+
+    Returns:
+        (2,) float64: changed entries, sum of R(weight * scale).
+    """
+    blocks = weight.size // 4
+    scaled = scale.size > 0
+    found = np.zeros((parts, 2), np.float64)
+    for part in numba.prange(parts):
+        changed, penalty = 0, 0.0
+        for block in range(part * blocks // parts, (part + 1) * blocks // parts):
+            i = 4 * block
+            a, b, c, d = abs(weight[i]), abs(weight[i + 1]), abs(weight[i + 2]), abs(weight[i + 3])
+            if scaled:
+                k = i % scale.size
+                a, b, c, d = a * scale[k], b * scale[k + 1], c * scale[k + 2], d * scale[k + 3]
+            penalty += a * b * (c + d) + c * d * (a + b)
+            code = (b > a) + (c > a) + (d > a) < 2
+            code |= ((a >= b) + (c > b) + (d > b) < 2) << 1
+            code |= ((a >= c) + (b >= c) + (d > c) < 2) << 2
+            code |= ((a >= d) + (b >= d) + (c >= d) < 2) << 3
+            # Both codes have two bits set, so entries change in pairs: one leaves, one comes.
+            difference = code ^ codes[block]
+            changed += (difference & 1) + (difference >> 1 & 1) + (difference >> 2 & 1) + (difference >> 3)
+            codes[block] = code
+        found[part, 0], found[part, 1] = changed, penalty
+    return found.sum(axis=0)
+
+
+def threads(wanted: int) -> int:
+    """Use ``wanted`` threads if numba has that many; returns how many it uses."""
+    count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(count)
+    return count
