@@ -16,12 +16,16 @@ from numba.extending import overload
 
 TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
 MAX_STEPS = 32
-_FAST = {"contract", "arcp", "nsz", "afn", "reassoc"}
+# Reassociation and reciprocals would overflow on huge and denormal weights.
+_FAST = {"contract", "nsz", "nnan"}
 _inline = numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 
 F = np.float32
 ZERO, HALF, ONE, TWO, THREE, FOUR = F(0), F(0.5), F(1), F(2), F(3), F(4)
-TINY, SETTLED, STRONGEST = F(1e-30), F(1e-7), F(3)
+ONE_HALF, TWO_HALF = F(1.5), F(2.5)
+TINY, HUGE, SETTLED, STRONGEST = F(1e-30), F(3.4028235e38), F(1e-7), F(3)
+SWEEP_SETTLED = F(3e-6)  # movement between two sweeps; the error after the second is far smaller
+NONE, SOME = np.int32(0), np.int32(1)  # integer sums vectorise, float maxima do not
 INFINITE = np.uint32(0x7F800000)  # exponent bits of infinities and NaNs
 
 
@@ -95,9 +99,32 @@ def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed):
 
 
 @_inline
-def _sort(measured, bits, z, lam_block, count, lam):
-    """Sort magnitudes, divide by the largest, and count the blocks that need solving: (any, any strong, non-finite)."""
-    solve, strong, bad = np.int32(0), np.int32(0), np.int32(0)
+def _times(tile, scale, out, column, count):
+    """Scale every weight of the tile by its input's factor; ``column`` is the first one's input."""
+    for j in range(count):
+        for k in range(4):
+            out[k, j] = tile[k, j] * scale[column + k]
+        column += 4
+        if column == scale.size:
+            column = 0
+
+
+@_inline
+def _divide_back(tile, scale, solved, column, count):
+    """Shrink the weights of the tile as their scaled values were shrunk; where those kept their bits, so do these."""
+    for j in range(count):
+        for k in range(4):
+            before = tile[k, j] * scale[column + k]
+            tile[k, j] = tile[k, j] * (solved[k, j] / before) if before != ZERO else tile[k, j]
+        column += 4
+        if column == scale.size:
+            column = 0
+
+
+@_inline
+def _sort(measured, bits, z, lam_block, x, count, lam):
+    """Sort magnitudes, divide by the largest, start at x = z. Returns (blocks to solve, strong ones, non-finite ones)."""
+    gentle, strong, bad = NONE, NONE, NONE
     for j in range(count):
         a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
         high1, low1, high2, low2 = max(a, b), min(a, b), max(c, d), min(c, d)
@@ -108,184 +135,184 @@ def _sort(measured, bits, z, lam_block, count, lam):
         ea, eb = bits[0, j] & INFINITE, bits[1, j] & INFINITE
         ec, ed = bits[2, j] & INFINITE, bits[3, j] & INFINITE
         finite = max(max(ea, eb), max(ec, ed)) != INFINITE
-        bad += np.int32(0) if finite else np.int32(1)
+        bad += NONE if finite else SOME
         scaled = lam * z1
         active = finite and z3 > ZERO and scaled > ZERO
         # A block with nothing to solve gets strength 0 and a harmless shape.
-        scaled = min(scaled, FOUR) if active else ZERO
+        scaled = min(scaled, STRONGEST) if active else ZERO
         top = z1 if active else ONE
-        z2, z3, z4 = (z2 / top, z3 / top, z4 / top) if active else (ONE, ZERO, ZERO)
-        solvable = active and scaled < STRONGEST
-        solve += np.int32(1) if solvable else np.int32(0)
-        strong += np.int32(1) if solvable and TWO * scaled * (ONE + z2 + z3 - z4) >= ONE else np.int32(0)
-        z[0, j], z[1, j], z[2, j] = z2, z3, z4
-        z[3, j] = top
+        z2, z3, z4 = (z2 / top if active else ONE), (z3 / top if active else ZERO), (z4 / top if active else ZERO)
+        is_strong = TWO * scaled * (ONE + z2 + z3 - z4) >= ONE
+        gentle += SOME if active and not is_strong else NONE
+        strong += SOME if is_strong else NONE
+        z[0, j], z[1, j], z[2, j], z[3, j] = z2, z3, z4, top
+        x[0, j], x[1, j], x[2, j], x[3, j] = ONE, z2, z3, z4
         lam_block[j] = scaled
-    return solve, strong, bad
+    return gentle, strong, bad
 
 
 @_inline
-def _three_step(t, z2, z3, lam):
-    """One Newton step on h for x3 = t, the largest magnitude being 1. Returns (new t, whether a root can exist)."""
-    product = FOUR * t * (z3 - t)
-    s1 = math.sqrt(max(ONE - product, ZERO))
-    s2 = math.sqrt(max(z2 * z2 - product, ZERO))
-    x1, x2 = HALF * (ONE + s1), HALF * (z2 + s2)
-    slope = ONE + lam * (TWO * t - z3) * (x2 / max(s1, TINY) + x1 / max(s2, TINY))
-    new = t - (lam * x1 * x2 - (z3 - t)) / (slope if slope > ZERO else ONE)
-    exists = slope > ZERO and new >= ZERO
-    return (min(new, t) if exists else t), exists
+def _gentle(z, lam_block, x, count):
+    """Coordinate descent, two sweeps at a time, until no block of the tile moves."""
+    for _ in range(MAX_STEPS):
+        moving = NONE
+        for j in range(count):
+            z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lam_block[j]
+            # A strong block would not settle; it stays at z here and is solved by _strong.
+            lam = lam if TWO * lam * (ONE + z2 + z3 - z4) < ONE else ZERO
+            a, b, c, d = x[0, j], x[1, j], x[2, j], x[3, j]
+            ab = a * b
+            d = max(z4 - lam * (ab + c * (a + b)), ZERO)
+            c = max(z3 - lam * (ab + d * (a + b)), ZERO)
+            cd = c * d
+            b = max(z2 - lam * (cd + a * (c + d)), ZERO)
+            a = max(ONE - lam * (cd + b * (c + d)), ZERO)
+            old, ab = c, a * b
+            d = max(z4 - lam * (ab + c * (a + b)), ZERO)
+            c = max(z3 - lam * (ab + d * (a + b)), ZERO)
+            cd = c * d
+            b = max(z2 - lam * (cd + a * (c + d)), ZERO)
+            a = max(ONE - lam * (cd + b * (c + d)), ZERO)
+            x[0, j], x[1, j], x[2, j], x[3, j] = a, b, c, d
+            moving += SOME if abs(c - old) > SWEEP_SETTLED else NONE
+        if moving == NONE:
+            break
+
+
+@_inline
+def _strong(z, lam_block, x, count, work, place):
+    """Put the best of two, three and four weights into x for the strong blocks of the tile; the others' x stay."""
+    zs, t, exists3, q, exists4, lams = work[:3], work[3], work[4], work[5], work[6], work[7]
+    found = 0
+    for j in range(count):  # close the ranks: strong blocks may be few
+        z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lam_block[j]
+        if TWO * lam * (ONE + z2 + z3 - z4) >= ONE:
+            zs[0, found], zs[1, found], zs[2, found] = z2, z3, z4
+            lams[found], place[found] = lam, j
+            found += 1
+    _three(zs, lams, t, exists3, found)
+    _four(zs, lams, q, exists4, found)
+    _best(zs, lams, t, exists3, q, exists4, found)
+    for i in range(found):
+        j = place[i]
+        x[0, j], x[1, j], x[2, j], x[3, j] = t[i], exists3[i], q[i], exists4[i]
+
+
+@_inline
+def _best(z, lams, t, exists3, q, exists4, count):
+    """The least of the three candidates; its four magnitudes replace t, exists3, q and exists4."""
+    for j in range(count):
+        z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lams[j]
+        best = HALF * (z3 * z3 + z4 * z4)
+        b1, b2, b3, b4 = ONE, z2, ZERO, ZERO
+        # Three.
+        x3 = min(max(t[j], ZERO), z3)
+        product = FOUR * x3 * (z3 - x3)
+        x1 = HALF * (ONE + math.sqrt(max(ONE - product, ZERO)))
+        x2 = HALF * (z2 + math.sqrt(max(z2 * z2 - product, ZERO)))
+        r1, r2, r3 = ONE - x1, z2 - x2, z3 - x3
+        value = HALF * (r1 * r1 + r2 * r2 + r3 * r3 + z4 * z4) + lam * x1 * x2 * x3
+        value = value if exists3[j] > ZERO else HUGE
+        b1, b2, b3 = (x1 if value < best else b1), (x2 if value < best else b2), (x3 if value < best else b3)
+        best = min(value, best)
+        # Four.
+        q2, four = q[j] * q[j], FOUR * lam
+        d1, d2 = math.sqrt(q2 + four * (ONE - z4)), math.sqrt(q2 + four * (z2 - z4))
+        d3 = math.sqrt(q2 + four * (z3 - z4))
+        a = HALF * (q[j] + d1 + d2 + d3) - ONE
+        half = HALF / lam
+        x1, x2 = min(max((d1 - a) * half, ZERO), ONE), min(max((d2 - a) * half, ZERO), z2)
+        x3, x4 = min(max((d3 - a) * half, ZERO), z3), min((q[j] - a) * half, z4)
+        r1, r2, r3, r4 = ONE - x1, z2 - x2, z3 - x3, z4 - x4
+        value = HALF * (r1 * r1 + r2 * r2 + r3 * r3 + r4 * r4) + lam * (x1 * x2 * (x3 + x4) + x3 * x4 * (x1 + x2))
+        value = value if min(exists4[j], x4) > ZERO else HUGE
+        t[j], exists3[j] = (x1 if value < best else b1), (x2 if value < best else b2)
+        q[j], exists4[j] = (x3 if value < best else b3), (x4 if value < best else b4)
 
 
 @_inline
 def _three(z, lam_block, t, exists, count):
+    """Largest root of h for x3 of every block, by Newton from above."""
     for j in range(count):
         t[j] = z[1, j]
-        exists[j] = ONE
+        exists[j] = ONE if lam_block[j] < STRONGEST else ZERO
     for _ in range(MAX_STEPS):
-        moving = np.int32(0)
+        moving = NONE
         for j in range(count):
             z2, z3, lam, old = z[0, j], z[1, j], lam_block[j], t[j]
-            new, found = _three_step(old, z2, z3, lam)
-            found = found and exists[j] > ZERO
-            new = new if found else old
-            moving += np.int32(1) if old - new > SETTLED * z3 else np.int32(0)
+            product = FOUR * old * (z3 - old)
+            s1 = math.sqrt(max(ONE - product, ZERO))
+            s2 = math.sqrt(max(z2 * z2 - product, ZERO))
+            x1, x2 = HALF * (ONE + s1), HALF * (z2 + s2)
+            slope = ONE + lam * (TWO * old - z3) * (x2 / max(s1, TINY) + x1 / max(s2, TINY))
+            new = min(old - (lam * x1 * x2 - (z3 - old)) / max(slope, TINY), old)
+            found = ONE if min(slope, exists[j]) > ZERO else ZERO
+            found = found if new >= ZERO else ZERO
+            new = new if found > ZERO else old
+            moving += SOME if old - new > SETTLED * z3 else NONE
             t[j] = new
-            exists[j] = ONE if found else ZERO
-        if moving == 0:
+            exists[j] = found
+        if moving == NONE:
             break
 
 
 @_inline
-def _mild_step(y, g1, g2, g3, z4, lam):
-    """One Newton step on R for y = x1 + x2 + x3 - x4. Returns (new y, x1, x2, x3, x4 at the old y)."""
-    q = ONE - lam * y
-    q2, four = q * q, FOUR * lam
-    r1, r2, r3 = math.sqrt(q2 + four * g1), math.sqrt(q2 + four * g2), math.sqrt(q2 + four * g3)
-    d1, d2, d3 = TWO * g1 / (r1 + q), TWO * g2 / (r2 + q), TWO * g3 / (r3 + q)
-    x4 = HALF * (y - d1 - d2 - d3)
-    x1, x2, x3 = x4 + d1, x4 + d2, x4 + d3
-    e1, e2, e3 = lam * d1 / r1, lam * d2 / r2, lam * d3 / r3
-    dx4 = HALF * (ONE - e1 - e2 - e3)
-    residual = x4 - z4 + lam * (x1 * x2 + x2 * x3 + x3 * x1)
-    slope = dx4 + lam * ((dx4 + e1) * (x2 + x3) + (dx4 + e2) * (x3 + x1) + (dx4 + e3) * (x1 + x2))
-    return y - residual / slope, x1, x2, x3, x4
-
-
-@_inline
-def _four_mild(z, lam_block, x, count):
-    for j in range(count):
-        z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lam_block[j]
-        y = ONE + z2 + z3 - z4
-        mild = TWO * lam * y < ONE
-        lam = lam if mild else ZERO  # keeps a strong block's lane finite; its result is not used
-        g1, g2, g3 = ONE - z4, z2 - z4, z3 - z4
-        y, _, _, _, _ = _mild_step(y, g1, g2, g3, z4, lam)
-        y, _, _, _, _ = _mild_step(y, g1, g2, g3, z4, lam)
-        y, _, _, _, _ = _mild_step(y, g1, g2, g3, z4, lam)
-        _, x1, x2, x3, x4 = _mild_step(y, g1, g2, g3, z4, lam)
-        x[0, j], x[1, j], x[2, j] = x1, x2, x3
-        x[3, j] = x4 if mild else -ONE
-
-
-@_inline
-def _four_strong(z, lam_block, q_tile, exists, x, count):
+def _four(z, lam_block, q_tile, exists, count):
+    """Largest root of G for q of every block, by Newton from 1."""
     for j in range(count):
         q_tile[j] = ONE
         exists[j] = ONE if lam_block[j] < STRONGEST else ZERO
     for _ in range(MAX_STEPS):
-        moving = np.int32(0)
+        moving = NONE
         for j in range(count):
             z2, z3, z4, lam, q = z[0, j], z[1, j], z[2, j], lam_block[j], q_tile[j]
             q2, four = q * q, FOUR * lam
-            r1, r2 = math.sqrt(q2 + four * (ONE - z4)), math.sqrt(q2 + four * (z2 - z4))
-            r3 = math.sqrt(q2 + four * (z3 - z4))
-            r = math.sqrt(max(q2 - ONE + TWO * lam * (ONE + z2 + z3 - z4), ZERO))
-            value = TWO - HALF * (q + r1 + r2 + r3) - r
-            slope = -HALF * (ONE + q / max(r1, TINY) + q / max(r2, TINY) + q / max(r3, TINY)) - q / max(r, TINY)
-            found = slope < ZERO and exists[j] > ZERO
-            new = min(q - value / (slope if found else -ONE), q) if found else q
-            moving += np.int32(1) if q - new > SETTLED else np.int32(0)
+            d1, d2 = math.sqrt(q2 + four * (ONE - z4)), math.sqrt(q2 + four * (z2 - z4))
+            d3 = math.sqrt(q2 + four * (z3 - z4))
+            root = math.sqrt(max(q2 - ONE + TWO * lam * (ONE + z2 + z3 - z4), ZERO))
+            value = TWO - HALF * (q + d1 + d2 + d3) - root
+            slope = HALF * (ONE + q / max(d1, TINY) + q / max(d2, TINY) + q / max(d3, TINY)) + q / max(root, TINY)
+            found = ONE if min(slope, exists[j]) > ZERO else ZERO
+            new = min(q + value / max(slope, TINY), q) if found > ZERO else q
+            moving += SOME if q - new > SETTLED else NONE
             q_tile[j] = new
-            exists[j] = ONE if found else ZERO
-        if moving == 0:
+            exists[j] = found
+        if moving == NONE:
             break
-    for j in range(count):
-        z2, z3, z4, lam, q = z[0, j], z[1, j], z[2, j], lam_block[j], q_tile[j]
-        q2, four = q * q, FOUR * lam
-        r1, r2 = math.sqrt(q2 + four * (ONE - z4)), math.sqrt(q2 + four * (z2 - z4))
-        r3 = math.sqrt(q2 + four * (z3 - z4))
-        a = HALF * (q + r1 + r2 + r3) - ONE
-        half = HALF / max(lam, TINY)
-        strong = TWO * lam * (ONE + z2 + z3 - z4) >= ONE
-        found = strong and exists[j] > ZERO
-        x[0, j] = (r1 - a) * half if strong else x[0, j]
-        x[1, j] = (r2 - a) * half if strong else x[1, j]
-        x[2, j] = (r3 - a) * half if strong else x[2, j]
-        x4 = (q - a) * half if found else -ONE
-        x[3, j] = x4 if strong else x[3, j]
 
 
 @_inline
-def _finish(tile, measured, z, lam_block, t, exists3, x, count, scaled):
-    """Choose the best candidate of each block and write it into the tile. Returns (blocks now 2:4, sum of e3)."""
-    sparse, penalty = np.int32(0), ZERO
+def _finish(measured, z, lam_block, x, count):
+    """Write the minimisers in place, in the weights' own order. Returns the number of blocks that are 2:4."""
+    sparse = NONE
     for j in range(count):
-        z2, z3, z4, lam, top = z[0, j], z[1, j], z[2, j], lam_block[j], z[3, j]
-        # Two weights.
-        best = HALF * (z3 * z3 + z4 * z4)
-        s1, s2, s3, s4 = ZERO, ZERO, z3, z4
-        # Three.
-        t3 = min(max(t[j], ZERO), z3)
-        product = FOUR * t3 * (z3 - t3)
-        x1 = HALF * (ONE + math.sqrt(max(ONE - product, ZERO)))
-        x2 = HALF * (z2 + math.sqrt(max(z2 * z2 - product, ZERO)))
-        p1, p2, p3 = lam * x2 * t3, lam * x1 * t3, min(lam * x1 * x2, z3)
-        r1, r2, r3 = ONE - x1, z2 - x2, z3 - t3
-        value = HALF * (r1 * r1 + r2 * r2 + r3 * r3 + z4 * z4) + lam * x1 * x2 * t3
-        better = exists3[j] > ZERO and t3 > ZERO and value < best
-        best = value if better else best
-        s1, s2, s3 = (p1 if better else s1), (p2 if better else s2), (p3 if better else s3)
-        # Four.
+        lam, top = lam_block[j], z[3, j]
         x1, x2, x3, x4 = x[0, j], x[1, j], x[2, j], x[3, j]
-        p1, p2 = lam * (x2 * x3 + x3 * x4 + x4 * x2), lam * (x1 * x3 + x3 * x4 + x4 * x1)
-        p3, p4 = lam * (x1 * x2 + x2 * x4 + x4 * x1), lam * (x1 * x2 + x2 * x3 + x3 * x1)
-        p3, p4 = min(p3, z3), min(p4, z4)
-        e3 = x1 * x2 * (x3 + x4) + x3 * x4 * (x1 + x2)
-        r1, r2, r3, r4 = ONE - x1, z2 - x2, z3 - x3, z4 - x4
-        value = HALF * (r1 * r1 + r2 * r2 + r3 * r3 + r4 * r4) + lam * e3
-        better = x4 > ZERO and value < best
-        s1, s2 = (p1 if better else s1), (p2 if better else s2)
-        s3, s4 = (p3 if better else s3), (p4 if better else s4)
-        untouched = lam == ZERO
-        kill3, kill4 = (not untouched) and s3 >= z3, (not untouched) and s4 >= z4
-        sparse += np.int32(1) if kill3 or (untouched and z3 == ZERO) else np.int32(0)
-        s1, s2 = (ZERO, ZERO) if untouched else (s1 * top, s2 * top)
-        s3, s4 = (ZERO, ZERO) if untouched else (s3 * top, s4 * top)
-        # Back to the order of the weights.
-        a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
-        ra = (1 if b > a else 0) + (1 if c > a else 0) + (1 if d > a else 0)
-        rb = (1 if a >= b else 0) + (1 if c > b else 0) + (1 if d > b else 0)
-        rc = (1 if a >= c else 0) + (1 if b >= c else 0) + (1 if d > c else 0)
-        rd = (1 if a >= d else 0) + (1 if b >= d else 0) + (1 if c >= d else 0)
-        sa = s1 if ra == 0 else (s2 if ra == 1 else (s3 if ra == 2 else s4))
-        sb = s1 if rb == 0 else (s2 if rb == 1 else (s3 if rb == 2 else s4))
-        sc = s1 if rc == 0 else (s2 if rc == 1 else (s3 if rc == 2 else s4))
-        sd = s1 if rd == 0 else (s2 if rd == 1 else (s3 if rd == 2 else s4))
-        ka = (kill3 and ra == 2) or (kill4 and ra == 3)
-        kb = (kill3 and rb == 2) or (kill4 and rb == 3)
-        kc = (kill3 and rc == 2) or (kill4 and rc == 3)
-        kd = (kill3 and rd == 2) or (kill4 and rd == 3)
-        # measured = weight * scale, so the shrinkage is divided back.
-        wa, wb, wc, wd = tile[0, j], tile[1, j], tile[2, j], tile[3, j]
-        if scaled:
-            sa, sb = sa * abs(wa) / max(a, TINY), sb * abs(wb) / max(b, TINY)
-            sc, sd = sc * abs(wc) / max(c, TINY), sd * abs(wd) / max(d, TINY)
-        tile[0, j] = ZERO if ka else (wa - math.copysign(min(sa, abs(wa)), wa) if sa > ZERO else wa)
-        tile[1, j] = ZERO if kb else (wb - math.copysign(min(sb, abs(wb)), wb) if sb > ZERO else wb)
-        tile[2, j] = ZERO if kc else (wc - math.copysign(min(sc, abs(wc)), wc) if sc > ZERO else wc)
-        tile[3, j] = ZERO if kd else (wd - math.copysign(min(sd, abs(wd)), wd) if sd > ZERO else wd)
-    return sparse, penalty
+        # Shrinkage, and not z - x, whose rounding would move weights that shrink by less than float32 resolves.
+        live = ONE if lam > ZERO else ZERO
+        s1 = lam * (x2 * x3 + x4 * (x2 + x3)) * top
+        s2 = lam * (x1 * x3 + x4 * (x1 + x3)) * top
+        s3 = lam * (x1 * x2 + x4 * (x1 + x2)) * top
+        s4 = lam * (x1 * x2 + x3 * (x1 + x2)) * top
+        s3, s4 = live * (s3 if x3 > ZERO else HUGE), live * (s4 if x4 > ZERO else HUGE)
+        sparse += NONE if x3 > ZERO else SOME
+        # Rank of every weight in its block; ties go to the earlier one.
+        wa, wb, wc, wd = measured[0, j], measured[1, j], measured[2, j], measured[3, j]
+        a, b, c, d = abs(wa), abs(wb), abs(wc), abs(wd)
+        ab, ac, ad = ONE if b > a else ZERO, ONE if c > a else ZERO, ONE if d > a else ZERO
+        bc, bd, cd = ONE if c > b else ZERO, ONE if d > b else ZERO, ONE if d > c else ZERO
+        ra, rb = ab + ac + ad, (ONE - ab) + bc + bd
+        rc, rd = (ONE - ac) + (ONE - bc) + cd, (ONE - ad) + (ONE - bd) + (ONE - cd)
+        sa = (s1 if ra < HALF else s2) if ra < ONE_HALF else (s3 if ra < TWO_HALF else s4)
+        sb = (s1 if rb < HALF else s2) if rb < ONE_HALF else (s3 if rb < TWO_HALF else s4)
+        sc = (s1 if rc < HALF else s2) if rc < ONE_HALF else (s3 if rc < TWO_HALF else s4)
+        sd = (s1 if rd < HALF else s2) if rd < ONE_HALF else (s3 if rd < TWO_HALF else s4)
+        # Subtracting a weight from itself leaves +0.
+        measured[0, j] = wa - math.copysign(min(sa, a), wa)
+        measured[1, j] = wb - math.copysign(min(sb, b), wb)
+        measured[2, j] = wc - math.copysign(min(sc, c), wc)
+        measured[3, j] = wd - math.copysign(min(sd, d), wd)
+    return sparse
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
@@ -313,40 +340,27 @@ def prox_flat_(weight, width, lam, scale, stochastic, seed, parts):
         own = own_bits.view(np.float32)
         z = np.empty((4, TILE), np.float32)
         x = np.empty((4, TILE), np.float32)
-        lam_block, t = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-        exists3, exists4 = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-        q = np.empty(TILE, np.float32)
+        lam_block, place = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+        work = np.empty((8, TILE), np.float32)
         scaled = scale.size > 0
         sparse, bad = 0, 0
         for start in range(first, last, TILE):
             count = min(TILE, last - start)
             _load(weight, 4 * start, count, tile, bits)
             if scaled:
-                column = (4 * start) % width
-                for j in range(count):
-                    for k in range(4):
-                        own[k, j] = tile[k, j] * scale[column + k]
-                    column += 4
-                    if column == width:
-                        column = 0
+                _times(tile, scale, own, (4 * start) % width, count)
                 measured, measured_bits = own, own_bits
             else:
                 measured, measured_bits = tile, bits
-            solve, strong, wrong = _sort(measured, measured_bits, z, lam_block, count, lam)
-            if solve > 0:
-                _three(z, lam_block, t, exists3, count)
-                if strong < solve:
-                    _four_mild(z, lam_block, x, count)
-                else:
-                    x[:] = -ONE
-                if strong > 0:
-                    _four_strong(z, lam_block, q, exists4, x, count)
-            else:
-                exists3[:] = ZERO
-                x[:] = -ONE
-            now, _ = _finish(tile, measured, z, lam_block, t, exists3, x, count, scaled)
+            gentle, strong, wrong = _sort(measured, measured_bits, z, lam_block, x, count, lam)
+            if gentle > NONE:
+                _gentle(z, lam_block, x, count)
+            if strong > NONE:
+                _strong(z, lam_block, x, count, work, place)
+            sparse += _finish(measured, z, lam_block, x, count)
+            if scaled:
+                _divide_back(tile, scale, own, (4 * start) % width, count)
             _store(weight, 4 * start, count, tile, bits, stochastic, seed)
-            sparse += now
             bad += wrong
         counts[part, 0], counts[part, 1] = sparse, bad
     return counts.sum(axis=0)

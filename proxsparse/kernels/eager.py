@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 
 CHUNK_BLOCKS = 1 << 16  # about 60 live temporaries of 256 KiB: well below 64 MiB beside the weight
-MILD_STEPS = 4
 MAX_STEPS = 32  # near a double root Newton halves its error, and 2^-32 is below float32's resolution
 TINY = 1e-30
 SETTLED = 1e-7
+
+
+def _gentle(z: Tensor, lam: Tensor) -> Tensor:
+    """Minimiser where the problem is convex, by coordinate descent: (4, G)."""
+    a, b, c, d = z
+    for _ in range(MAX_STEPS):
+        d = (z[3] - lam * (a * b + c * (a + b))).clamp_min(0)
+        before, c = c, (z[2] - lam * (a * b + d * (a + b))).clamp_min(0)
+        b = (z[1] - lam * (c * d + a * (c + d))).clamp_min(0)
+        a = (z[0] - lam * (c * d + b * (c + d))).clamp_min(0)
+        if not torch.any((before - c).abs() > SETTLED):
+            break
+    return torch.stack((a, b, c, d))
 
 
 def _three(z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,30 +52,8 @@ def _three(z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack((x1, x2, t, torch.zeros_like(t))), exists
 
 
-def _four_mild(z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Best point with four weights where 2 lam (z1 + z2 + z3 - z4) < 1."""
-    gaps = z[:3] - z[3]
-    y = z[:3].sum(0) - z[3]
-    x = z
-    for step in range(MILD_STEPS + 1):
-        q = 1 - lam * y
-        root = (q * q + 4 * lam * gaps).sqrt()
-        d = 2 * gaps / (root + q)
-        x4 = (y - d.sum(0)) / 2
-        x = torch.cat((x4 + d, x4[None]))
-        if step == MILD_STEPS:
-            break
-        residual = x4 - z[3] + lam * (x[0] * x[1] + x[1] * x[2] + x[2] * x[0])
-        dd = lam * d / root
-        dx4 = (1 - dd.sum(0)) / 2
-        dx = dx4 + dd
-        cross = dx[0] * (x[1] + x[2]) + dx[1] * (x[2] + x[0]) + dx[2] * (x[0] + x[1])
-        y = y - residual / (dx4 + lam * cross)
-    return x, x[3] >= 0
-
-
-def _four_strong(z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Best point with four weights where 2 lam (z1 + z2 + z3 - z4) >= 1."""
+def _four(z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Best point with four weights: x of (4, G), and where it exists, of (G,)."""
     spread = 4 * lam * (z[:3] - z[3])
     k = 1 - 2 * lam * (z[:3].sum(0) - z[3])
     q = torch.ones_like(lam)
@@ -96,39 +86,36 @@ def _objective(x: Tensor, z: Tensor, lam: Tensor) -> Tensor:
     return 0.5 * (z - x).square().sum(0) + lam * (a * b * (c + d) + c * d * (a + b))
 
 
+def _strong(z: Tensor, lam: Tensor) -> Tensor:
+    """Minimiser where the problem may not be convex, the best of three candidates: (4, G)."""
+    best = torch.cat((z[:2], torch.zeros_like(z[2:])))
+    least = 0.5 * z[2:].square().sum(0)
+    for x, exists in (_three(z, lam), _four(z, lam)):
+        x = torch.minimum(x.clamp_min(0), z)
+        value = _objective(x, z, lam)
+        better = exists & (value < least)
+        least = torch.where(better, value, least)
+        best = torch.where(better, x, best)
+    return best
+
+
 def solve_sorted(z: Tensor, lam: Tensor) -> Tensor:
     """Shrinkage of each sorted block: how much smaller its minimiser is.
 
     Args:
-        z: (4, G) float32, magnitudes in descending order, z[0] == 1.
-        lam: (G,) float32, lam * (largest magnitude before scaling), in (0, 3).
+        z: (4, G), magnitudes in descending order, z[0] == 1.
+        lam: (G,), lam * (largest magnitude before scaling), in (0, 3).
 
     Returns:
         (4, G): z - x, where x is the global minimiser; equal to z where a weight becomes zero.
     """
-    best_shrink = torch.cat((torch.zeros_like(z[:2]), z[2:]))
-    best = 0.5 * z[2:].square().sum(0)
     strong = 2 * lam * (z[:3].sum(0) - z[3]) >= 1
-    candidates = [_three(z, lam)]
-    if not strong.all():
-        x, exists = _four_mild(z, lam)
-        candidates.append((x, exists & ~strong))
-    if strong.any():
-        x, exists = _four_strong(z[:, strong], lam[strong])
-        spread = z.new_zeros(z.shape)
-        spread[:, strong] = x
-        full = torch.zeros_like(strong)
-        full[strong] = exists
-        candidates.append((spread, full))
-    for x, exists in candidates:
-        x = torch.minimum(x.clamp_min(0), z)
-        # As shrinkage, not as z - x, whose rounding would move weights that shrink by less than float32 resolves.
-        shrink = torch.where(x > 0, torch.minimum(lam * _e2_of_others(x), z), z)
-        value = _objective(x, z, lam)
-        better = exists & (value < best)
-        best = torch.where(better, value, best)
-        best_shrink = torch.where(better, shrink, best_shrink)
-    return best_shrink
+    x = torch.empty_like(z)
+    for part, solve in ((~strong, _gentle), (strong, _strong)):
+        if part.any():
+            x[:, part] = solve(z[:, part], lam[part])
+    # As shrinkage, not as z - x, whose rounding would move weights that shrink by less than float32 resolves.
+    return torch.where(x > 0, torch.minimum(lam * _e2_of_others(x), z), z)
 
 
 def prox_blocks_(blocks: Tensor, lam: float, scale: Tensor | None = None) -> None:
