@@ -25,9 +25,9 @@ three sweeps at L = 0.05, about ten at the edge of the condition.
 
 Strong shrinkage: the least of three candidates. Two weights are x = (z1, z2, 0, 0), with f = (z3^2 + z4^2) / 2.
 
-Three weights. Stationarity x_i = z_i - L x_j x_k, multiplied by x_i, reads x_i (z_i - x_i) = L x1 x2 x3, the same number
-for every i. So t = x3 fixes the others: x_i = (z_i + sqrt(z_i^2 - 4 t (z3 - t))) / 2 for i = 1, 2 (the larger root: with
-the smaller one the Hessian is not positive definite). What is left is
+Three weights. Stationarity x_i = z_i - L x_j x_k, multiplied by x_i, reads x_i (z_i - x_i) = L x1 x2 x3, the same
+number for every i. So t = x3 fixes the others: x_i = (z_i + sqrt(z_i^2 - 4 t (z3 - t))) / 2 for i = 1, 2 (the larger
+root: with the smaller one the Hessian is not positive definite). What is left is
 
     h(t) = L x1(t) x2(t) - (z3 - t) = 0      on 0 <= t <= z3.
 
@@ -37,8 +37,8 @@ t = z3 descends monotonically to the larger root; where there is none, the slope
 no three-weight minimum exists.
 
 Four weights. Write D_i = 1 - L (e1 - 2 x_i). Stationarity x_i = z_i - L e2(the other three) is equivalent to
-D_i^2 = c + 4 L z_i with one c for all i, and at a local minimum D_i + D_j > 0, so at most D4 is negative. Put D4 = q and
-D_i = sqrt(q^2 + 4 L (z_i - z4)). Everything follows from q:
+D_i^2 = c + 4 L z_i with one c for all i, and at a local minimum D_i + D_j > 0, so at most D4 is negative. Put D4 = q
+and D_i = sqrt(q^2 + 4 L (z_i - z4)). Everything follows from q:
 
     x_i = (D_i - a) / (2 L),   a = (q + D1 + D2 + D3) / 2 - 1,   r := L e1 = 1 - a,
     and the equation left is   r^2 = q^2 - k,                    k = 1 - 2 L (z1 + z2 + z3 - z4) <= 0.

@@ -24,7 +24,7 @@ F = np.float32
 ZERO, HALF, ONE, TWO, THREE, FOUR = F(0), F(0.5), F(1), F(2), F(3), F(4)
 ONE_HALF, TWO_HALF = F(1.5), F(2.5)
 TINY, HUGE, SETTLED, STRONGEST = F(1e-30), F(3.4028235e38), F(1e-7), F(3)
-SWEEP_SETTLED = F(3e-6)  # movement between two sweeps; the error after the second is far smaller
+SWEEP_SETTLED = F(1e-6)  # movement between two sweeps; the error after the second is far smaller
 NONE, SOME = np.int32(0), np.int32(1)  # integer sums vectorise, float maxima do not
 INFINITE = np.uint32(0x7F800000)  # exponent bits of infinities and NaNs
 
@@ -123,7 +123,7 @@ def _divide_back(tile, scale, solved, column, count):
 
 @_inline
 def _sort(measured, bits, z, lam_block, x, count, lam):
-    """Sort magnitudes, divide by the largest, start at x = z. Returns (blocks to solve, strong ones, non-finite ones)."""
+    """Sort magnitudes, divide by the largest, start at x = z. Returns (gentle, strong, non-finite) block counts."""
     gentle, strong, bad = NONE, NONE, NONE
     for j in range(count):
         a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
