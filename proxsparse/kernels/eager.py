@@ -7,7 +7,7 @@ Shapes: G = blocks of four; magnitudes are stored as four columns of G values ea
 import torch
 from torch import Tensor
 
-CHUNK_BLOCKS = 1 << 16  # about 60 live temporaries of 256 KiB: well below 64 MiB beside the weight
+CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB beside the weight
 MAX_STEPS = 32  # near a double root Newton halves its error, and 2^-32 is below float32's resolution
 TINY = 1e-30
 SETTLED = 1e-7
