@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proxsparse.prox_op import round_stochastically
+from proxsparse.kernels.eager import round_stochastically
 
 
 class StochasticAdamW(torch.optim.Optimizer):

@@ -20,14 +20,26 @@ from torch import Tensor
 from proxsparse.kernels import eager
 
 logger = logging.getLogger(__name__)
-
+_KERNELS = {"eager": eager.prox_}
 try:
     from proxsparse.kernels import cpu
-except ImportError:  # numba is an optional extra
-    cpu = None  # type: ignore[assignment]
 
-_FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_announced: set[str] = set()
+    _KERNELS["cpu"] = cpu.prox_
+except ImportError:  # numba has no wheel for this Python or platform
+    logger.warning("numba can't be imported: the proximal operator runs in plain torch on the CPU, many times slower")
+try:
+    from proxsparse.kernels import triton
+
+    _KERNELS["triton"] = triton.prox_
+except ImportError:  # comes with torch's GPU builds
+    if torch.cuda.is_available():
+        logger.warning("triton can't be imported: the proximal operator runs in plain torch on the GPU")
+
+_FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}  # ROCm devices are called cuda too
 
 
 class ProxStats(NamedTuple):
@@ -38,14 +50,9 @@ class ProxStats(NamedTuple):
 
 
 def kernel_for(weight: Tensor) -> str:
-    """Name of the fastest kernel for this weight: 'cpu' (fused, numba) or 'eager' (torch operations)."""
-    if weight.device.type == "cpu" and weight.dtype in _FUSED_CPU_DTYPES:
-        if cpu is not None:
-            return "cpu"
-        if "cpu" not in _announced:
-            _announced.add("cpu")
-            logger.warning("numba is not installed: the proximal operator runs in plain torch. pip install numba")
-    return "eager"
+    """Name of the fastest kernel for this weight: 'cpu' (numba), 'triton' (GPU), or 'eager' (torch operations)."""
+    name = _BY_DEVICE.get(weight.device.type, "eager")
+    return name if name in _KERNELS and weight.dtype in _FUSED_DTYPES[name] else "eager"
 
 
 def _check(weight: Tensor, lambda_: float, scale: Tensor | None) -> None:
@@ -85,7 +92,7 @@ def prox_op_(
         stochastic: round half-precision results stochastically. A shrinkage below half a unit in the last
             place is lost by rounding to nearest, and survives on average this way.
         seed: of the rounding noise; give every call its own.
-        kernel: 'cpu' or 'eager'; None picks the fastest (:func:`kernel_for`).
+        kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (:func:`kernel_for`).
 
     Returns:
         Counts of blocks, and of blocks that are 2:4 afterwards.
@@ -105,11 +112,16 @@ def prox_op_(
         ]
         return ProxStats(blocks, sum(part.blocks_24 for part in parts))
     kernel = kernel or kernel_for(weight)
-    if kernel == "cpu":
-        return _run_cpu(weight, lambda_, scale, stochastic, seed)
-    if kernel != "eager":
-        raise ValueError(f"kernel must be 'cpu' or 'eager', got {kernel!r}.")
-    return _run_eager(weight, lambda_, scale, stochastic, seed)
+    run = _KERNELS.get(kernel)
+    if run is None:
+        raise ValueError(f"kernel must be one of {', '.join(_KERNELS)}; got {kernel!r}.")
+    flat = weight if weight.is_contiguous() else weight.contiguous()
+    sparse, bad = run(flat, lambda_, scale, stochastic, seed)
+    if flat is not weight:
+        weight.copy_(flat)
+    if bad:
+        raise ValueError(f"weight has NaN or infinite entries in {bad} of its blocks of four; they have no minimiser.")
+    return ProxStats(blocks, sparse)
 
 
 def prox_op(weight: Tensor, lambda_: float, *, scale: Tensor | None = None) -> Tensor:
@@ -197,10 +209,8 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
     if kernel_for(learned) == "cpu" and all(
         t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)
     ):
-        ones = torch.empty(0)
-        arrays = (out.view(-1), base.view(-1), learned.view(-1), ones if scale is None else scale.float().contiguous())
-        count = 8 * cpu.threads(torch.get_num_threads())
-        cpu.top2_product_(*[t.numpy() for t in arrays], count)  # type: ignore[call-arg]
+        flat = [t.view(-1).numpy() for t in (out, base, learned)]
+        cpu.top2_product_(*flat, cpu.factors(scale), cpu.parts())  # type: ignore[call-arg]
         return
     out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
 
@@ -221,9 +231,8 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> tuple
         parts = [survey_(w, c, s) for w, c, s in zip(weight, codes.view(len(weight), -1), scale, strict=True)]
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
     if kernel_for(weight) == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
-        ones = torch.empty(0) if scale is None else scale.float().contiguous()
-        count = 8 * cpu.threads(torch.get_num_threads())
-        changed, penalty = cpu.survey_(weight.view(-1).numpy(), ones.numpy(), codes.view(-1).numpy(), count)
+        memory = codes.view(-1).numpy()
+        changed, penalty = cpu.survey_(weight.view(-1).numpy(), cpu.factors(scale), memory, cpu.parts())
         return int(changed), float(penalty)
     scored = weight.float() if scale is None else weight.float() * scale.to(weight.device)
     bits = top2_mask(scored).unflatten(-1, (-1, 4)).to(torch.uint8)
@@ -262,72 +271,3 @@ def expand_scale(scale: Tensor, rows: Tensor) -> Tensor:
 def _nonzeros(weight: Tensor) -> Tensor:
     """Non-zero entries of each block: (..., I) -> (..., I / 4)."""
     return weight.unflatten(-1, (-1, 4)).count_nonzero(-1)
-
-
-def _refuse_nonfinite(bad: int) -> None:
-    if bad:
-        raise ValueError(f"weight has NaN or infinite entries in {bad} of its blocks of four; they have no minimiser.")
-
-
-def _run_cpu(weight: Tensor, lambda_: float, scale: Tensor | None, stochastic: bool, seed: int) -> ProxStats:
-    import numpy as np
-
-    flat = weight if weight.is_contiguous() else weight.contiguous()
-    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
-    ones = np.empty(0, np.float32)
-    sparse, bad = cpu.prox_flat_(
-        bits.reshape(-1).numpy(),
-        weight.shape[-1],
-        np.float32(min(lambda_, torch.finfo(torch.float32).max)),
-        ones if scale is None else scale.detach().to("cpu", torch.float32).contiguous().numpy(),
-        stochastic,
-        np.uint32(seed & 0xFFFFFFFF),
-        8 * cpu.threads(torch.get_num_threads()),
-    )
-    if flat is not weight:
-        weight.copy_(flat)
-    _refuse_nonfinite(int(bad))
-    return ProxStats(weight.numel() // 4, int(sparse))
-
-
-def _run_eager(weight: Tensor, lambda_: float, scale: Tensor | None, stochastic: bool, seed: int) -> ProxStats:
-    rows = weight.reshape(-1, weight.shape[-1])
-    width = rows.shape[-1]
-    step = max(1, 4 * eager.CHUNK_BLOCKS // width)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    generator = torch.Generator(weight.device).manual_seed(seed) if stochastic else None
-    sparse = torch.zeros((), dtype=torch.int64, device=weight.device)
-    bad = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
-        solved = part.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, 4)
-        finite = solved.isfinite().all(-1)
-        bad += (~finite).sum()
-        solved[~finite] = 0
-        spread = None if scale is None else scale.to(solved).expand_as(part).reshape(-1, 4)
-        eager.prox_blocks_(solved, lambda_, spread)
-        rounded = solved.view_as(part)
-        if generator is not None and weight.dtype == torch.bfloat16:
-            rounded = round_stochastically(rounded, generator)
-        rounded = rounded.to(part.dtype)
-        part.copy_(torch.where(finite[:, None], rounded.view(-1, 4), part.reshape(-1, 4)).view_as(part))
-        sparse += ((_nonzeros(part) <= 2).flatten() & finite).sum()
-    if rows.data_ptr() != weight.data_ptr():
-        weight.copy_(rows.view_as(weight))
-    _refuse_nonfinite(int(bad))
-    return ProxStats(weight.numel() // 4, int(sparse))
-
-
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to the bfloat16 below or above, each with the probability that keeps the mean.
-
-    Args:
-        values: float32, any shape, finite.
-        generator: on the device of ``values``.
-
-    Returns:
-        bfloat16 tensor of the same shape.
-    """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    bits = (values.contiguous().view(torch.int32) + noise) & -65536
-    return bits.view(torch.float32).to(torch.bfloat16)

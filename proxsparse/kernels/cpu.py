@@ -12,7 +12,9 @@ import math
 
 import numba
 import numpy as np
+import torch
 from numba.extending import overload
+from torch import Tensor
 
 TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
 MAX_STEPS = 32
@@ -316,14 +318,13 @@ def _finish(measured, z, lam_block, x, count):
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def prox_flat_(weight, width, lam, scale, stochastic, seed, parts):
+def prox_flat_(weight, scale, lam, stochastic, seed, parts):
     """Apply the operator to a contiguous weight in place.
 
     Args:
         weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
-        width: length of a row, a multiple of 4; used with ``scale`` only.
+        scale: (I,) float32 positive, I the length of a row, or (0,) for ones.
         lam: float32 strength, > 0.
-        scale: (width,) float32 positive, or (0,) for ones.
         stochastic: round bfloat16 stochastically, with noise from ``seed`` and the weight's index.
         parts: number of contiguous parts shared out among the threads.
 
@@ -348,7 +349,7 @@ def prox_flat_(weight, width, lam, scale, stochastic, seed, parts):
             count = min(TILE, last - start)
             _load(weight, 4 * start, count, tile, bits)
             if scaled:
-                _times(tile, scale, own, (4 * start) % width, count)
+                _times(tile, scale, own, (4 * start) % scale.size, count)
                 measured, measured_bits = own, own_bits
             else:
                 measured, measured_bits = tile, bits
@@ -359,7 +360,7 @@ def prox_flat_(weight, width, lam, scale, stochastic, seed, parts):
                 _strong(z, lam_block, x, count, work, place)
             sparse += _finish(measured, z, lam_block, x, count)
             if scaled:
-                _divide_back(tile, scale, own, (4 * start) % width, count)
+                _divide_back(tile, scale, own, (4 * start) % scale.size, count)
             _store(weight, 4 * start, count, tile, bits, stochastic, seed)
             bad += wrong
         counts[part, 0], counts[part, 1] = sparse, bad
@@ -428,8 +429,31 @@ def survey_(weight, scale, codes, parts):
     return found.sum(axis=0)
 
 
-def threads(wanted: int) -> int:
-    """Use ``wanted`` threads if numba has that many; returns how many it uses."""
-    count = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
+def parts() -> int:
+    """Parts to share a weight out in: several for each of torch's threads, for balance."""
+    count = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(count)
-    return count
+    return 8 * count
+
+
+def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, seed: int) -> tuple[int, int]:
+    """Apply the operator to a contiguous float32 or bfloat16 weight in place.
+
+    Args:
+        scale: (I,), or None for ones.
+        stochastic: round bfloat16 stochastically, with noise from ``seed``.
+
+    Returns:
+        (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
+    """
+    bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+    strength = F(min(lam, float(HUGE)))
+    sparse, bad = prox_flat_(
+        bits.view(-1).numpy(), factors(scale), strength, stochastic, np.uint32(seed & 0xFFFFFFFF), parts()
+    )
+    return int(sparse), int(bad)
+
+
+def factors(scale: Tensor | None) -> np.ndarray:
+    """A scale as the kernels take it: (I,) float32, or (0,) for ones."""
+    return np.empty(0, np.float32) if scale is None else scale.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -148,3 +148,50 @@ def prox_blocks_(blocks: Tensor, lam: float, scale: Tensor | None = None) -> Non
         if scale is not None:
             shrink = shrink / scale[start : start + CHUNK_BLOCKS]
         part.copy_(torch.where(removed, torch.zeros_like(part), part.sign() * (part.abs() - shrink).clamp_min(0)))
+
+
+def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, seed: int) -> tuple[int, int]:
+    """Apply the operator to a contiguous weight of any float dtype in place.
+
+    Args:
+        scale: (I,), or None for ones.
+        stochastic: round bfloat16 stochastically, with noise from ``seed``.
+
+    Returns:
+        (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
+    """
+    rows = weight.view(-1, weight.shape[-1])
+    step = max(1, 4 * CHUNK_BLOCKS // rows.shape[1])
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    generator = torch.Generator(weight.device).manual_seed(seed) if stochastic else None
+    sparse = torch.zeros((), dtype=torch.int64, device=weight.device)
+    bad = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        solved = part.to(dtype, copy=True).view(-1, 4)
+        finite = solved.isfinite().all(-1)
+        bad += (~finite).sum()
+        solved[~finite] = 0
+        prox_blocks_(solved, lam, None if scale is None else scale.to(solved).expand_as(part).reshape(-1, 4))
+        rounded = solved
+        if generator is not None and weight.dtype == torch.bfloat16:
+            rounded = round_stochastically(solved, generator)
+        blocks = part.view(-1, 4)
+        blocks.copy_(torch.where(finite[:, None], rounded.to(part.dtype), blocks))
+        sparse += ((blocks.count_nonzero(-1) <= 2) & finite).sum()
+    return int(sparse), int(bad)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to the bfloat16 below or above, each with the probability that keeps the mean.
+
+    Args:
+        values: float32, any shape, finite.
+        generator: on the device of ``values``.
+
+    Returns:
+        bfloat16 tensor of the same shape.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = (values.contiguous().view(torch.int32) + noise) & -65536
+    return bits.view(torch.float32).to(torch.bfloat16)
