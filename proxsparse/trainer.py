@@ -97,6 +97,7 @@ class ProxSparseTrainer(SFTTrainer):
                 "DeepSpeed keeps its own copies of the weights, which would undo the proximal step. "
                 "Use FSDP2 (accelerate) instead: its shards are whole rows."
             )
+        prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 
     def mask(self) -> Mask:
@@ -162,12 +163,12 @@ class ProxSparseTrainer(SFTTrainer):
         kept = targets != -100
         tokens = kept.sum()
         distilled = distillation_loss(logits[kept], self._teacher_logits[kept], self.args.temperature)
-        lm = cross_entropy(logits[kept].float(), targets[kept], reduction="sum") if self.args.distill < 1 else None
+        lm_counts = self.args.distill < 1  # else it is logged only
+        with contextlib.nullcontext() if lm_counts else torch.no_grad():
+            lm = cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
         self._record("kl", distilled / tokens)
-        loss = self.args.distill * distilled
-        if lm is not None:
-            self._record("lm_loss", lm / tokens)
-            loss = loss + (1 - self.args.distill) * lm
+        self._record("lm_loss", lm / tokens)
+        loss = self.args.distill * distilled + ((1 - self.args.distill) * lm if lm_counts else 0.0)
         # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
         loss = loss / (tokens if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

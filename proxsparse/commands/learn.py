@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, set_seed
 
 from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
@@ -129,6 +129,7 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     out = Path(str(config.output_dir))
     out.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
+    disable_progress_bars()  # three bars of tokenising for windows that are tokens already
     _remember(run, config, out)
     tokenizer = load_tokenizer(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     model = load_model(

@@ -102,25 +102,28 @@ def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed):
 
 @_inline
 def _times(tile, scale, out, column, count):
-    """Scale every weight of the tile by its input's factor; ``column`` is the first one's input."""
-    for j in range(count):
+    """Scale every weight of the tile by its input's factor; ``column`` is the first block's place in its row."""
+    start = 0
+    while start < count:  # as many pieces as the tile has rows
+        stop = min(count, start + scale.shape[1] - column)
         for k in range(4):
-            out[k, j] = tile[k, j] * scale[column + k]
-        column += 4
-        if column == scale.size:
-            column = 0
+            for j in range(start, stop):
+                out[k, j] = tile[k, j] * scale[k, column + j - start]
+        start, column = stop, 0
 
 
 @_inline
 def _divide_back(tile, scale, solved, column, count):
     """Shrink the weights of the tile as their scaled values were shrunk; where those kept their bits, so do these."""
-    for j in range(count):
+    start = 0
+    while start < count:
+        stop = min(count, start + scale.shape[1] - column)
         for k in range(4):
-            before = tile[k, j] * scale[column + k]
-            tile[k, j] = tile[k, j] * (solved[k, j] / before) if before != ZERO else tile[k, j]
-        column += 4
-        if column == scale.size:
-            column = 0
+            for j in range(start, stop):
+                before = tile[k, j] * scale[k, column + j - start]
+                ratio = solved[k, j] / (before if before != ZERO else ONE)
+                tile[k, j] = tile[k, j] * (ratio if before != ZERO else ONE)
+        start, column = stop, 0
 
 
 @_inline
@@ -323,7 +326,7 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
 
     Args:
         weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
-        scale: (I,) float32 positive, I the length of a row, or (0,) for ones.
+        scale: (4, I / 4) float32 positive, entry k of every block in row k, or (4, 0) for ones.
         lam: float32 strength, > 0.
         stochastic: round bfloat16 stochastically, with noise from ``seed`` and the weight's index.
         parts: number of contiguous parts shared out among the threads.
@@ -349,7 +352,7 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
             count = min(TILE, last - start)
             _load(weight, 4 * start, count, tile, bits)
             if scaled:
-                _times(tile, scale, own, (4 * start) % scale.size, count)
+                _times(tile, scale, own, start % scale.shape[1], count)
                 measured, measured_bits = own, own_bits
             else:
                 measured, measured_bits = tile, bits
@@ -360,7 +363,7 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
                 _strong(z, lam_block, x, count, work, place)
             sparse += _finish(measured, z, lam_block, x, count)
             if scaled:
-                _divide_back(tile, scale, own, (4 * start) % scale.size, count)
+                _divide_back(tile, scale, own, start % scale.shape[1], count)
             _store(weight, 4 * start, count, tile, bits, stochastic, seed)
             bad += wrong
         counts[part, 0], counts[part, 1] = sparse, bad
@@ -447,10 +450,9 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, se
         (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
     """
     bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
-    strength = F(min(lam, float(HUGE)))
-    sparse, bad = prox_flat_(
-        bits.view(-1).numpy(), factors(scale), strength, stochastic, np.uint32(seed & 0xFFFFFFFF), parts()
-    )
+    strength, columns = F(min(lam, float(HUGE))), np.ascontiguousarray(factors(scale).reshape(-1, 4).T)
+    noise = np.uint32(seed & 0xFFFFFFFF)
+    sparse, bad = prox_flat_(bits.view(-1).numpy(), columns, strength, stochastic, noise, parts())
     return int(sparse), int(bad)
 
 
