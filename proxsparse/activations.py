@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from proxsparse.errors import RunError
 from proxsparse.prunable import Prunable
 
 Visit = Callable[[Prunable, int | None, Tensor], None]
@@ -75,7 +76,7 @@ class NormStatistic:
     """Running mean of the squared inputs of one weight: (I,), or (E, I) for stacked experts."""
 
     def __init__(self, target: Prunable):
-        weight = target.weight
+        weight, self.name = target.weight, target.name
         shape = (weight.shape[target.in_dim],) if weight.dim() == 2 else (weight.shape[0], weight.shape[target.in_dim])
         self.squares = torch.zeros(shape, device=weight.device)
         self.tokens = torch.zeros(shape[:-1], device=weight.device)
@@ -86,7 +87,13 @@ class NormStatistic:
         self.tokens[place] += len(inputs)
 
     def norm(self) -> Tensor:
-        """Root mean square of every input. Where nothing flowed, the input counts a thousandth of the mean."""
+        """Root mean square of every input. Where nothing flowed, the input counts a thousandth of the mean.
+
+        Raises:
+            RunError: an input was not finite.
+        """
+        if not self.squares.isfinite().all():
+            raise RunError(f"The inputs of {self.name} are not finite on the calibration text: the model overflows.")
         rms = (self.squares / self.tokens.clamp_min(1)[..., None]).sqrt()
         mean = rms.mean(-1, keepdim=True)
         return rms.maximum(torch.where(mean > 0, 1e-3 * mean, torch.ones_like(mean)))

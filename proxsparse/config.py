@@ -60,7 +60,12 @@ class ProxSparseConfig(SFTConfig):
     weight_decay: float = 0.0
     lr_scheduler_type: str = "linear"
     logging_steps: float = 0.02
+    save_steps: float = 0.1
+    save_total_limit: int | None = 2
     seed: int = 42
+    learning_rate: float = field(default=UNSET, metadata={"help": "AdamW's peak learning rate"})
+    adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
+    warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
     lambda_value: float = field(
@@ -104,9 +109,8 @@ class ProxSparseConfig(SFTConfig):
     def __post_init__(self):
         if self.method not in METHODS:
             raise UsageError(f"--method must be one of {', '.join(METHODS)}; got {self.method!r}.")
-        sft_defaults = {name: SFTConfig.__dataclass_fields__[name].default for name in SFT_FIELDS}
         for name, value in METHODS[self.method].items():
-            if getattr(self, name) is None or (name in SFT_FIELDS and getattr(self, name) == sft_defaults[name]):
+            if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check()
         super().__post_init__()
@@ -132,9 +136,6 @@ class ProxSparseConfig(SFTConfig):
                 "--project_lambda2 1 pulls learned weights to the original ones, but with masked_forward the loss does "
                 "not see learned weights. Use --method paper, or leave lambda2 out."
             )
-
-
-SFT_FIELDS = ("learning_rate", "adam_beta2", "warmup_steps")
 
 
 def _in(name: str, value: Any, accepted: tuple) -> None:

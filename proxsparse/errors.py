@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class UsageError(ValueError):
     """An argument is wrong: exit code 2. The message names the argument, what was found and what is accepted."""
@@ -32,8 +34,15 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except OSError as error:
             print(f"error: {describe_os_error(error)}", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError:
+            print(
+                "error: The device's memory is used up: lower --batch_size or --ctx_len, use --dtype bfloat16, or "
+                "--activation_checkpointing true where you learn.",
+                file=sys.stderr,
+            )
+            return 1
         except KeyboardInterrupt:
-            print("interrupted: start the same command again to go on from the last checkpoint.", file=sys.stderr)
+            print("interrupted. Learning goes on from its last checkpoint when started again.", file=sys.stderr)
             return 130
 
     return wrapped

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from proxsparse.errors import RunError
 from proxsparse.prox_op import top2_product_
 from proxsparse.prunable import Prunable
 
@@ -22,12 +21,13 @@ class MaskedWeights:
     Args:
         targets: the prunable weights; their values now are W0.
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.
+        on_cpu: keep W0 on the CPU, and bring over one weight at a time.
     """
 
-    def __init__(self, targets: list[Prunable], norms: dict[str, Tensor] | None):
+    def __init__(self, targets: list[Prunable], norms: dict[str, Tensor] | None, on_cpu: bool = False):
         self.targets = targets
         self.norms = norms
-        self.base = {t.name: t.weight.detach().clone() for t in targets}
+        self.base = {t.name: copy_of(t.weight, on_cpu) for t in targets}
         self._learned: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -35,7 +35,8 @@ class MaskedWeights:
         """Parameters hold W0 * top2(learned scores) inside the block."""
         with self._swapped():
             for target in self.targets:
-                out, base, learned = target.weight.detach(), self.base[target.name], self._learned[target.name]
+                out, learned = target.weight.detach(), self._learned[target.name]
+                base = self.base[target.name].to(out.device)
                 scale = None if self.norms is None else self.norms[target.name]
                 top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
             yield
@@ -52,8 +53,6 @@ class MaskedWeights:
     def _swapped(self) -> Iterator[None]:
         for target in self.targets:
             weight = target.weight.detach()
-            if isinstance(weight, torch.distributed.tensor.DTensor):
-                raise RunError("masked_forward does not run on sharded weights yet; use --method paper under FSDP.")
             buffer = self._learned.setdefault(target.name, torch.empty_like(weight))
             buffer.copy_(weight)
         try:
@@ -61,3 +60,8 @@ class MaskedWeights:
         finally:
             for target in self.targets:
                 target.weight.detach().copy_(self._learned[target.name])
+
+
+def copy_of(weight: Tensor, on_cpu: bool) -> Tensor:
+    """A copy of a weight on its device, or on the CPU."""
+    return weight.detach().to("cpu", copy=True) if on_cpu else weight.detach().clone()

@@ -193,7 +193,8 @@ class _clear_errors:
             ) from chain[0]
         if "trust_remote_code" in text:
             raise RunError(
-                f"The model {name} needs its own code: read it, then pass --trust_remote_code true."
+                f"The model {name} needs its own code: read it, then pass --trust_remote_code "
+                "(--trust_remote_code true for end-to-end/main.py)."
             ) from chain[0]
         if (
             isinstance(chain[0], (OSError, ValueError, KeyError, RuntimeError))

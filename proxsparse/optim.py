@@ -15,8 +15,8 @@ from proxsparse.kernels.eager import round_stochastically
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
 
-    Moments are kept in the weights' dtype: for bfloat16 weights a second moment in bfloat16 costs nothing measurable
-    and halves the optimizer's memory.
+    The first moment is kept in the weights' dtype. The second is float32: its steps are a thousandth of it, which
+    bfloat16 rounds away.
 
     Args:
         params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
@@ -29,6 +29,15 @@ class StochasticAdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch, but the second moments stay float32: torch casts states to their weight's dtype."""
+        squares = {k: v["exp_avg_sq"] for k, v in state_dict["state"].items()}
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, square in squares.items():
+            parameter = parameters[index]
+            self.state[parameter]["exp_avg_sq"] = square.to(parameter.device, torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
@@ -49,15 +58,14 @@ class StochasticAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         state["step"] += 1
         step, (beta1, beta2) = int(state["step"]), group["betas"]
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["exp_avg"].copy_(mean)
-        state["exp_avg_sq"].copy_(square)
         denominator = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
         value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))

@@ -9,7 +9,7 @@ SHOWN = (
     ("lm_loss", "LM", "{:.3f}"),
     ("kl", "KL", "{:.3f}"),
     ("lambda2_loss", "lambda2", "{:.3g}"),
-    ("eval_loss", "masked eval loss", "{:.3f}"),
+    ("eval_loss", "eval loss", "{:.3f}"),
     ("regularizer", "R", "{:.3g}"),
     ("share_24", "2:4 blocks", "{:.1%}"),
     ("mask_churn", "mask churn", "{:.2%}"),

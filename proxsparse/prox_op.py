@@ -89,7 +89,7 @@ def prox_op_(
         lambda_: strength per call, unit 1 / |weight * scale|; not multiplied by the learning rate.
         scale: (I,) positive, (E, I) for stacked experts, or None. The operator acts on weight * scale, and the result
             is divided back: with the norms of the inputs it measures a weight by what it contributes to the output.
-        stochastic: round half-precision results stochastically. A shrinkage below half a unit in the last
+        stochastic: round bfloat16 results stochastically. A shrinkage below half a unit in the last
             place is lost by rounding to nearest, and survives on average this way.
         seed: of the rounding noise; give every call its own.
         kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (:func:`kernel_for`).
@@ -212,7 +212,7 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
         flat = [t.view(-1).numpy() for t in (out, base, learned)]
         cpu.top2_product_(*flat, cpu.factors(scale), cpu.parts())  # type: ignore[call-arg]
         return
-    out.copy_(base * top2_mask(learned if scale is None else learned * scale.to(learned)))
+    out.copy_(base * top2_mask(learned if scale is None else learned.float() * scale.to(learned.device)))
 
 
 @torch.no_grad()

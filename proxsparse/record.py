@@ -12,23 +12,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from proxsparse.errors import UsageError
+
+OWN = ".written-by-proxsparse"  # marks folders that may be replaced by a newer export
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary file or folder beside ``path``, renamed to it when the block ends without an error."""
+    """A temporary file or folder beside ``path``, renamed to it when the block ends without an error.
+
+    Raises:
+        UsageError: a file would replace a folder, or a folder one that is not empty and was not written this way.
+    """
     path = Path(path)
+    refuse_to_overwrite(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         inner = scratch / path.name
         yield inner
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if inner.is_dir():
+            (inner / OWN).touch()
+            if path.is_dir():
+                shutil.rmtree(path)
+        elif path.is_dir():
+            raise UsageError(f"{path} is a folder, and a file was to be written there; name a file.")
         os.replace(inner, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Refuse a folder with anything in it that an earlier export did not put there."""
+    if path.is_dir() and any(path.iterdir()) and not (path / OWN).is_file():
+        raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 
 
 def write_json(path: Path | str, record: Any) -> None:

@@ -5,7 +5,6 @@ written last, with the size of every file, and only folders with a true marker a
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -26,22 +25,22 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 def last_complete_checkpoint(output_dir: Path | str) -> str | None:
-    """Newest complete checkpoint of a run, or None. Incomplete ones are removed, and said so."""
+    """Newest complete checkpoint of a run, or None. Incomplete ones are passed over, and said so."""
     found = None
     for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_step):
         if is_complete(folder):
             found = str(folder)
         else:
-            logger.warning("%s was not written to its end and is removed", folder)
-            shutil.rmtree(folder)
+            logger.warning("%s was not written to its end and is not used", folder)
     return found
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of the checkpoint is there in full."""
+    """Whether every file that was written is there in full."""
     try:
-        return read_json(folder / MARKER)["sizes"] == _sizes(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        recorded = read_json(folder / MARKER)["sizes"]
+        return bool(recorded) and all((folder / name).stat().st_size == size for name, size in recorded.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,7 +28,7 @@ from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask
-from proxsparse.masked import MaskedWeights
+from proxsparse.masked import MaskedWeights, copy_of
 from proxsparse.optim import StochasticAdamW, noise_seed
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
@@ -38,7 +39,7 @@ NORMS_FILE = "input_norms.safetensors"
 
 
 class ProxCallback(TrainerCallback):
-    """Calls ``proximal_step(lr)`` once after each optimizer step that was not skipped."""
+    """Calls ``proximal_step(step, max_steps)`` once after each optimizer step that was not skipped."""
 
     def __init__(self, proximal_step):
         self.proximal_step = proximal_step
@@ -81,22 +82,23 @@ class ProxSparseTrainer(SFTTrainer):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in pruned)
         self.norms = self._input_norms(model, args, norms, kwargs.get("train_dataset"))
-        self.masked = MaskedWeights(self.targets, self.norms) if args.masked_forward else None
-        self.base: dict[str, Tensor] = {}
-        if args.project_lambda2:
-            self.base = {t.name: _copy(t.weight, args.base_on_cpu) for t in self.targets}
-        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if args.relative else {}
         self._prox_seconds = self._step_seconds = 0.0
         self._blocks_24 = self._blocks = 0
         self._teacher_logits: Tensor | None = None
         self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
-        self.add_callback(ProxCallback(self._proximal_step))
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UsageError(
-                "DeepSpeed keeps its own copies of the weights, which would undo the proximal step. "
-                "Use FSDP2 (accelerate) instead: its shards are whole rows."
+                "Learning on sharded weights (DeepSpeed, FSDP) is not supported yet; use one device a process (DDP). "
+                "In a loop of your own, apply prox_op_ to the local shards."
             )
+        # After the Trainer has put the model on its device; nothing has been trained yet, so these are W0.
+        self.masked = MaskedWeights(self.targets, self.norms, args.base_on_cpu) if args.masked_forward else None
+        self.base: dict[str, Tensor] = {}
+        if args.project_lambda2:
+            self.base = {t.name: copy_of(t.weight, args.base_on_cpu) for t in self.targets}
+        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if args.relative else {}
+        self.add_callback(ProxCallback(self._proximal_step))
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 
@@ -155,7 +157,9 @@ class ProxSparseTrainer(SFTTrainer):
             out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = out[0] if return_outputs else out
             if self.model.training:
-                self._record("lm_loss", loss)
+                # With num_items_in_batch it is this micro-batch's share of the whole batch's mean.
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                self._record("lm_loss", loss * steps)
                 loss = loss + self._frozen_weight_term(num_items_in_batch)
             return (loss, out[1]) if return_outputs else loss
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
@@ -274,13 +278,19 @@ class ProxSparseTrainer(SFTTrainer):
         """Norms of the inputs, measured once per run: a resumed run reads them back."""
         if args.score != "activation" or given is not None:
             return given
-        path = Path(args.output_dir) / NORMS_FILE
+        path, name = Path(args.output_dir) / NORMS_FILE, str(model.config._name_or_path)
         if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                measured_on = (file.metadata() or {}).get("model")
+            if measured_on != name:
+                raise UsageError(
+                    f"{path} was measured on {measured_on}, not on {name}: give another --output_dir, or delete it."
+                )
             return load_file(path)
         windows = torch.tensor(dataset[: args.norm_samples]["input_ids"])
         norms = input_norms(model, self.targets, windows, progress="input norms")
         with atomic_path(path) as scratch:
-            save_file(norms, scratch)
+            save_file(norms, scratch, metadata={"model": name})
         return norms
 
     def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
@@ -295,10 +305,6 @@ class ProxSparseTrainer(SFTTrainer):
         if not plain > 0 or not scored > 0:
             raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
         return plain, scored
-
-
-def _copy(weight: Tensor, on_cpu: bool) -> Tensor:
-    return weight.detach().to("cpu", copy=True) if on_cpu else weight.detach().clone()
 
 
 def _scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:

@@ -256,7 +256,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path, tokenizer):
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert not last.exists()
+    assert last.exists()  # nothing is deleted: it may be another program's
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_checkpoint(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ One block's statistics and two copies of the hidden states exist at a time.
 Shapes: N = windows, T = ctx_len, H = hidden size.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.prunable import Prunable, decoder_blocks, find_prunable
+
+logger = logging.getLogger(__name__)
 
 # The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
 LONGEST_CONTEXT = 8192
@@ -73,6 +76,9 @@ def prune_layerwise(
                     run_block(block, states, calls[index], model.device)
         for target in own:
             masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
+        for statistic in statistics.values():
+            if getattr(statistic, "skipped", 0):
+                logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
         del statistics
         if needs_data and index + 1 < len(blocks):
             hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from proxsparse.baselines.hessian import GramStatistic, invert
 from proxsparse.baselines.pattern import Pattern
+from proxsparse.errors import RunError
 from proxsparse.prunable import Prunable
 
 
@@ -42,7 +43,9 @@ class SparseGPT:
         weight[:, dead] = 0
         _, inverse = invert(gram, self.damping, name)
         # Row j of the upper factor holds how an error in column j spreads to the columns after it.
-        spread = torch.linalg.cholesky(inverse, upper=True)
+        spread, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if failed:
+            raise RunError(f"The inverse Gram matrix of {name} is not positive definite; give more calibration tokens.")
         keep = torch.ones_like(weight, dtype=torch.bool)
         size = self.block_size - self.block_size % pattern.m if pattern.structured else self.block_size
         for start in range(0, weight.shape[1], size):

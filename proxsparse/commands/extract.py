@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = find_prunable(model, include, exclude)
     weights = {t.name: t.weight.detach() for t in targets}
     norms = None
-    if settings.get("score") == "activation":
-        if not (run / NORMS_FILE).is_file():
-            raise UsageError(
-                f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing."
-            )
+    if (run / NORMS_FILE).is_file() and settings.get("score") != "weight":
         norms = load_file(run / NORMS_FILE)
+    elif settings.get("score") == "activation":
+        raise UsageError(f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing.")
+    elif not settings:
+        print(f"note: neither run.json nor {NORMS_FILE} is beside the checkpoint: blocks compare plain magnitudes")
     mask = extract_mask(weights, targets, norms)
     mask.base_model = settings.get("model", "")
     mask.info = {

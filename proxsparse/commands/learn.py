@@ -4,8 +4,8 @@
     python end-to-end/main.py --model meta-llama/Llama-2-7b-hf --dataset c4 --method paper --lambda_value 0.25 \\
         --ctx_len 4096 --samples 400 --batch_size 1 --learning_rate 1e-4 --bf16 true --dtype bfloat16
 
-Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds config.json of
-the run, checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
+Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds run.json (its
+settings), checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, set_seed
+from transformers import HfArgumentParser, IntervalStrategy, PrinterCallback, ProgressCallback, set_seed
 
 from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
 from proxsparse.config import ProxSparseConfig
@@ -81,7 +81,8 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
 
     parser.error = refuse  # type: ignore[method-assign]
     argv = [*argv, *_defaults_of_this_machine(argv)]
-    if "--output_dir" not in argv:
+    named = _option(argv, "output_dir") is not None
+    if not named:
         argv = [*argv, "--output_dir", "runs"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -91,26 +92,37 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
             raise
         except ValueError as error:
             raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
-    resolve_device(run.device)
+    if ":" in resolve_device(run.device):
+        raise UsageError(
+            f"--device takes auto, cpu or an accelerator without a number; choose one with "
+            f"CUDA_VISIBLE_DEVICES. Got {run.device!r}."
+        )
+    if config.eval_strategy == "no" and run.eval_samples:
+        config.eval_strategy, config.eval_steps = IntervalStrategy.STEPS, 0.1
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and not config.use_cpu:
+        raise UsageError(
+            f"There are {torch.cuda.device_count()} GPUs and one process: choose one with CUDA_VISIBLE_DEVICES=0, or "
+            "use all with accelerate launch end-to-end/main.py ..."
+        )
     for name in ("ctx_len", "samples", "batch_size"):
         if getattr(run, name) < 1:
             raise UsageError(f"--{name} must be at least 1; got {getattr(run, name)}.")
     if run.eval_samples < 0:
         raise UsageError(f"--eval_samples must be at least 0; got {run.eval_samples}.")
     config.per_device_train_batch_size = run.batch_size
-    if config.output_dir == "runs":
+    if not named:
         config.output_dir = str(Path("runs") / default_folder(run, config))
     return run, config
 
 
 def _defaults_of_this_machine(argv: list[str]) -> list[str]:
     """Flags that suit the CPU, where the user gave none: the Trainer's own defaults assume a GPU."""
-    if _option(argv, "device", "auto") != "cpu" and resolve_device("auto") != "cpu":
+    if _option(argv, "device") != "cpu" and resolve_device("auto") != "cpu":
         return []
     found = torch.cpu.get_capabilities()
     native_bf16 = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
     wanted = {"use_cpu": "true", "activation_checkpointing": "false", "bf16": "true" if native_bf16 else "false"}
-    return [w for name, value in wanted.items() if _option(argv, name, "") == "" for w in (f"--{name}", value)]
+    return [w for name, value in wanted.items() if _option(argv, name) is None for w in (f"--{name}", value)]
 
 
 def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
@@ -139,6 +151,9 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         revision=run.revision,
         trust_remote_code=config.trust_remote_code,
     )
+    if model.dtype == torch.float16:
+        logger.info("float16 weights are learned in bfloat16: AdamW's second moments underflow in float16")
+        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     check_ctx_len(run.ctx_len, model.config)
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
@@ -184,14 +199,14 @@ def _remember(run: LearnArguments, config: ProxSparseConfig, out: Path) -> None:
         write_json(path, record)
 
 
-def _option(argv: list[str], name: str, default: str) -> str:
-    """Value of --name in argv, in either spelling."""
+def _option(argv: list[str], name: str) -> str | None:
+    """Value of --name in argv, in either spelling; '' for a bare flag, None where it is not given."""
     for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
+        if word == f"--{name}":
+            return argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
-    return default
+    return None
 
 
 class _Formatter(HfArgumentParser().formatter_class):  # type: ignore[misc]

@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ctx_len": args.ctx_len,
         "seed": args.seed,
     }
-    if args.save:
-        save_mask(mask, Path(args.save) / "mask.safetensors")
     if args.save_model:
         save_pruned(model, tokenizer, args.save_model)
+    if args.save:
+        save_mask(mask, Path(args.save) / "mask.safetensors")
     print_json({"method": args.prune_method, "pattern": str(pattern), "kept": mask.density(), "save": args.save})

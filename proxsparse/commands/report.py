@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not equals or not Path(file).is_file():
             raise UsageError(f"--rows takes NAME=FILE with an existing file; got {row!r}.")
         rows[name] = read_json(file)["perplexity"]
+        first = next(iter(rows.values()))
+        if set(rows[name]) != set(first):
+            raise UsageError(
+                f"--rows must measure the same texts; {name} has {', '.join(rows[name])}, not {', '.join(first)}."
+            )
     settings = read_json(run / "run.json")["settings"]
     title = (
         f"{settings['model']}: {settings['samples']} samples of {settings['ctx_len']} tokens of {settings['dataset']}"

@@ -5,6 +5,8 @@ are solved in float32; bfloat16 results are rounded stochastically on request. U
 runs on CPU tensors, for tests.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -140,7 +142,7 @@ def _store(weights, place, value, inside, seed, BFLOAT16: tl.constexpr, STOCHAST
         tl.store(weights + place, value.to(weights.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _prox(
     weights,
     scales,
@@ -185,7 +187,7 @@ def _prox(
         y1, y2, y3, y4 = _strong(z2, z3, z4, strength)
         x1, x2 = tl.where(strong, y1, x1), tl.where(strong, y2, x2)
         x3, x4 = tl.where(strong, y3, x3), tl.where(strong, y4, x4)
-    huge = 3.4028235e38
+    huge = 3.4e38  # a float32 constant; larger than any weight that can be shrunk to zero by it
     s1 = strength * (x2 * x3 + x4 * (x2 + x3)) * top
     s2 = strength * (x1 * x3 + x4 * (x1 + x3)) * top
     s3 = tl.where(x3 > 0, strength * (x1 * x2 + x4 * (x1 + x2)) * top, huge)
@@ -221,18 +223,19 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, se
     blocks = weight.numel() // 4
     bfloat16 = weight.dtype == torch.bfloat16
     counts = torch.zeros(2, dtype=torch.int32, device=weight.device)
-    _prox[(triton.cdiv(blocks, TILE),)](
-        weight.view(torch.int16) if bfloat16 else weight,
-        weight if scale is None else scale.to(weight.device, torch.float32).contiguous(),
-        counts,
-        blocks,
-        weight.shape[-1],
-        min(lam, 3.0e38),
-        seed & 0x7FFFFFFF,
-        SCALED=scale is not None,
-        BFLOAT16=bfloat16,
-        STOCHASTIC=stochastic,
-        TILE=TILE,
-    )
+    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
+        _prox[(triton.cdiv(blocks, TILE),)](
+            weight.view(torch.int16) if bfloat16 else weight,
+            weight if scale is None else scale.to(weight.device, torch.float32).contiguous(),
+            counts,
+            blocks,
+            weight.shape[-1],
+            min(lam, 3.0e38),
+            seed & 0x7FFFFFFF,
+            SCALED=scale is not None,
+            BFLOAT16=bfloat16,
+            STOCHASTIC=stochastic,
+            TILE=TILE,
+        )
     sparse, bad = counts.tolist()
     return sparse, bad
