@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-samples=100 ctx_len=512 windows=24 run=runs/demo
+samples=100 ctx_len=512 windows=16 run=runs/demo
 if [[ ${1:-} == --quick ]]; then
     samples=24 ctx_len=256 windows=12 run=runs/demo-quick
 elif [[ $# -gt 0 ]]; then
