@@ -23,7 +23,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser, IntervalStrategy, PrinterCallback, ProgressCallback, set_seed
 
 from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
-from proxsparse.config import ProxSparseConfig
+from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import UsageError, command
 from proxsparse.mask import save_mask
 from proxsparse.model import EMBEDDED, load_model, load_tokenizer, quiet_bars, resolve_device, resolve_dtype
@@ -33,6 +33,9 @@ from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len
 
 logger = logging.getLogger(__name__)
+
+
+OUTPUT_DIR = field(default="runs/<a name made of the settings>", metadata={"help": "folder of the run"})
 
 
 @dataclass
@@ -73,12 +76,16 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
     Raises:
         UsageError: names the flag, what was found and what is accepted.
     """
+    argv = [_underscored(word) for word in argv]
+    if {"-h", "--help"} & set(argv):
+        short_help()
     parser = HfArgumentParser([LearnArguments, ProxSparseConfig], description=__doc__, allow_abbrev=False)  # type: ignore
     parser.formatter_class = _Formatter
 
     def refuse(message: str):
         raise UsageError(f"{message} (see --help)")
 
+    parser.add_argument("--help_all", action="help", help="show this message")
     parser.error = refuse  # type: ignore[method-assign]
     argv = [*argv, *_defaults_of_this_machine(argv)]
     named = _option(argv, "output_dir") is not None
@@ -113,6 +120,23 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
     if not named:
         config.output_dir = str(Path("runs") / default_folder(run, config))
     return run, config
+
+
+def short_help() -> None:
+    """Print the flags of this project and leave; those of SFTConfig are two hundred more."""
+    own = {f.name: f for f in dataclasses.fields(ProxSparseConfig) if f.name in ProxSparseConfig.__annotations__}
+    shown = [(f.name, ProxSparseConfig.__annotations__[f.name], f) for f in own.values() if f.metadata.get("help")]
+    settings = dataclasses.make_dataclass("Settings", [("output_dir", str, OUTPUT_DIR), *shown])
+    usage = "main.py [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] [settings]"
+    parser = HfArgumentParser([LearnArguments, settings], usage=usage, description=__doc__, add_help=False)  # type: ignore
+    parser.formatter_class = _Formatter
+    presets = "\n".join(
+        f"--method {method} means " + " ".join(f"--{k} {v}" for k, v in values.items())
+        for method, values in METHODS.items()
+    )
+    parser.epilog = presets + "\n--help_all lists every flag, TrainingArguments' and SFTConfig's too."
+    parser.print_help()
+    raise SystemExit(0)
 
 
 def _defaults_of_this_machine(argv: list[str]) -> list[str]:
@@ -207,6 +231,12 @@ def _option(argv: list[str], name: str) -> str | None:
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     return None
+
+
+def _underscored(word: str) -> str:
+    """--output-dir as --output_dir, which is the same flag; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
 class _Formatter(HfArgumentParser().formatter_class):  # type: ignore[misc]
