@@ -33,6 +33,7 @@ from proxsparse.optim import StochasticAdamW, noise_seed
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
 from proxsparse.record import atomic_path
+from proxsparse.resume import CompleteCheckpoints
 
 logger = logging.getLogger(__name__)
 NORMS_FILE = "input_norms.safetensors"
@@ -99,6 +100,7 @@ class ProxSparseTrainer(SFTTrainer):
             self.base = {t.name: copy_of(t.weight, args.base_on_cpu) for t in self.targets}
         self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if args.relative else {}
         self.add_callback(ProxCallback(self._proximal_step))
+        self.add_callback(CompleteCheckpoints())
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 

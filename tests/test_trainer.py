@@ -12,7 +12,7 @@ from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.prox_op import prox_op
-from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+from proxsparse.resume import last_complete_checkpoint
 from proxsparse.trainer import ProxCallback, ProxSparseTrainer
 
 STEPS = 6
@@ -233,14 +233,12 @@ def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer
     saving = {"save_strategy": "steps", "save_steps": 2, "method": method, "save_total_limit": 2}
     whole = trainer(tmp_path / "whole", tokenizer, tiny_llama().to(dtype), **saving)
     whole.train()
-    broken = trainer(
-        tmp_path / "broken", tokenizer, tiny_llama().to(dtype), callbacks=[CompleteCheckpoints(), StopAt(5)], **saving
-    )
+    broken = trainer(tmp_path / "broken", tokenizer, tiny_llama().to(dtype), callbacks=[StopAt(5)], **saving)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     checkpoint = last_complete_checkpoint(tmp_path / "broken")
     assert checkpoint.endswith("checkpoint-4")
-    again = trainer(tmp_path / "broken", tokenizer, tiny_llama().to(dtype), callbacks=[CompleteCheckpoints()], **saving)
+    again = trainer(tmp_path / "broken", tokenizer, tiny_llama().to(dtype), **saving)
     again.train(resume_from_checkpoint=checkpoint)
     for target in again.targets:
         assert torch.equal(target.weight, whole.model.get_parameter(target.name)), target.name
@@ -249,7 +247,7 @@ def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer
 
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path, tokenizer):
-    runs = trainer(tmp_path, tokenizer, callbacks=[CompleteCheckpoints()], save_strategy="steps", save_steps=2)
+    runs = trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2)
     runs.train()
     last = tmp_path / "checkpoint-6"
     assert last_complete_checkpoint(tmp_path) == str(last)
@@ -266,9 +264,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_checkpoint(t
                 with torch.no_grad():
                     model.model.norm.weight.fill_(float("nan"))
 
-    runs = trainer(
-        tmp_path, tokenizer, callbacks=[CompleteCheckpoints(), Poison()], save_strategy="steps", save_steps=2
-    )
+    runs = trainer(tmp_path, tokenizer, callbacks=[Poison()], save_strategy="steps", save_steps=2)
     with pytest.raises(RunError, match=r"loss is nan at step 5.*last good checkpoint is .*checkpoint-4"):
         runs.train()
     assert (tmp_path / "checkpoint-4").is_dir()

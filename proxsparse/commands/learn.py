@@ -29,7 +29,7 @@ from proxsparse.mask import save_mask
 from proxsparse.model import EMBEDDED, load_model, load_tokenizer, quiet_bars, resolve_device, resolve_dtype
 from proxsparse.progress import RunProgress
 from proxsparse.record import git_commit, read_json, versions, write_json
-from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+from proxsparse.resume import last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,6 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         train_dataset=data.select(range(run.samples)),
         eval_dataset=data.select(range(run.samples, len(data))) if run.eval_samples else None,
         processing_class=tokenizer,
-        callbacks=[CompleteCheckpoints()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
