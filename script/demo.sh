@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 samples=100 ctx_len=512 windows=16 run=runs/demo
 if [[ ${1:-} == --quick ]]; then
-    samples=24 ctx_len=256 windows=12 run=runs/demo-quick
+    samples=20 ctx_len=256 windows=6 run=runs/demo-quick
 elif [[ $# -gt 0 ]]; then
     echo "error: demo.sh takes --quick or nothing; got $1" >&2
     exit 2
