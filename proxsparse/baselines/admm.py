@@ -7,34 +7,21 @@ Shapes: O = out_features, I = in_features.
 import torch
 from torch import Tensor
 
-from proxsparse.baselines.hessian import GramStatistic, invert
+from proxsparse.baselines.hessian import GramMethod, invert
 from proxsparse.baselines.pattern import Pattern
-from proxsparse.prunable import Prunable
 
 
-class ADMM:
+class ADMM(GramMethod):
     """Args:
     damping: added to the diagonal of the normalised Gram matrix, as a share of its mean.
     iterations: of ADMM in all.
     pruning_iterations: the first so many tighten the mask on a cubic schedule; then it is fixed.
     """
 
-    updates_weights = True
-
     def __init__(self, damping: float = 0.1, iterations: int = 20, pruning_iterations: int = 15):
         self.damping = damping
         self.iterations = iterations
         self.pruning_iterations = pruning_iterations
-
-    def statistic(self, target: Prunable) -> GramStatistic:
-        return GramStatistic(target)
-
-    def prune(self, rows: Tensor, statistic: GramStatistic, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        if rows.dim() == 3:
-            parts = [self._prune(w, statistic.gram(e), pattern, statistic.name) for e, w in enumerate(rows)]
-            masks, weights = zip(*parts, strict=True)
-            return torch.stack(masks), torch.stack(weights)
-        return self._prune(rows, statistic.gram(None), pattern, statistic.name)
 
     def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
         # In units of the inputs' norms the Gram matrix has a unit diagonal and |w| is Wanda's score.

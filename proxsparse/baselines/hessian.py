@@ -6,6 +6,7 @@ Shapes: I = in_features; T = tokens.
 import torch
 from torch import Tensor
 
+from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
 from proxsparse.prunable import Prunable
 
@@ -37,6 +38,26 @@ class GramStatistic:
         if not self.tokens.get(expert):
             return torch.eye(self.width, device=self.device)
         return self.grams[expert] / self.tokens[expert]
+
+
+class GramMethod:
+    """A method that solves one matrix at a time with the Gram matrix of its inputs, and changes weights."""
+
+    updates_weights = True
+
+    def statistic(self, target: Prunable) -> GramStatistic:
+        return GramStatistic(target)
+
+    def prune(self, rows: Tensor, statistic: GramStatistic, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        if rows.dim() == 3:
+            parts = [self._prune(w, statistic.gram(e), pattern, statistic.name) for e, w in enumerate(rows)]
+            masks, weights = zip(*parts, strict=True)
+            return torch.stack(masks), torch.stack(weights)
+        return self._prune(rows, statistic.gram(None), pattern, statistic.name)
+
+    def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
+        """(mask, new weights) of one (O, I) matrix."""
+        raise NotImplementedError
 
 
 def invert(gram: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:

@@ -7,33 +7,20 @@ Shapes: O = out_features, I = in_features.
 import torch
 from torch import Tensor
 
-from proxsparse.baselines.hessian import GramStatistic, invert
+from proxsparse.baselines.hessian import GramMethod, invert
 from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
-from proxsparse.prunable import Prunable
 
 
-class SparseGPT:
+class SparseGPT(GramMethod):
     """Args:
     damping: added to the diagonal of the Hessian, as a share of its mean.
     block_size: columns updated together; the result does not depend on it for N:M patterns.
     """
 
-    updates_weights = True
-
     def __init__(self, damping: float = 0.01, block_size: int = 128):
         self.damping = damping
         self.block_size = block_size
-
-    def statistic(self, target: Prunable) -> GramStatistic:
-        return GramStatistic(target)
-
-    def prune(self, rows: Tensor, statistic: GramStatistic, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        if rows.dim() == 3:
-            parts = [self._prune(w, statistic.gram(e), pattern, statistic.name) for e, w in enumerate(rows)]
-            masks, weights = zip(*parts, strict=True)
-            return torch.stack(masks), torch.stack(weights)
-        return self._prune(rows, statistic.gram(None), pattern, statistic.name)
 
     def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
         weight = rows.float().clone()
