@@ -24,6 +24,7 @@ from rich.table import Table
 
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
 from proxsparse.commands.learn import build, parse_arguments
 from proxsparse.mask import apply_mask
 from proxsparse.model import EMBEDDED, load_model, load_tokenizer
@@ -57,6 +58,7 @@ LEARNED: dict[str, str] = {
     "paper-lambda2": "--method paper --lambda_value 0.25 --learning_rate 1e-4 --project_lambda2 1 --lambda2_value 0.25 "
     "--epsilon 0.5",
 }
+# One-shot baselines: name -> (method, weights updated).
 BASELINES = {
     "magnitude": ("magnitude", False),
     "wanda": ("wanda", False),
@@ -65,7 +67,9 @@ BASELINES = {
     "sparsegpt": ("sparsegpt", True),
     "admm": ("admm", True),
 }
-DEFAULT_ROWS = ["dense", *BASELINES, "paper", "masked"]
+# MaskLLM: name -> changes to its settings. With the paper's learning rate its masks hardly move in so few steps.
+MASKLLM: dict[str, dict] = {"maskllm": {}, "maskllm-lr10": {"learning_rate": 5e-3}}
+DEFAULT_ROWS = ["dense", *BASELINES, *MASKLLM, "paper", "masked"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,12 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--text", default="wiki", help="calibration text")
     parser.add_argument("--eval", nargs="+", default=["wiki", "news"], help="held-out texts")
-    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *LEARNED])
+    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *LEARNED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=None, help="evaluation windows a text; default: all")
-    parser.add_argument("--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while learning")
+    parser.add_argument(
+        "--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while calibrating"
+    )
+    parser.add_argument("--draw", default=None, metavar="PNG", help="draw the table; default: beside the JSON file")
     parser.add_argument("--output", default="benchmarks/results/quality_smollm2-135m.json")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -129,14 +136,19 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
             del trainer
         model = load_model(args.model, dtype=torch.float32)
         apply_mask(model, mask)
+    elif row == "dense":
+        model, extra, tokens = load_model(args.model, dtype=torch.float32), {}, 0
     else:
-        model, extra = load_model(args.model, dtype=torch.float32), {}
-        if row == "dense":
-            tokens = 0
+        model, extra, bf16 = load_model(args.model, dtype=torch.float32), {}, args.bf16 == "true"
+        windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+        if row in MASKLLM:
+            prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
+            with tempfile.TemporaryDirectory() as folder:
+                settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | MASKLLM[row]
+                apply_mask(model, learn_mask(model, tokenizer, windows, folder, **settings))
         else:
             name, updated = BASELINES[row]
-            windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
-            prune_layerwise(model, windows, METHODS[name](), Pattern.parse("2:4"), update=updated)
+            prune_layerwise(model, windows, METHODS[name](), Pattern.parse("2:4"), update=updated, bf16=bf16)
             tokens = 0 if name == "magnitude" else tokens
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -32,12 +32,13 @@ def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         members = by_module[module]
-        if members[0].weight.dim() == 3:
-            _visit_experts(module, arguments, keywords, members, visit)
-            return
-        inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
-        for target in members:
-            visit(target, None, inputs.reshape(-1, inputs.shape[-1]).float())
+        with torch.autocast(members[0].weight.device.type, enabled=False):  # statistics are float32
+            if members[0].weight.dim() == 3:
+                _visit_experts(module, arguments, keywords, members, visit)
+                return
+            inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
+            for target in members:
+                visit(target, None, inputs.reshape(-1, inputs.shape[-1]).float())
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in by_module]
     try:
@@ -50,7 +51,7 @@ def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
 def _visit_experts(module: Any, arguments: tuple, keywords: dict, members: list[Prunable], visit: Visit) -> None:
     """Route the tokens as the module will, and recompute what its second projection sees."""
     hidden, chosen = (*arguments, *keywords.values())[:2]
-    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(members[0].weight.dtype)
     chosen = chosen.reshape(len(hidden), -1)
     by_attribute = {target.attribute: target for target in members}
     first = by_attribute.get("gate_up_proj") or by_attribute.get("up_proj")

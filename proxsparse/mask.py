@@ -8,6 +8,7 @@ Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class Mask:
 
     Attributes:
         tensors: name of the weight -> bool tensor with the input dimension last, True = keep.
-        pattern: 'N:M' or 'unstructured'.
+        pattern: 'N:M', 'unstructured', or 'mixed N:M' where weights differ in N.
         base_model: the model it was made for.
         info: everything else worth keeping: method, settings, versions.
     """
@@ -199,7 +200,8 @@ def _check_pattern(name: str, mask: Tensor, pattern: str) -> None:
     Raises:
         RunError: names the first weight and block that do not.
     """
-    nm = parse_pattern(pattern)
+    mixed = re.fullmatch(r"mixed N:(\d+)", pattern)
+    nm = (None, int(mixed[1])) if mixed else parse_pattern(pattern)
     if nm is None:
         return
     n, m = nm
@@ -207,7 +209,8 @@ def _check_pattern(name: str, mask: Tensor, pattern: str) -> None:
         raise RunError(
             f"The mask of {name} has width {mask.shape[-1]}, which has no blocks of {m}; it is not {pattern}."
         )
-    wrong = (mask.unflatten(-1, (-1, m)).sum(-1) != n).flatten()
+    kept = mask.unflatten(-1, (-1, m)).sum(-1).flatten()
+    wrong = kept != (kept[0] if n is None else n)  # of a mixed pattern, every weight has its own n
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise RunError(

@@ -54,6 +54,14 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def native_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 natively, so that autocast makes it faster; GPUs since Ampere do."""
+    if torch.device(device).type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def model_source(name: str) -> tuple[str, dict]:
     """Where ``from_pretrained`` finds a model: (name or folder, extra arguments)."""
     if name == EMBEDDED:

@@ -90,7 +90,7 @@ def test_the_pruned_checkpoint_is_the_original_under_the_mask_and_evaluates_the_
     AutoTokenizer.from_pretrained(tmp_path / "pruned")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "maskllm"])
 def test_baselines_write_the_same_kind_of_mask(method, checkpoint, corpus, tmp_path):
     flags = ["--model", checkpoint, "--dataset", corpus, "--ctx_len", "32", "--nsamples", "8", "--save", tmp_path]
     printed = last_json(run("baseline/main.py", "--prune_method", method, "--mask_only", *flags))
@@ -195,6 +195,10 @@ MISTAKES = [
     ("baseline/main.py", ["--prune_method", "magnitude"], 2, "Give --save FOLDER"),
     ("baseline/main.py", ["--prune_method", "sparsegpt", "--save", "x"], 2, "give --save_model or --mask_only"),
     ("baseline/main.py", ["--prune_method", "wanda", "--sparsity_type", "4:2", "--save", "x"], 2, "must be N:M"),
+    ("baseline/main.py", ["--prune_method", "wanda", "--allocation", "owl", "--save", "x"], 2, "2:4 fixes the share"),
+    ("baseline/main.py", ["--prune_method", "maskllm", "--sparsity_type", "4:8", "--save", "x"], 2, "2:4 masks only"),
+    ("eval/zero_shot.py", ["--mask", "/none"], 2, "--mask: there is no file /none"),
+    ("eval/zero_shot.py", ["--limit", "0"], 2, "must be an integer of at least 1"),
 ]
 
 
@@ -209,9 +213,12 @@ def test_a_mistake_gives_one_sentence_and_its_exit_code(
         "eval/ppl.py": "ppl",
         "eval/eval_mask_ppl.py": "mask_ppl",
         "eval/report.py": "report",
+        "eval/zero_shot.py": "zero_shot",
         "baseline/main.py": "prune",
     }[script]
     defaults = {}
+    if module == "zero_shot":
+        defaults |= {"--model": checkpoint}
     if module in ("learn", "ppl", "mask_ppl", "prune"):
         defaults |= {"--model": checkpoint, "--dataset": corpus, "--ctx_len": "32"}
     if module == "learn":

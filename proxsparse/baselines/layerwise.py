@@ -39,6 +39,7 @@ def prune_layerwise(
     include: str | None = None,
     exclude: str | None = None,
     hidden_device: str = "cpu",
+    bf16: bool = False,
     progress: str | None = None,
 ) -> Mask:
     """Prune a model in place with a one-shot method.
@@ -46,10 +47,11 @@ def prune_layerwise(
     Args:
         windows: (N, T) calibration token ids.
         method: one of ``proxsparse.baselines.METHODS``.
-        pattern: for all blocks, or by block index.
+        pattern: for all blocks, or by block index (see ``allocation.allocate``).
         update: keep the method's new weights; False keeps its mask on the original weights, so that the blocks
             after it also see those.
         hidden_device: where the hidden states lie between blocks.
+        bf16: compute the blocks in bfloat16 autocast; statistics and solves stay float32.
 
     Returns:
         The mask; the model holds the pruned (and, with ``update``, changed) weights.
@@ -67,11 +69,12 @@ def prune_layerwise(
     masks: dict[str, Tensor] = {}
     needs_data = method.statistic(targets[0]) is not None
     hidden, calls = first_inputs(model, blocks, windows, hidden_device) if needs_data else ([], [])
+    reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
     for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
         own = [t for t in targets if t.block == index]
         statistics = {t.name: method.statistic(t) for t in own}
         if needs_data:
-            with listen(own, _collect_in(statistics)):
+            with reduced, listen(own, _collect_in(statistics)):
                 for states in hidden:
                     run_block(block, states, calls[index], model.device)
         for target in own:
@@ -81,10 +84,11 @@ def prune_layerwise(
                 logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
         del statistics
         if needs_data and index + 1 < len(blocks):
-            hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
+            with reduced:
+                hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
     model.train(training)
     kinds = {str(p) for p in patterns.values()}
-    return Mask(masks, kinds.pop() if len(kinds) == 1 else "mixed", model.config._name_or_path)
+    return Mask(masks, kinds.pop() if len(kinds) == 1 else f"mixed N:{width}", model.config._name_or_path)
 
 
 def first_inputs(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import UsageError
+from proxsparse.mask import Mask, apply_mask, load_mask
 from proxsparse.model import DTYPES, EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
 from proxsparse.perplexity import Perplexity, perplexity
 from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
@@ -43,6 +44,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def add_mask_argument(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--mask", required=required, default=None, metavar="FILE", help="mask.safetensors, or the folder it lies in"
+    )
+
+
+def read_mask(args: argparse.Namespace) -> Mask | None:
+    """The mask the arguments name, or None. Before the model is loaded, so that a wrong file costs no wait."""
+    return None if args.mask is None else load_mask(args.mask)
+
+
+def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace) -> None:
+    """Apply a mask, if there is one, and say so."""
+    if mask is None:
+        return
+    if mask.base_model and mask.base_model != args.model:
+        print(f"note: the mask was made for {mask.base_model}; the model given is {args.model}")
+    pruned = apply_mask(model, mask)
+    print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:

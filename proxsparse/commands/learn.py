@@ -26,7 +26,15 @@ from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
 from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import UsageError, command
 from proxsparse.mask import save_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer, quiet_bars, resolve_device, resolve_dtype
+from proxsparse.model import (
+    EMBEDDED,
+    load_model,
+    load_tokenizer,
+    native_bf16,
+    quiet_bars,
+    resolve_device,
+    resolve_dtype,
+)
 from proxsparse.progress import RunProgress
 from proxsparse.record import git_commit, read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
@@ -143,9 +151,8 @@ def _defaults_of_this_machine(argv: list[str]) -> list[str]:
     """Flags that suit the CPU, where the user gave none: the Trainer's own defaults assume a GPU."""
     if _option(argv, "device") != "cpu" and resolve_device("auto") != "cpu":
         return []
-    found = torch.cpu.get_capabilities()
-    native_bf16 = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
-    wanted = {"use_cpu": "true", "activation_checkpointing": "false", "bf16": "true" if native_bf16 else "false"}
+    bf16 = "true" if native_bf16("cpu") else "false"
+    wanted = {"use_cpu": "true", "activation_checkpointing": "false", "bf16": bf16}
     return [w for name, value in wanted.items() if _option(argv, name) is None for w in (f"--{name}", value)]
 
 

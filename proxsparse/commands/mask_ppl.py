@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from proxsparse.commands.common import (
     Parser,
     add_evaluation_arguments,
+    add_mask_argument,
     add_model_arguments,
     as_record,
     describe_device,
     evaluate,
     load,
     print_json,
+    put_mask,
+    read_mask,
 )
 from proxsparse.errors import UsageError, command
 from proxsparse.export import save_pruned
-from proxsparse.mask import apply_mask, load_mask
 from proxsparse.record import versions, write_json
 
 
@@ -27,19 +29,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="eval_mask_ppl.py", description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
-    parser.add_argument("--mask", required=True, metavar="FILE", help="mask.safetensors, or the folder it lies in")
+    add_mask_argument(parser, required=True)
     parser.add_argument("--save", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
     parser.add_argument("--no_eval", action="store_true", help="do not measure the perplexity")
     parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
     args = parser.parse_args(argv)
     if args.no_eval and not args.save:
         raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
-    mask = load_mask(args.mask)
+    mask = read_mask(args)
     model, tokenizer = load(args)
-    if mask.base_model and mask.base_model != args.model:
-        print(f"note: the mask was made for {mask.base_model}; the model given is {args.model}")
-    pruned = apply_mask(model, mask)
-    print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")
+    put_mask(model, mask, args)
     if args.save:
         save_pruned(model, tokenizer, args.save)
         print(f"pruned checkpoint written to {args.save}")

@@ -1,66 +1,142 @@
-"""One-shot baselines, with the flags of Wanda's users.
+"""Baselines on any decoder architecture, with the flags of Wanda's users.
 
     python baseline/main.py --model smollm2-135m --prune_method wanda --dataset wiki --ctx_len 512 --save runs/wanda
     python baseline/main.py --model smollm2-135m --prune_method sparsegpt --mask_only --dataset wiki --save runs/sgpt
     python baseline/main.py --model meta-llama/Llama-2-7b-hf --prune_method magnitude --sparsity_type 4:8 --save mag
+    python baseline/main.py --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.7 --allocation owl ...
 
 Writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines.allocation import ALLOCATIONS, allocate, refuse_without_freedom
 from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.commands import zero_shot as zero_shot_command
 from proxsparse.commands.common import TEXT_HELP, Parser, add_model_arguments, load, positive_int, print_json
 from proxsparse.errors import UsageError, command
 from proxsparse.export import save_pruned
-from proxsparse.mask import save_mask
+from proxsparse.mask import Mask, apply_mask, save_mask
+from proxsparse.model import native_bf16
 from proxsparse.text import calibration_windows, check_ctx_len
+from proxsparse.zero_shot import PAPER_TASKS, zero_shot
+
+LEARNED = "maskllm"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    pattern = Pattern.parse(args.sparsity_type, args.sparsity_ratio)
+    changes_weights = args.prune_method != LEARNED and METHODS[args.prune_method].updates_weights and not args.mask_only
+    check(args, pattern, changes_weights)
+    model, tokenizer = load(args)
+    windows = model.dummy_inputs["input_ids"]
+    if args.prune_method != "magnitude" or args.allocation == "owl":
+        check_ctx_len(args.ctx_len, model.config)
+        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.nsamples, args.seed)
+    mask = prune(model, tokenizer, windows, pattern, args)
+    mask.base_model = args.model
+    mask.info = {
+        "method": args.prune_method,
+        "weights_updated": changes_weights,
+        "allocation": args.allocation,
+        "dataset": args.dataset,
+        "samples": args.nsamples,
+        "ctx_len": args.ctx_len,
+        "seed": args.seed,
+    }
+    note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
+    print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
+    if args.save_model:
+        save_pruned(model, tokenizer, args.save_model)
+    if args.save:
+        save_mask(mask, Path(args.save) / "mask.safetensors")
+    if args.eval_zero_shot is not None:
+        zero_shot_command.show(zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS)))
+    print_json({"method": args.prune_method, "pattern": mask.pattern, "kept": mask.density(), "save": args.save})
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="baseline/main.py", description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", required=True, choices=METHODS, help="the baseline")
+    parser.add_argument("--prune_method", required=True, choices=[*METHODS, LEARNED], help="the baseline")
     parser.add_argument("--sparsity_type", default="2:4", help="N:M or unstructured; default: %(default)s")
     parser.add_argument("--sparsity_ratio", type=float, default=0.5, help="share removed, for unstructured")
+    parser.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=ALLOCATIONS,
+        help="share of each decoder block, for unstructured and N:8 patterns; default: %(default)s",
+    )
     parser.add_argument("--mask_only", action="store_true", help="keep the original weights under the method's mask")
+    parser.add_argument(
+        "--prior", default="sparsegpt", choices=[*METHODS, "none"], help="mask that maskllm starts from"
+    )
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration samples; default: %(default)s")
-    parser.add_argument("--ctx_len", type=positive_int, default=2048, help="tokens a sample; default: %(default)s")
+    parser.add_argument(
+        "--ctx_len", "--seqlen", type=positive_int, default=2048, help="tokens a sample; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples; default: %(default)s")
+    parser.add_argument(
+        "--hidden_device",
+        default="cpu",
+        choices=["cpu", "model"],
+        help="where hidden states lie between layers: cpu, or with the model (faster); default: %(default)s",
+    )
+    parser.add_argument(
+        "--bf16",
+        default="auto",
+        choices=["auto", "true", "false"],
+        help="compute layers in bfloat16 autocast, statistics in float32; auto: where the CPU does so natively",
+    )
     parser.add_argument("--save", default=None, metavar="FOLDER", help="write mask.safetensors here")
     parser.add_argument("--save_model", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
-    args = parser.parse_args(argv)
-    method, pattern = METHODS[args.prune_method](), Pattern.parse(args.sparsity_type, args.sparsity_ratio)
-    changes_weights = method.updates_weights and not args.mask_only
+    parser.add_argument(
+        "--eval_zero_shot",
+        nargs="*",
+        default=None,
+        metavar="TASK",
+        help="measure zero-shot tasks of the pruned model; without names: the paper's seven",
+    )
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> None:
+    """Refuse what can't work before a model is loaded."""
     if not (args.save or args.save_model):
         raise UsageError("Give --save FOLDER for the mask, --save_model FOLDER for the pruned checkpoint, or both.")
     if changes_weights and not args.save_model:
         raise UsageError(
             f"{args.prune_method} changes weights, so a mask alone is not its result: give --save_model or --mask_only."
         )
-    model, tokenizer = load(args)
-    windows = model.dummy_inputs["input_ids"]
-    if args.prune_method != "magnitude":
-        check_ctx_len(args.ctx_len, model.config)
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.nsamples, args.seed)
-    mask = prune_layerwise(
-        model, windows, method, pattern, update=not args.mask_only, progress=f"{args.prune_method} {pattern}"
-    )
-    mask.base_model = args.model
-    mask.info = {
-        "method": args.prune_method,
-        "weights_updated": changes_weights,
-        "dataset": args.dataset,
-        "samples": args.nsamples,
-        "ctx_len": args.ctx_len,
-        "seed": args.seed,
-    }
-    if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
-    if args.save:
-        save_mask(mask, Path(args.save) / "mask.safetensors")
-    print_json({"method": args.prune_method, "pattern": str(pattern), "kept": mask.density(), "save": args.save})
+    if args.allocation != "uniform":
+        refuse_without_freedom(pattern, args.allocation)
+    if args.prune_method == LEARNED and str(pattern) != "2:4":
+        raise UsageError(f"--prune_method maskllm learns 2:4 masks only; got --sparsity_type {args.sparsity_type}.")
+
+
+def prune(model, tokenizer, windows: torch.Tensor, pattern: Pattern, args: argparse.Namespace) -> Mask:
+    """Prune the model in place by the method the arguments name."""
+    bf16 = args.bf16 == "true" or (args.bf16 == "auto" and model.device.type == "cpu" and native_bf16("cpu"))
+    options: dict[str, Any] = {"hidden_device": "cpu" if args.hidden_device == "cpu" else str(model.device), "bf16": bf16}
+    if args.prune_method != LEARNED:
+        patterns = allocate(model, pattern, args.allocation, windows)
+        method, update = METHODS[args.prune_method](), not args.mask_only
+        label = f"{args.prune_method} {pattern}"
+        return prune_layerwise(model, windows, method, patterns, update=update, progress=label, **options)
+    from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
+
+    prior = None if args.prior == "none" else one_shot_prior(model, windows, METHODS[args.prior](), **options)
+    folder = Path(args.save or args.save_model)
+    run = folder.parent / f"{folder.name}-learning"
+    mask = learn_mask(model, tokenizer, windows, run, prior=prior, seed=args.seed, bf16=bf16)
+    apply_mask(model, mask)
+    return mask

@@ -1,0 +1,236 @@
+"""MaskLLM: learn which of the six 2:4 masks each block takes, by sampling them with the Gumbel softmax. Weights frozen.
+
+    mask = learn_mask(model, tokenizer, windows, output_dir="runs/maskllm")
+
+Every block of four has six logits p. The forward pass sees W0 * sum_k y_k M_k with y = softmax((kappa p + g) / tau),
+g Gumbel noise; over the run tau falls and kappa rises, so that the choice hardens. The mask is the argmax of p.
+
+Source: Fang et al., MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models,
+https://arxiv.org/abs/2409.17481; implemented from the paper's mathematics. Shapes: O = out_features, I = in_features.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.baselines.pattern import Pattern
+from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import Mask
+from proxsparse.masked import copy_of
+from proxsparse.optim import noise_seed
+from proxsparse.prunable import Prunable, find_prunable
+from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+
+# The six ways to keep two of four.
+MASKS = torch.tensor(
+    [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.float32
+)
+INITIAL_STD = 0.01
+
+
+@dataclass
+class MaskLLMConfig(SFTConfig):
+    """SFTConfig with the paper's settings; the step count is the number of samples, where the paper takes 2,000."""
+
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 0.1
+    logging_steps: float = 0.1
+    save_steps: float = 0.2
+    save_total_limit: int | None = 1
+    tau: tuple[float, float] = (4.0, 0.05)
+    kappa: tuple[float, float] = (100.0, 500.0)
+    prior_strength: float = 3.0
+    keep_large: float = 1e-5
+
+
+class MaskLLMTrainer(SFTTrainer):
+    """SFTTrainer that learns mask logits in place of weights.
+
+    Args:
+        model: its weights at this moment are the ones to prune.
+        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
+    """
+
+    args: MaskLLMConfig
+    model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel, args: MaskLLMConfig, *, prior: dict[str, Tensor] | None = None, **kwargs
+    ):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.targets: list[Prunable] = find_prunable(model)
+        generator = torch.Generator().manual_seed(args.seed)
+        for target in self.targets:
+            rows = target.rows(target.weight)
+            given = None if prior is None else prior[target.name]
+            logits = initial_logits(tuple(rows.shape), given, args.prior_strength, generator)
+            target.module.register_parameter(_attribute(target), nn.Parameter(logits.to(rows.device)))
+        super().__init__(model, args, **kwargs)
+        if self.args.world_size > 1:
+            raise UsageError("maskllm learns in one process; start it without accelerate launch.")
+        for target in self.targets:
+            target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
+        self.base = {t.name: copy_of(t.weight, on_cpu=False) for t in self.targets}
+        self.add_callback(CompleteCheckpoints())
+
+    def logits(self, target: Prunable) -> nn.Parameter:
+        """(O, I / 4, 6) float32 logits of one weight."""
+        return getattr(target.module, _attribute(target))
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            logits = [self.logits(t) for t in self.targets]
+            self.optimizer = cls([{"params": logits, "weight_decay": self.args.weight_decay}], **options)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with self._soft_masks():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._gradients_of_logits()
+        if not loss.isfinite():
+            raise RunError(f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate.")
+        return loss
+
+    def mask(self) -> Mask:
+        """The most likely mask of every block."""
+        return Mask({t.name: hard_mask(self.logits(t).detach()).cpu() for t in self.targets})
+
+    @contextlib.contextmanager
+    def _soft_masks(self) -> Iterator[None]:
+        """Parameters hold W0 times the sampled soft mask inside the block."""
+        try:
+            with torch.no_grad():
+                for place, target in enumerate(self.targets):
+                    soft = self._choice(place, target) @ MASKS.to(target.weight.device)
+                    target.rows(target.weight).copy_(target.rows(self.base[target.name]) * soft.flatten(-2))
+            yield
+        finally:
+            with torch.no_grad():
+                for target in self.targets:
+                    target.weight.copy_(self.base[target.name])
+
+    @torch.no_grad()
+    def _gradients_of_logits(self) -> None:
+        """From each weight's gradient to its logits', in closed form: one weight's temporaries at a time."""
+        progress = self.state.global_step / self.state.max_steps
+        steps = self.current_gradient_accumulation_steps
+        for place, target in enumerate(self.targets):
+            gradient, target.weight.grad = target.weight.grad, None
+            if gradient is None:  # an expert that saw no token
+                continue
+            rows, base = target.rows(target.weight).float(), target.rows(self.base[target.name]).float()
+            # The second term is the paper's: it keeps large weights, so that gradients do not vanish.
+            keep = 2 * self.args.keep_large * (1 - progress) / steps
+            of_mask = (target.rows(gradient).float() - keep * rows) * base
+            of_choice = of_mask.unflatten(-1, (-1, 4)) @ MASKS.T.to(rows.device)
+            choice = self._choice(place, target)
+            of_logits = choice * (of_choice - (choice * of_choice).sum(-1, keepdim=True))
+            of_logits *= _line(self.args.kappa, progress) / _line(self.args.tau, progress)
+            logits = self.logits(target)
+            logits.grad = of_logits if logits.grad is None else logits.grad + of_logits
+
+    def _choice(self, place: int, target: Prunable) -> Tensor:
+        """y of every block, (O, I / 4, 6). The noise depends on seed, step and place, so that it can be redrawn."""
+        step = self.state.global_step
+        progress = step / self.state.max_steps
+        logits = self.logits(target).detach()
+        generator = torch.Generator(logits.device).manual_seed(noise_seed(self.args.seed, step, place))
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+        scaled = noise.add_(logits, alpha=_line(self.args.kappa, progress))
+        return scaled.div_(_line(self.args.tau, progress)).softmax(-1)
+
+
+def learn_mask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    output_dir: Path | str,
+    *,
+    prior: dict[str, Tensor] | None = None,
+    **settings,
+) -> Mask:
+    """Learn a mask on calibration windows, one optimizer step a window.
+
+    Args:
+        windows: (N, T) token ids.
+        output_dir: for checkpoints; a run that was stopped goes on from the last complete one.
+        prior: see MaskLLMTrainer.
+        settings: of MaskLLMConfig.
+
+    Returns:
+        The mask; the model's weights are as they were.
+    """
+    accelerated = model.device.type != "cpu"
+    settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
+    config = MaskLLMConfig(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
+    data = Dataset.from_dict({"input_ids": windows.tolist()})
+    trainer = MaskLLMTrainer(model, config, prior=prior, train_dataset=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+    mask = trainer.mask()
+    for target in trainer.targets:
+        delattr(target.module, _attribute(target))
+    return mask
+
+
+def one_shot_prior(model: PreTrainedModel, windows: Tensor, method, **options) -> dict[str, Tensor]:
+    """Mask of a one-shot method for the original weights; the model's weights stay as they are.
+
+    Args:
+        windows: (N, T) token ids.
+        method: one of ``proxsparse.baselines.METHODS``.
+        options: of ``prune_layerwise``.
+    """
+    targets = find_prunable(model)
+    kept = {t.name: copy_of(t.weight, on_cpu=True) for t in targets}
+    mask = prune_layerwise(model, windows, method, Pattern.parse("2:4"), update=False, **options)
+    with torch.no_grad():
+        for target in targets:
+            target.weight.copy_(kept[target.name])
+    return mask.tensors
+
+
+def initial_logits(shape: tuple[int, ...], prior: Tensor | None, strength: float, generator: torch.Generator) -> Tensor:
+    """Normal logits, moved towards a prior mask: p_k += (<M_k, m0> - 1) * std * strength.
+
+    Args:
+        shape: (..., I) of the weight with the input dimension last.
+        prior: bool of that shape, or None.
+
+    Returns:
+        (..., I / 4, 6) float32.
+    """
+    logits = torch.randn(*shape[:-1], shape[-1] // 4, 6, generator=generator) * INITIAL_STD
+    if prior is not None:
+        overlap = prior.cpu().float().unflatten(-1, (-1, 4)) @ MASKS.T
+        logits += (overlap - 1) * INITIAL_STD * strength
+    return logits
+
+
+def hard_mask(logits: Tensor) -> Tensor:
+    """Mask of the largest logits: (..., I / 4, 6) -> (..., I) bool."""
+    return MASKS.to(logits.device)[logits.argmax(-1)].flatten(-2).bool()
+
+
+def _attribute(target: Prunable) -> str:
+    return f"{target.attribute}_mask_logits"
+
+
+def _line(ends: tuple[float, float], progress: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * progress

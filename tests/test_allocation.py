@@ -1,0 +1,104 @@
+"""OWL and AlphaPruning: shares that average to the target, and where they are refused."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines.allocation import (
+    allocate,
+    alpha_shares,
+    outlier_ratios,
+    owl_shares,
+    tail_exponent,
+    tail_exponents,
+    whole_numbers,
+)
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.errors import UsageError
+from proxsparse.mask import load_mask, save_mask
+from proxsparse.prunable import find_prunable
+
+
+def windows():
+    return torch.randint(1, 257, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def uneven():
+    """Four blocks whose weights differ in their tails."""
+    model = tiny_llama(num_hidden_layers=4)
+    with torch.no_grad():
+        for target in find_prunable(model):
+            target.weight.copy_(target.weight.sign() * target.weight.abs() ** (1 + target.block))
+    return model
+
+
+measures = st.lists(st.floats(0.1, 10), min_size=2, max_size=12)
+
+
+@given(measures, st.floats(0.3, 0.8))
+def test_owl_and_alpha_average_to_the_target_and_keep_their_order(values, share):
+    ratios = torch.tensor(values, dtype=torch.float64)
+    sizes = torch.arange(1, len(values) + 1, dtype=torch.float64)
+    owl, alpha = owl_shares(ratios, sizes, share, 0.08), alpha_shares(ratios, sizes, share, 0.1)
+    for shares in (owl, alpha):
+        assert float((shares * sizes).sum() / sizes.sum()) == pytest.approx(share, abs=1e-6)
+    assert owl.max() - owl.min() <= 0.16 + 1e-6
+    if ratios.max() > 1.001 * ratios.min():
+        assert owl[ratios.argmax()] < owl[ratios.argmin()]  # more outliers: less removed
+        assert alpha[ratios.argmax()] > alpha[ratios.argmin()]  # lighter tail: more removed
+
+
+@given(st.lists(st.floats(0.2, 0.8), min_size=2, max_size=12))
+def test_whole_numbers_average_to_the_pattern(values):
+    shares = torch.tensor(values, dtype=torch.float64)
+    shares += 0.5 - shares.mean()
+    kept = whole_numbers(shares, torch.ones(len(shares), dtype=torch.float64), Pattern.parse("4:8"))
+    assert sum(kept) == 4 * len(kept)
+    assert all(1 <= n <= 8 for n in kept)
+
+
+def test_outliers_are_counted_among_wanda_scores():
+    model = tiny_llama(num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:, 0] *= 50
+    found = outlier_ratios(model, windows(), 5.0)
+    assert found[1] > found[0]
+
+
+def test_the_tail_exponent_recovers_a_power_law():
+    generator = torch.Generator().manual_seed(0)
+    for alpha in (2.0, 3.5):
+        values = torch.rand(20000, generator=generator, dtype=torch.float64) ** (-1 / (alpha - 1))
+        assert tail_exponent(values) == pytest.approx(alpha, rel=0.05)
+    assert math.isinf(tail_exponent(torch.tensor([1.0, 2.0])))
+
+
+def test_tail_exponents_are_one_a_block(uneven):
+    assert tail_exponents(uneven).shape == (4,)
+    assert tail_exponents(uneven).isfinite().all()
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning"])
+@pytest.mark.parametrize(("kind", "ratio"), [("unstructured", 0.6), ("4:8", 0.5)])
+def test_blocks_get_shares_of_their_own_that_average_to_the_target(allocation, kind, ratio, uneven, tmp_path):
+    pattern = Pattern.parse(kind, ratio)
+    patterns = allocate(uneven, pattern, allocation, windows(), spread=1.0 if kind == "4:8" else None)
+    assert len({str(p) + str(p.ratio) for p in patterns.values()}) > 1
+    mask = prune_layerwise(uneven, windows(), METHODS["wanda"](), patterns)
+    assert 1 - mask.density() == pytest.approx(ratio, abs=0.02)
+    assert mask.pattern == ("unstructured" if kind == "unstructured" else "mixed N:8")
+    save_mask(mask, tmp_path / "mask.safetensors")
+    assert load_mask(tmp_path).pattern == mask.pattern
+
+
+def test_at_24_there_is_no_freedom(model):
+    with pytest.raises(UsageError, match="--allocation owl gives decoder blocks different shares, and 2:4 fixes"):
+        allocate(model, Pattern.parse("2:4"), "owl", windows())
+    with pytest.raises(UsageError, match="--allocation must be one of uniform, owl, alphapruning; got 'even'"):
+        allocate(model, Pattern.parse("4:8"), "even", windows())
