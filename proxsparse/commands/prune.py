@@ -126,7 +126,8 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
 def prune(model, tokenizer, windows: torch.Tensor, pattern: Pattern, args: argparse.Namespace) -> Mask:
     """Prune the model in place by the method the arguments name."""
     bf16 = args.bf16 == "true" or (args.bf16 == "auto" and model.device.type == "cpu" and native_bf16("cpu"))
-    options: dict[str, Any] = {"hidden_device": "cpu" if args.hidden_device == "cpu" else str(model.device), "bf16": bf16}
+    hidden = "cpu" if args.hidden_device == "cpu" else str(model.device)
+    options: dict[str, Any] = {"hidden_device": hidden, "bf16": bf16}
     if args.prune_method != LEARNED:
         patterns = allocate(model, pattern, args.allocation, windows)
         method, update = METHODS[args.prune_method](), not args.mask_only
