@@ -68,9 +68,14 @@ class ProxSparseConfig(SFTConfig):
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
-    lambda_value: float = field(
-        default=UNSET, metadata={"help": "lambda1, strength of the 2:4 regulariser, used once a step as it is"}
+    lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
+        default=UNSET,
+        metadata={
+            "help": "lambda1, strength of the 2:4 regulariser, used once a step as it is; auto: steered by feedback so "
+            "that --target_share of the blocks are 2:4 at the end"
+        },
     )
+    target_share: float = field(default=0.95, metadata={"help": "share of 2:4 blocks that --lambda_value auto aims at"})
     project_lambda2: int = field(default=0, metadata={"help": "1: add the frozen-weight regulariser (lambda2)"})
     lambda2_value: float = field(default=0.0, metadata={"help": "lambda2, strength of the frozen-weight regulariser"})
     epsilon: float = field(default=0.1, metadata={"help": "epsilon of the frozen-weight regulariser, > 0"})
@@ -112,15 +117,32 @@ class ProxSparseConfig(SFTConfig):
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.lambda_value = self._lambda()  # type: ignore[assignment]
         self._check()
         super().__post_init__()
+
+    @property
+    def auto_lambda(self) -> bool:
+        return self.lambda_value == "auto"
+
+    def _lambda(self) -> str | float:
+        if self.lambda_value == "auto":
+            return "auto"
+        try:
+            value = float(self.lambda_value)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"--lambda_value must be a finite number of at least 0, or auto; got {self.lambda_value}.")
+        return value
 
     def _check(self) -> None:
         _in("score", self.score, SCORES)
         _in("rounding", self.rounding, ROUNDINGS)
         _in("project_lambda2", self.project_lambda2, (0, 1))
-        for name in ("lambda_value", "lambda2_value"):
-            _at_least(name, getattr(self, name), 0.0)
+        _at_least("lambda2_value", self.lambda2_value, 0.0)
+        if not 0 < self.target_share < 1:
+            raise UsageError(f"--target_share must lie between 0 and 1; got {self.target_share}.")
         for name in ("distill", "lambda_ramp"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name} must be between 0 and 1; got {getattr(self, name)}.")

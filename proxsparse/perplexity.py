@@ -9,6 +9,7 @@ import math
 import time
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError
 
 POSITIONS_AT_ONCE = 1024  # float32 copies of the logits of this many positions exist at a time
+TOKENS_AT_ONCE = {"cuda": 32768, "cpu": 2048}
 
 
 class Perplexity(NamedTuple):
@@ -44,15 +46,30 @@ class Perplexity(NamedTuple):
         return self.windows * self.ctx_len / self.seconds
 
 
+def fitting_batch_size(model: PreTrainedModel, ctx_len: int) -> int:
+    """Windows that the device computes together with room to spare.
+
+    A batch beyond ``TOKENS_AT_ONCE`` tokens makes nothing faster; below that it takes a quarter of the free memory.
+    """
+    config = model.config.get_text_config()
+    # Logits in the model's dtype and one chunk in float32; about twenty hidden states of a layer in flight.
+    token = config.vocab_size * model.dtype.itemsize + 20 * config.hidden_size * model.dtype.itemsize
+    chunk = POSITIONS_AT_ONCE * config.vocab_size * 8
+    accelerated = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if accelerated else psutil.virtual_memory().available
+    fitting = int((free / 4 - chunk) / (token * ctx_len))
+    return max(1, min(fitting, TOKENS_AT_ONCE["cuda" if accelerated else "cpu"] // ctx_len))
+
+
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, batch_size: int = 1, *, progress: str | None = None
+    model: PreTrainedModel, windows: Tensor, batch_size: int | None = 1, *, progress: str | None = None
 ) -> Perplexity:
     """Measure the perplexity of ``model`` on ``windows``.
 
     Args:
         windows: (n, ctx_len) token ids, on any device.
-        batch_size: windows computed together; the result does not depend on it beyond rounding.
+        batch_size: windows computed together; the result does not depend on it beyond rounding. None: as fits.
         progress: label of a progress bar, or None for none.
 
     Raises:
@@ -62,7 +79,7 @@ def perplexity(
     model.eval()
     start = time.perf_counter()
     losses: list[Tensor] = []
-    batches = windows.split(batch_size)
+    batches = windows.split(batch_size or fitting_batch_size(model, windows.shape[1]))
     for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False):
         losses.append(window_losses(model, batch.to(model.device)).double().cpu())
     model.train(training)

@@ -26,17 +26,19 @@ from trl import SFTTrainer
 from proxsparse.activations import input_norms
 from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
+from proxsparse.feedback import ShareController
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask
 from proxsparse.masked import MaskedWeights, copy_of
 from proxsparse.optim import StochasticAdamW, noise_seed
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
-from proxsparse.record import atomic_path
+from proxsparse.record import atomic_path, read_json, write_json
 from proxsparse.resume import CompleteCheckpoints
 
 logger = logging.getLogger(__name__)
 NORMS_FILE = "input_norms.safetensors"
+CONTROLLERS_FILE = "auto_lambda.json"
 
 
 class ProxCallback(TrainerCallback):
@@ -56,6 +58,18 @@ class ProxCallback(TrainerCallback):
         overflowed = scaler is not None and scaler.get_scale() < self._scale
         if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
             self.proximal_step(state.global_step, state.max_steps)
+
+
+class KeepControllers(TrainerCallback):
+    """Saves what feedback has learned with every checkpoint."""
+
+    def __init__(self, controllers: dict[str, ShareController]):
+        self.controllers = controllers
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.controllers and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
 
 
 class ProxSparseTrainer(SFTTrainer):
@@ -98,7 +112,11 @@ class ProxSparseTrainer(SFTTrainer):
         self.base: dict[str, Tensor] = {}
         if args.project_lambda2:
             self.base = {t.name: copy_of(t.weight, args.base_on_cpu) for t in self.targets}
-        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if args.relative else {}
+        self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
+        self.controllers = (
+            {t.name: ShareController(args.target_share) for t in self.targets} if args.auto_lambda else {}
+        )
+        self.add_callback(KeepControllers(self.controllers))
         self.add_callback(ProxCallback(self._proximal_step))
         self.add_callback(CompleteCheckpoints())
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
@@ -115,8 +133,6 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _proximal_step(self, step: int, max_steps: int) -> None:
         start = time.perf_counter()
-        ramp = self.args.lambda_ramp * max_steps
-        strength = self.args.lambda_value * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
         self._blocks_24 = self._blocks = 0
         for place, target in enumerate(self.targets):
             weight = local(target.weight.detach())
@@ -126,16 +142,27 @@ class ProxSparseTrainer(SFTTrainer):
             try:
                 stats = prox_op_(
                     rows,
-                    strength / self._rms[target.name][1] if self._rms else strength,
+                    self._strength(target, step, max_steps),
                     scale=None if self.norms is None else self.norms[target.name],
                     stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
                     seed=noise_seed(self.args.seed + 1, step, place),
                 )
             except ValueError as error:
                 raise RunError(f"{target.name} at step {step + 1}: {error} {self._last_checkpoint()}") from error
+            if self.controllers:
+                self.controllers[target.name].observe(stats.blocks_24 / stats.blocks, step + 1, max_steps)
             self._blocks_24 += stats.blocks_24
             self._blocks += stats.blocks
         self._prox_seconds += time.perf_counter() - start
+
+    def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
+        """lambda1 of one weight in this step."""
+        scale = self._rms[target.name][1]
+        if self.controllers:
+            return self.controllers[target.name].strength() / scale
+        ramp = self.args.lambda_ramp * max_steps
+        strength = float(self.args.lambda_value) * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+        return strength / scale if self.args.relative else strength
 
     # The loss
 
@@ -221,6 +248,12 @@ class ProxSparseTrainer(SFTTrainer):
         if self.args.relative:
             _scale_learning_rates(optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.controllers:
+            for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
+                self.controllers[name].restore(state)
 
     def _choose_stochastic_optimizer(self) -> None:
         """AdamW that rounds stochastically, where weights are bfloat16 and the user did not ask for nearest."""

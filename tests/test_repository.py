@@ -34,5 +34,5 @@ def test_every_module_says_what_it_holds():
 
 def test_the_library_does_not_print():
     for path in MODULES:
-        if "commands" not in path.parts and path.name != "errors.py":
+        if "commands" not in path.parts and path.name not in ("errors.py", "__main__.py"):
             assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE), path

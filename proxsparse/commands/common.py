@@ -36,6 +36,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def batch_size(text: str) -> int | None:
+    """An integer >= 1, or None for 'auto', for argparse."""
+    return None if text == "auto" else positive_int(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=EMBEDDED, help=f"{MODEL_HELP}; default: %(default)s")
     parser.add_argument("--revision", default=None, help="revision of a Hub model")
@@ -78,7 +83,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of a local or embedded text: all, or heldout where another part calibrated; default: %(default)s",
     )
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens a window; default: %(default)s")
-    parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: %(default)s")
+    parser.add_argument(
+        "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
+    )
     parser.add_argument(
         "--max_windows", type=positive_int, default=None, help="use so many windows, spread evenly; default: all"
     )

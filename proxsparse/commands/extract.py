@@ -19,14 +19,14 @@ from proxsparse.errors import UsageError, command
 from proxsparse.mask import extract_mask, save_mask, sparsity_by_kind
 from proxsparse.model import load_model
 from proxsparse.prunable import find_prunable
-from proxsparse.record import read_json
+from proxsparse.record import read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
 from proxsparse.trainer import NORMS_FILE
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="mask_op.py", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", "--model", required=True, metavar="FOLDER", help="learned checkpoint, or the folder of a run"
     )
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--include", default=None, help="only weights whose name has this expression")
     parser.add_argument("--exclude", default=None, help="leave out weights whose name has this expression")
+    parser.add_argument("--record", default=None, metavar="FILE", help="write the shares of zeros as JSON")
     args = parser.parse_args(argv)
     checkpoint, run = locate(args.checkpoint)
     settings = read_json(run / "run.json")["settings"] if (run / "run.json").is_file() else {}
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_zeros(shares)
     output = Path(args.output) if args.output else run / "mask.safetensors"
     save_mask(mask, output)
+    if args.record:
+        write_json(args.record, {"checkpoint": str(checkpoint), "zeros": shares, "versions": versions()})
     print_json({"mask": str(output), "weights": len(targets), "blocks_24": sum(shares["all"][2:])})
 
 

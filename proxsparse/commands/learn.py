@@ -78,16 +78,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_json({"mask": str(out / "mask.safetensors"), "share_24": last.get("share_24")})
 
 
-def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
+def parse_arguments(
+    argv: list[str], documentation: str | None = __doc__, planning: bool = False
+) -> tuple[LearnArguments, ProxSparseConfig]:
     """Arguments of a run.
+
+    Args:
+        documentation: shown above the flags by --help.
+        planning: only look; several GPUs and one process are then no mistake.
 
     Raises:
         UsageError: names the flag, what was found and what is accepted.
     """
     argv = [_underscored(word) for word in argv]
     if {"-h", "--help"} & set(argv):
-        short_help()
-    parser = HfArgumentParser([LearnArguments, ProxSparseConfig], description=__doc__, allow_abbrev=False)  # type: ignore
+        short_help(documentation)
+    parser = HfArgumentParser([LearnArguments, ProxSparseConfig], description=documentation, allow_abbrev=False)  # type: ignore
     parser.formatter_class = _Formatter
 
     def refuse(message: str):
@@ -114,7 +120,7 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
         )
     if config.eval_strategy == "no" and run.eval_samples:
         config.eval_strategy, config.eval_steps = IntervalStrategy.STEPS, 0.1
-    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and not config.use_cpu:
+    if not planning and torch.cuda.device_count() > 1 and "RANK" not in os.environ and not config.use_cpu:
         raise UsageError(
             f"There are {torch.cuda.device_count()} GPUs and one process: choose one with CUDA_VISIBLE_DEVICES=0, or "
             "use all with accelerate launch end-to-end/main.py ..."
@@ -130,13 +136,13 @@ def parse_arguments(argv: list[str]) -> tuple[LearnArguments, ProxSparseConfig]:
     return run, config
 
 
-def short_help() -> None:
+def short_help(documentation: str | None) -> None:
     """Print the flags of this project and leave; those of SFTConfig are two hundred more."""
     own = {f.name: f for f in dataclasses.fields(ProxSparseConfig) if f.name in ProxSparseConfig.__annotations__}
     shown = [(f.name, ProxSparseConfig.__annotations__[f.name], f) for f in own.values() if f.metadata.get("help")]
     settings = dataclasses.make_dataclass("Settings", [("output_dir", str, OUTPUT_DIR), *shown])
-    usage = "main.py [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] [settings]"
-    parser = HfArgumentParser([LearnArguments, settings], usage=usage, description=__doc__, add_help=False)  # type: ignore
+    usage = "%(prog)s [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] [settings]"
+    parser = HfArgumentParser([LearnArguments, settings], usage=usage, description=documentation, add_help=False)  # type: ignore
     parser.formatter_class = _Formatter
     presets = "\n".join(
         f"--method {method} means " + " ".join(f"--{k} {v}" for k, v in values.items())

@@ -26,7 +26,7 @@ from proxsparse.record import versions, write_json
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="eval_mask_ppl.py", description=__doc__)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
     add_mask_argument(parser, required=True)

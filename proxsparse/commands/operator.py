@@ -21,7 +21,7 @@ PATH_POINTS = 400
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="prox_op.py", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("block", nargs="*", type=float, metavar="w", help="four weights")
     parser.add_argument("--lambda_value", "--lambda", type=float, default=0.25, help="strength; default: %(default)s")
     parser.add_argument("--check", type=positive_int, default=None, metavar="N", help="check N random blocks")

@@ -25,7 +25,7 @@ from proxsparse.record import versions, write_json
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="ppl.py", description=__doc__)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="baseline/main.py", description=__doc__)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prune_method", required=True, choices=[*METHODS, LEARNED], help="the baseline")
     parser.add_argument("--sparsity_type", default="2:4", help="N:M or unstructured; default: %(default)s")

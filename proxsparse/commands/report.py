@@ -18,7 +18,7 @@ from proxsparse.report import draw_run, perplexity_table
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="report.py", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the run")
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE", help="results to tabulate, in order")
     args = parser.parse_args(argv)

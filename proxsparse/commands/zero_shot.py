@@ -31,7 +31,7 @@ from proxsparse.zero_shot import PAPER_TASKS, accuracy, zero_shot
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="zero_shot.py", description=__doc__)
+    parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_mask_argument(parser)
     parser.add_argument(

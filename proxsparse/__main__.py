@@ -1,0 +1,47 @@
+"""The console program: ``proxsparse COMMAND ...``, the same code as the scripts of the repository."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module of proxsparse.commands, what it does)
+COMMANDS = {
+    "learn": ("learn", "learn a 2:4 mask (end-to-end/main.py)"),
+    "plan": ("plan", "what a learning run will need: steps and memory"),
+    "extract": ("extract", "take the mask from a learned checkpoint (end-to-end/mask_op.py)"),
+    "apply": ("mask_ppl", "put a mask on the original weights: save, measure (eval/eval_mask_ppl.py)"),
+    "eval": ("ppl", "perplexity and sparsity of a checkpoint (eval/ppl.py)"),
+    "zero-shot": ("zero_shot", "accuracy on zero-shot tasks (eval/zero_shot.py)"),
+    "prune": ("prune", "the baselines (baseline/main.py)"),
+    "report": ("report", "table and picture of a run (eval/report.py)"),
+    "download": ("download", "the released pruned models (proxsparse_pruned_model_download.py)"),
+    "operator": ("operator", "try the proximal operator (end-to-end/prox_op.py)"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name in ("-V", "--version"):
+        from proxsparse import __version__
+
+        print(f"proxsparse {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"proxsparse {name}"
+    return importlib.import_module(f"proxsparse.commands.{COMMANDS[name][0]}").main(arguments[1:])
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: proxsparse COMMAND [flags]\n\n{rows}\n\nproxsparse COMMAND --help shows a command's flags."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Magnitude pruning, 2:4:  bash script/baseline_magnitude.sh MODEL --save FOLDER [flags of baseline/main.py]
+set -euo pipefail
+if [[ $# -eq 0 || $1 == -* ]]; then
+    echo "error: give a model first: bash script/baseline_magnitude.sh MODEL --save FOLDER [flags of baseline/main.py]" >&2
+    exit 2
+fi
+model=$1
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec "${python:-python}" baseline/main.py --model "$model" --prune_method magnitude "$@"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Perplexity of the released pruned models on wikitext2 and C4, at the context length each was learned with.
+#
+#   bash script/eval_pruned_prox_model.sh [--dry-run] [NAME...]      names: proxsparse_pruned_model_download.py --list
+#
+# Downloads what is missing into $models (pruned_models); results go to $models/NAME.json and are not measured again.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+: "${models:=pruned_models}" "${evaluation:=wikitext2;c4}" "${dtype:=auto}" "${device:=auto}" "${ctx_len:=}"
+if [[ -z ${python:-} ]]; then
+    python=python
+    [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+fi
+IFS=';' read -r -a texts <<<"$evaluation"
+
+dry_run=0 names=()
+for argument in "$@"; do
+    if [[ $argument == --dry-run || $argument == --dry_run ]]; then dry_run=1; else names+=("$argument"); fi
+done
+listing=$("$python" - ${names[@]+"${names[@]}"} <<'PY'
+import sys
+from proxsparse.commands.download import RELEASED
+unknown = [name for name in sys.argv[1:] if name not in RELEASED]
+if unknown:
+    sys.exit(f"error: there is no released model {unknown[0]!r}; the names are {', '.join(RELEASED)}.")
+for name in sys.argv[1:] or RELEASED:
+    print(name, *RELEASED[name])
+PY
+) || exit 2
+
+while read -r name folder learned_ctx_len; do
+    fetch=("$python" "$root/proxsparse_pruned_model_download.py" --only "$name" --to "$models")
+    measure=("$python" "$root/eval/ppl.py" --model "$models/$folder" --dataset "${texts[@]}"
+        --ctx_len "${ctx_len:-$learned_ctx_len}" --dtype "$dtype" --device "$device" --output "$models/$name.json")
+    if ((dry_run)); then
+        printf '\n# %s\n' "$name"
+        printf '%q ' "${fetch[@]}" && printf '\n'
+        printf '%q ' "${measure[@]}" && printf '\n'
+    elif [[ -e $models/$name.json ]]; then
+        printf '\n== %s: measured already (%s)\n' "$name" "$models/$name.json"
+    else
+        printf '\n== %s\n' "$name"
+        [[ -e $models/$folder/config.json ]] || "${fetch[@]}"
+        "${measure[@]}"
+    fi
+done <<<"$listing"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Any model, with this project's defaults:  bash script/learn_mask.sh MODEL [flags of end-to-end/main.py]
+# Settings from the environment, --dry-run and resuming: see script/chain.sh.
+if [[ $# -eq 0 || $1 == -* ]]; then
+    echo "error: give a model first: bash script/learn_mask.sh MODEL [--dry-run] [flags of end-to-end/main.py]" >&2
+    exit 2
+fi
+model_dir=$1
+shift
+: "${method:=masked}" "${lambda_value:=auto}"
+source "$(dirname "${BASH_SOURCE[0]}")/chain.sh"

@@ -1,0 +1,107 @@
+"""The plan of a run against what a run takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxsparse.commands.learn import parse_arguments
+from proxsparse.commands.plan import main as plan_command
+from proxsparse.plan import DIMENSIONS, plan_learning
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURE = """
+import resource, sys, tempfile
+import psutil
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from conftest import TEXT, byte_tokenizer, tiny_llama
+from proxsparse.commands.learn import build, parse_arguments
+from proxsparse.plan import plan_learning
+
+folder = Path(tempfile.mkdtemp())
+(folder / "text").mkdir()
+for i in range(32):
+    (folder / "text" / f"{{i}}.txt").write_text(f"Document {{i}}. " + TEXT * 20)
+
+def peak(name, **sizes):
+    tiny_llama(**sizes).save_pretrained(folder / name)
+    byte_tokenizer().save_pretrained(folder / name)
+    flags = "--model {{}} --dataset {{}} --samples 3 --output_dir {{}} --save_strategy no {flags}"
+    run, config = parse_arguments(flags.format(folder / name, folder / "text", folder / (name + "-run")).split())
+    before = psutil.Process().memory_info().rss
+    trainer, _ = build(run, config)
+    trainer.train()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    model = trainer.model
+    found = plan_learning(model.config, config, ctx_len=run.ctx_len, samples=3, batch_size=1, dtype=model.dtype)
+    return used, found.total
+
+peak("warm", max_position_embeddings=1024)  # libraries, kernels, thread pools
+sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8)
+print(*peak("measured", **sizes, num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method paper --ctx_len 128 --bf16 false",
+        "--method masked --ctx_len 256 --bf16 false",
+        "--method paper --ctx_len 256 --dtype bfloat16 --bf16 true --activation_checkpointing true",
+    ],
+)
+def test_the_memory_planned_is_the_memory_taken(flags):
+    script = MEASURE.format(tests=str(ROOT / "tests"), flags=flags)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    used, planned = map(float, done.stdout.splitlines()[-1].split())
+    assert planned == pytest.approx(used, rel=0.15)
+
+
+def plan_of(name, **flags):
+    argv = [
+        w for k, v in ({"output_dir": "none", "bf16": "true", "use_cpu": "true"} | flags).items() for w in (f"--{k}", v)
+    ]
+    run, config = parse_arguments(argv, planning=True)
+    return plan_learning(DIMENSIONS[name], config, ctx_len=run.ctx_len, samples=400, batch_size=1, dtype=torch.bfloat16)
+
+
+def test_the_built_in_dimensions_give_the_published_sizes():
+    sizes = {name: plan_of(name, ctx_len="512", method="paper").parameters for name in DIMENSIONS}
+    assert {name: round(size / 1e7) / 100 for name, size in sizes.items()} == {
+        "meta-llama/Llama-2-7b-hf": 6.74,
+        "meta-llama/Llama-2-13b-hf": 13.02,
+        "meta-llama/Llama-3.1-8B": 8.03,
+        "mistralai/Mistral-7B-v0.1": 7.24,
+        "mistralai/Mistral-7B-v0.3": 7.25,
+        "openlm-research/open_llama_7b_v2": 6.74,
+        "Qwen/Qwen2.5-14B": 14.77,
+    }
+
+
+def test_settings_that_save_memory_save_it_in_the_plan():
+    name = "meta-llama/Llama-2-7b-hf"
+    plain = plan_of(name, method="paper", activation_checkpointing="false")
+    less = plan_of(name, method="paper", activation_checkpointing="true")
+    least = plan_of(name, method="paper", activation_checkpointing="true", optim="adamw_torch_8bit")
+    assert least.total < less.total < plain.total
+    assert plan_of(name, method="masked").parts["copies of W0 and of learned weights"] > 0
+    assert less.steps == 400
+    assert plan_of(name, method="paper", gradient_accumulation_steps="4").steps == 100
+
+
+def test_the_command_needs_a_configuration_only(checkpoint, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
+    flags = ["--model", str(tmp_path / "bare"), "--ctx_len", "64", "--output_dir", str(tmp_path / "out")]
+    assert plan_command(flags) == 0
+    shown = capsys.readouterr().out
+    assert "memory a device, computed" in shown
+    assert json.loads(shown.splitlines()[-1])["steps"] == 400
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""The shell scripts, on tiny models of the right architecture and local text."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_llama
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(p.name for p in (ROOT / "script").glob("learn_mask_*.sh"))
+# From the release's scripts: model, lambda1, learning rate, context, lambda2, epsilon.
+PUBLISHED = {
+    "learn_mask_llama2_7b_prox.sh": ("meta-llama/Llama-2-7b-hf", 0.25, 1e-4, 4096, 0, None),
+    "learn_mask_llama2_13b_prox.sh": ("meta-llama/Llama-2-13b-hf", 0.5, 1e-4, 4096, 0, None),
+    "learn_mask_llama2_13b_full.sh": ("meta-llama/Llama-2-13b-hf", 0.5, 1e-4, 4096, 0.25, 0.5),
+    "learn_mask_llama3.1_8b_prox.sh": ("meta-llama/Llama-3.1-8B", 0.85, 5e-5, 4096, 0, None),
+    "learn_mask_llama3.1_8b_full.sh": ("meta-llama/Llama-3.1-8B", 0.85, 5e-5, 4096, 1.0, 0.1),
+    "learn_mask_mistral_v0.1_7b_prox.sh": ("mistralai/Mistral-7B-v0.1", 20.0, 5e-5, 4096, 0, None),
+    "learn_mask_mistral_v0.3_7b_prox.sh": ("mistralai/Mistral-7B-v0.3", 25.0, 5e-5, 4096, 0, None),
+    "learn_mask_openllama_v2_7b_prox.sh": ("openlm-research/open_llama_7b_v2", 1.0, 1e-4, 2048, 0, None),
+    "learn_mask_qwen_2.5_14b_prox.sh": ("Qwen/Qwen2.5-14B", 0.2, 1e-4, 4096, 0, None),
+}
+
+
+def shell(script, *arguments, cwd, **environment):
+    environment = {k: str(v) for k, v in environment.items()} | {"python": sys.executable}
+    command = ["bash", str(ROOT / "script" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280, env=os.environ | environment)
+
+
+def flags_of(line):
+    return dict(re.findall(r"--(\w+) (\S+)", line))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer):
+    """A tiny checkpoint of each architecture, in a folder whose name a careless script would break on."""
+    folder = tmp_path_factory.mktemp("models with spaces & 'quotes'")
+    sizes = tiny_llama().config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept += ("num_key_value_heads", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")
+    sizes = {k: sizes[k] for k in kept}
+    made = {
+        "Llama": tiny_llama(),
+        "Mistral": MistralForCausalLM(MistralConfig(**sizes, sliding_window=None, bos_token_id=None)),
+        "Qwen": Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in made}
+
+
+def test_there_is_a_script_for_every_published_recipe():
+    assert set(RECIPES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_dry_run_shows_the_published_settings_and_the_plan_and_runs_nothing(script, tmp_path):
+    model, lambda1, learning_rate, ctx_len, lambda2, epsilon = PUBLISHED[script]
+    done = shell(script, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memory a device, computed" in done.stdout
+    learn = next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line)
+    flags = flags_of(learn)
+    assert (flags["model"], float(flags["lambda_value"]), float(flags["learning_rate"]), int(flags["ctx_len"])) == (
+        model, lambda1, learning_rate, ctx_len
+    )  # fmt: skip
+    assert (flags["method"], flags["samples"], flags["batch_size"], flags["seed"]) == ("paper", "400", "1", "42")
+    assert float(flags.get("lambda2_value", 0)) == lambda2
+    assert (float(flags["epsilon"]) if "epsilon" in flags else None) == epsilon
+    measured = [line for line in done.stdout.splitlines() if "eval/" in line and "report" not in line]
+    assert all("--dataset wikitext2 c4 " in line for line in measured)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES)
+def test_every_recipe_runs_to_its_end(script, models, corpus, tmp_path):
+    family = next(f for f in models if f.lower() in PUBLISHED[script][0].lower().replace("open_", ""))
+    setting = {"model_dir": models[family], "dataset": corpus, "samples": 6, "ctx_len": 32, "split": "heldout"}
+    setting |= {"evaluation": corpus, "output_dir": tmp_path / "the run", "device": "cpu", "max_windows": 4}
+    done = shell(script, "--bf16", "false", cwd=tmp_path, **setting)
+    assert done.returncode == 0, done.stdout + done.stderr
+    settings = json.loads((tmp_path / "the run" / "run.json").read_text())["settings"]
+    assert settings["lambda_value"] == PUBLISHED[script][1]
+    assert settings["lambda2_value"] == PUBLISHED[script][4]
+    for name in ("mask.safetensors", "blocks.json", "dense.json", "pruned.json", "pruned/config.json", "run.png"):
+        assert (tmp_path / "the run" / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, tmp_path):
+    setting = {"dataset": corpus, "samples": 12, "ctx_len": 32, "split": "heldout", "evaluation": corpus}
+    setting |= {"output_dir": tmp_path / "run", "device": "cpu", "max_windows": 4}
+    first = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
+    assert first.returncode == 0, first.stdout + first.stderr
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert (settings["method"], settings["lambda_value"]) == ("masked", "auto")
+    mask = (tmp_path / "run" / "mask.safetensors").stat().st_mtime_ns
+    again = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
+    assert again.returncode == 0
+    assert again.stdout.count("done already") == 4
+    assert (tmp_path / "run" / "mask.safetensors").stat().st_mtime_ns == mask
+
+
+@pytest.mark.parametrize("script", ["learn_mask.sh", *sorted(p.name for p in (ROOT / "script").glob("baseline_*.sh"))])
+def test_a_script_without_a_model_says_so(script, tmp_path):
+    done = shell(script, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"error: give a model first: bash script/{script} MODEL" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_baseline_script_prunes(models, corpus, tmp_path):
+    flags = ["--dataset", corpus, "--nsamples", 4, "--ctx_len", 32, "--save", tmp_path / "mask"]
+    done = shell("baseline_wanda.sh", models["Mistral"], *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mask" / "mask.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
+    import shutil
+
+    from proxsparse.commands.download import RELEASED
+
+    shutil.copytree(models["Llama"], tmp_path / "models" / RELEASED["llama2-7b"][0])
+    setting = {"models": tmp_path / "models", "evaluation": corpus, "ctx_len": 32, "device": "cpu"}
+    done = shell("eval_pruned_prox_model.sh", "llama2-7b", cwd=tmp_path, **setting)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "models" / "llama2-7b.json").read_text())["perplexity"][corpus]["windows"] > 0
+    again = shell("eval_pruned_prox_model.sh", "llama2-7b", cwd=tmp_path, **setting)
+    assert "measured already" in again.stdout
+
+
+def test_a_dry_run_of_the_evaluation_lists_every_released_model(tmp_path):
+    done = shell("eval_pruned_prox_model.sh", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if "eval/ppl.py" in line]
+    assert len(commands) == 7
+    assert sum("--ctx_len 2048" in line for line in commands) == 1
+    assert shell("eval_pruned_prox_model.sh", "nonsense", cwd=tmp_path).returncode == 2
