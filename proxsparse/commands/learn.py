@@ -176,14 +176,15 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     from proxsparse.trainer import ProxSparseTrainer
 
     out = Path(str(config.output_dir))
-    out.mkdir(parents=True, exist_ok=True)
+    record = _record(run, config)
+    refuse_another_run(out, record)
     set_seed(config.seed)
     disable_progress_bars()  # three bars of tokenising for windows that are tokens already
-    _remember(run, config, out)
+    dtype = resolve_dtype(run.dtype)
     tokenizer = load_tokenizer(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     model = load_model(
         run.model,
-        dtype=resolve_dtype(run.dtype),
+        dtype=dtype,
         device="cpu" if config.use_cpu else str(config.device),
         revision=run.revision,
         trust_remote_code=config.trust_remote_code,
@@ -195,6 +196,9 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
     config.max_length = run.ctx_len
+    # Only now, so that a mistyped model or text leaves no folder behind that refuses the right one.
+    if not (out / "run.json").is_file() and int(os.environ.get("RANK", "0")) == 0:
+        write_json(out / "run.json", record)
     trainer = ProxSparseTrainer(
         model,
         config,
@@ -211,28 +215,34 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     return trainer, checkpoint
 
 
-def _remember(run: LearnArguments, config: ProxSparseConfig, out: Path) -> None:
-    """Write the run's configuration beside its output; refuse a folder that holds another run."""
+def _record(run: LearnArguments, config: ProxSparseConfig) -> dict:
+    """What stands in run.json: every setting, the versions and the commit."""
     described = dataclasses.asdict(run) | {
         f.name: getattr(config, f.name) for f in dataclasses.fields(ProxSparseConfig) if f.init
     }
-    path = out / "run.json"
+    described = json.loads(json.dumps(described, default=str))
+    return {"settings": described, "versions": versions(), "commit": git_commit()}
+
+
+def refuse_another_run(out: Path, record: dict) -> None:
+    """Refuse a folder that holds a run with other settings.
+
+    Raises:
+        UsageError: names the first setting that differs.
+    """
+    if not (out / "run.json").is_file():
+        return
     decisive = [f.name for f in dataclasses.fields(LearnArguments)]
     decisive += [name for name in ProxSparseConfig.__annotations__ if not name.startswith("logging")]
     decisive += ["learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps"]
-    described = json.loads(json.dumps(described, default=str))
-    record = {"settings": described, "versions": versions(), "commit": git_commit()}
-    if path.is_file():
-        before = read_json(path)["settings"]
-        changed = [n for n in decisive if before.get(n) != described[n]]
-        if changed:
-            n = changed[0]
-            raise UsageError(
-                f"{out} holds a run with --{n} {before.get(n)}, now it is {described[n]}: "
-                "give another --output_dir, or delete that folder."
-            )
-    elif int(os.environ.get("RANK", "0")) == 0:
-        write_json(path, record)
+    before, now = read_json(out / "run.json")["settings"], record["settings"]
+    changed = [n for n in decisive if before.get(n) != now[n]]
+    if changed:
+        n = changed[0]
+        raise UsageError(
+            f"{out} holds a run with --{n} {before.get(n)}, now it is {now[n]}: "
+            "give another --output_dir, or delete that folder."
+        )
 
 
 def _option(argv: list[str], name: str) -> str | None:

@@ -1,0 +1,131 @@
+"""Every flag of every command: a wrong value gives one sentence that names it, and exit code 2."""
+
+import argparse
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser
+
+from proxsparse.__main__ import COMMANDS
+from proxsparse.__main__ import main as console
+from proxsparse.commands.common import Parser
+from proxsparse.commands.learn import LearnArguments
+from proxsparse.config import ProxSparseConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+# Flags that take any text, and outputs, which are written to wherever they name.
+FREE = {
+    "revision", "include", "exclude", "output", "save", "save_model", "record", "draw", "to", "output_dir", "block",
+    "run_name", "hub_token", "project", "push_to_hub",
+}  # fmt: skip
+# Texts with a meaning: a value that is wrong for each.
+WRONG_TEXT = {
+    "model": "/none", "mask": "/none", "dataset": "/none", "device": "tpu9", "dtype": "int3", "tasks": "/none.yaml",
+    "sparsity_type": "4:2", "rows": "no-equals-sign", "only": "gpt5", "eval_zero_shot": "/none.yaml", "score": "luck",
+    "rounding": "up", "lambda_value": "big", "method": "magic", "checkpoint": "/none", "run": "/none",
+    "lr_scheduler_type": "zigzag",
+}  # fmt: skip
+
+
+class Captured(Exception):
+    """Carries the parser out of a command."""
+
+
+def parser_of(command, monkeypatch):
+    """The parser that a command builds."""
+
+    def capture(self, *args, **kwargs):
+        raise Captured(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", capture)
+        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", capture)
+        with pytest.raises(Captured) as caught:
+            importlib.import_module(f"proxsparse.commands.{COMMANDS[command][0]}").main([])
+    return caught.value.args[0]
+
+
+def own_flags():
+    return {f.name for f in dataclasses.fields(LearnArguments)} | set(ProxSparseConfig.__annotations__)
+
+
+def wrong_value(action):
+    """A value the flag can't take, or None where it takes any text."""
+    if action.dest in WRONG_TEXT:
+        return WRONG_TEXT[action.dest]
+    if action.dest in FREE or isinstance(action, (argparse._StoreTrueAction, argparse._HelpAction)):
+        return None
+    assert action.choices or action.type not in (None, str), f"give a wrong value for --{action.dest}"
+    return "no-such-value"
+
+
+@pytest.fixture(scope="module")
+def mask(checkpoint, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("mask"))
+    assert console(["prune", "--model", checkpoint, "--prune_method", "magnitude", "--save", folder]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_value_for_any_flag_is_one_sentence(command, checkpoint, mask, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    learning = command in ("learn", "plan")
+    module = importlib.import_module(f"proxsparse.commands.{COMMANDS[command][0]}")
+    parser = parser_of(command, monkeypatch)
+    known = {a.dest for a in parser._actions}
+    given = {"model": checkpoint, "dataset": corpus, "ctx_len": "32"} if command != "report" else {}
+    given |= {"prune_method": "wanda", "save": "out", "nsamples": "2"} if command == "prune" else {}
+    given |= {"mask": mask} if command == "apply" else {}
+    given |= {"output_dir": "out", "bf16": "false", "use_cpu": "true", "samples": "2"} if learning else {}
+    given |= {"run": str(tmp_path)} if command == "report" else {}
+    given = {name: value for name, value in given.items() if name in known}
+    tried = 0
+    for action in parser._actions:
+        mine = not learning or action.dest in own_flags() or action.type in (int, float)
+        wrong = wrong_value(action) if mine and action.option_strings else None
+        if wrong is None or (command == "plan" and action.dest in ("dataset", "device")):
+            continue
+        flags = [w for n, v in given.items() if n != action.dest for w in (f"--{n}", v)]
+        if action.dest == "eval_zero_shot":
+            pytest.importorskip("lm_eval", reason="an extra: pip install 'proxsparse[zero-shot]'")
+        code = module.main([*flags, action.option_strings[0], wrong])
+        error = capsys.readouterr().err
+        assert code == 2, (action.dest, wrong, error)
+        sentences = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(sentences) == 1, (action.dest, error)
+        assert action.dest in sentences[0] or wrong in sentences[0], (action.dest, sentences)
+        assert "Traceback" not in error
+        tried += 1
+    assert tried >= 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_and_abbreviations_are_refused(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--nonsense", "--mode"):
+        assert importlib.import_module(f"proxsparse.commands.{COMMANDS[command][0]}").main([flag, "1"]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_console_program_lists_its_commands(capsys):
+    assert console([]) == 2
+    assert console(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert console(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("proxsparse ")
+    assert console(["prun"]) == 2
+    assert "there is no command 'prun'; the commands are learn, " in capsys.readouterr().err
+
+
+def test_the_console_program_is_installed_and_forwards():
+    program = Path(sys.executable).with_name("proxsparse")
+    done = subprocess.run([program, "operator", "4", "3", "2", "1"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert '"prox": [4.0, 3.0, 0.0, 0.0]' in done.stdout
+    done = subprocess.run([program, "operator", "--help"], capture_output=True, text=True, timeout=100)
+    assert "usage: proxsparse operator" in done.stdout
