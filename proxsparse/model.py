@@ -128,7 +128,12 @@ def load_model(
     Raises:
         UsageError, RunError: one sentence on what is missing.
     """
+    from proxsparse.compact import is_compact, load_compact  # which needs this module
+
     source, extra = model_source(name)
+    if is_compact(source):
+        model = load_compact(source, dtype)
+        return model if device is None else model.to(device)  # type: ignore[arg-type]
     quiet: contextlib.AbstractContextManager = contextlib.nullcontext()
     if "gguf_file" in extra:
         # Without dequantize the model counts as quantised, and can be neither trained nor saved.

@@ -27,6 +27,7 @@ WRONG_TEXT = {
     "model": "/none", "mask": "/none", "dataset": "/none", "device": "tpu9", "dtype": "int3", "tasks": "/none.yaml",
     "sparsity_type": "4:2", "rows": "no-equals-sign", "only": "gpt5", "eval_zero_shot": "/none.yaml", "score": "luck",
     "rounding": "up", "lambda_value": "big", "method": "magic", "checkpoint": "/none", "run": "/none",
+    "base": "/none", "results": "/none",
     "lr_scheduler_type": "zigzag",
 }  # fmt: skip
 
@@ -79,7 +80,8 @@ def test_a_wrong_value_for_any_flag_is_one_sentence(command, checkpoint, mask, c
     known = {a.dest for a in parser._actions}
     given = {"model": checkpoint, "dataset": corpus, "ctx_len": "32"} if command != "report" else {}
     given |= {"prune_method": "wanda", "save": "out", "nsamples": "2"} if command == "prune" else {}
-    given |= {"mask": mask} if command == "apply" else {}
+    given |= {"mask": mask} if command in ("apply", "export") else {}
+    given |= {"to": "out"} if command == "export" else {}
     given |= {"output_dir": "out", "bf16": "false", "use_cpu": "true", "samples": "2"} if learning else {}
     given |= {"run": str(tmp_path)} if command == "report" else {}
     given = {name: value for name, value in given.items() if name in known}

@@ -41,14 +41,16 @@ def batch_size(text: str) -> int | None:
     return None if text == "auto" else positive_int(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) -> None:
+    """--model and what belongs to it; dtype and device only where the command computes with it."""
     parser.add_argument("--model", default=EMBEDDED, help=f"{MODEL_HELP}; default: %(default)s")
     parser.add_argument("--revision", default=None, help="revision of a Hub model")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: the checkpoint's own"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    if computes:
+        parser.add_argument(
+            "--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: the checkpoint's own"
+        )
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
 
 
 def add_mask_argument(parser: argparse.ArgumentParser, required: bool = False) -> None:

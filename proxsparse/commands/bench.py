@@ -1,0 +1,78 @@
+"""What 2:4 gains on this machine: prefill and decoding, tokens a second and memory, dense beside sparse.
+
+    python -m proxsparse bench --model runs/demo/pruned
+    python -m proxsparse bench --model runs/demo/pruned --prompt 1024 --tokens 64 --dtype bfloat16
+
+On a CPU pruned linears become compact weights; on a GPU torch's semi-structured tensors, where a quick measurement says
+that a shape gains. Both runs are of this process, on the same weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from proxsparse.commands.common import Parser, add_model_arguments, describe_device, load, positive_int, print_json
+from proxsparse.errors import UsageError, command
+from proxsparse.sparse import CompactLinear, seconds, use_compact, use_semi_structured
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", type=positive_int, default=256, help="tokens to prefill; default: %(default)s")
+    parser.add_argument("--tokens", type=positive_int, default=32, help="tokens to decode; default: %(default)s")
+    parser.add_argument("--repeat", type=positive_int, default=5, help="the median counts; default: %(default)s")
+    args = parser.parse_args(argv)
+    model, _ = load(args)
+    model.eval()
+    if args.prompt + args.tokens > (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9):
+        raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
+    rows = {"dense": measure(model, args)}
+    if model.device.type == "cuda":
+        converted = use_semi_structured(model)
+        print(f"{converted['sparse']} linears are semi-structured, {converted['dense']} stay dense: no gain, or no fit")
+    else:
+        converted = {"sparse": use_compact(model)}
+        print(f"{converted['sparse']} linears are compact")
+    rows["sparse"] = measure(model, args)
+    show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
+    print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, args) -> dict[str, float]:
+    """Tokens a second of prefill and decoding, and bytes of the weights."""
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
+    prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
+
+    def decode() -> None:
+        past = model(input_ids=ids[:, :1], use_cache=True).past_key_values
+        token = ids[:, 1:2]
+        for _ in range(args.tokens):
+            out = model(input_ids=token, past_key_values=past, use_cache=True)
+            past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    taken = seconds(decode, model.device, args.repeat)
+    compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(module.nbytes for module in compact)
+    return {
+        "prefill_tokens_per_second": args.prompt / prefill,
+        "decode_tokens_per_second": (args.tokens + 1) / taken,
+        "weight_bytes": size,
+    }
+
+
+def show(rows: dict[str, dict[str, float]], device: str, dtype: str) -> None:
+    table = Table(title=f"{dtype} on {device}")
+    for head in ("weights", "prefill tokens/s", "decode tokens/s", "weights, MB"):
+        table.add_column(head, justify="left" if head == "weights" else "right")
+    for name, row in rows.items():
+        prefill, decode = row["prefill_tokens_per_second"], row["decode_tokens_per_second"]
+        table.add_row(name, f"{prefill:,.1f}", f"{decode:,.1f}", f"{row['weight_bytes'] / 1e6:,.1f}")
+    gain = [rows["sparse"][key] / rows["dense"][key] for key in rows["dense"]]
+    table.add_row("sparse / dense", *(f"{value:.2f}" for value in gain), style="bold")
+    Console().print(table)

@@ -1,0 +1,29 @@
+"""Check that a checkpoint is 2:4 and, beside its base, nothing but pruned.
+
+    python -m proxsparse check --model runs/mine/pruned
+    python -m proxsparse check --model runs/mine/pruned --base path/of/the/original
+
+Every block at most two non-zeros; with --base: kept weights bit-equal to the base, everything else unchanged. Exit
+code 1 and the first offenders where not: for people who fine-tune or merge after pruning.
+"""
+
+from collections.abc import Sequence
+
+from proxsparse.commands.common import Parser, print_json
+from proxsparse.errors import RunError, command
+from proxsparse.export import MOST_OFFENDERS, check_sparsity
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="pruned checkpoint")
+    parser.add_argument("--base", default=None, metavar="FOLDER", help="checkpoint of the original model")
+    args = parser.parse_args(argv)
+    counts, offenders = check_sparsity(args.model, args.base)
+    print(f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not 2:4")
+    if offenders:
+        for sentence in offenders[:MOST_OFFENDERS]:
+            print(f"  {sentence}")
+        raise RunError(f"{args.model} fails the check in {len(offenders)} tensors.")
+    print_json({"model": args.model, "base": args.base, **counts})

@@ -1,0 +1,91 @@
+"""Export a base model and a mask: as an ordinary checkpoint, as the mask alone, or in the compact form.
+
+    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --to pruned
+    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --form mask --to pruned-mask
+    python -m proxsparse export --model smollm2-135m --mask runs/demo --form compact --to pruned-compact
+
+dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
+mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
+compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from proxsparse.card import model_card
+from proxsparse.commands.common import Parser, add_mask_argument, add_model_arguments, print_json
+from proxsparse.compact import save_compact
+from proxsparse.errors import RunError, UsageError, command
+from proxsparse.export import save_pruned, stream_pruned
+from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
+from proxsparse.model import load_model, load_tokenizer
+from proxsparse.record import read_json, refuse_to_overwrite, versions, write_json
+
+FORMS = ("dense", "mask", "compact")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_model_arguments(parser, computes=False)
+    add_mask_argument(parser, required=True)
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument("--form", default="dense", choices=FORMS, help="default: %(default)s")
+    parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
+    parser.add_argument("--push_to_hub", default=None, metavar="REPO", help="upload the folder to this Hub repository")
+    args = parser.parse_args(argv)
+    mask, to = load_mask(args.mask), Path(args.to)
+    if args.form == "compact" and mask.pattern != "2:4":
+        raise UsageError(f"--form compact holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
+    if args.results and not Path(args.results).is_file():
+        raise UsageError(f"--results: there is no file {args.results}.")
+    refuse_to_overwrite(to)
+    results = read_json(args.results).get("perplexity") if args.results else None
+    if args.form == "mask":
+        write_mask(mask, to)
+    elif args.form == "compact" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
+        options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        model, tokenizer = load_model(args.model, **options), load_tokenizer(args.model, **options)
+        apply_mask(model, mask)
+        save = save_compact if args.form == "compact" else save_pruned
+        save(model, tokenizer, to)
+    mask.base_model = mask.base_model or args.model
+    card = model_card(args.push_to_hub or to.name, mask, results, compact=args.form == "compact")
+    (to / "README.md").write_text(card, encoding="utf-8")
+    size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
+    print(f"{args.form} export written to {to} ({size / 1e6:,.1f} MB)")
+    if args.push_to_hub:
+        push(to, args.push_to_hub)
+    print_json({"form": args.form, "to": str(to), "bytes": size})
+
+
+def write_mask(mask: Mask, to: Path) -> None:
+    """mask.safetensors, and mask.json with a hash of every weight's mask."""
+    save_mask(mask, to / "mask.safetensors")
+    hashes = {name: hashlib.sha256(kept.numpy().tobytes()).hexdigest() for name, kept in mask.tensors.items()}
+    record = {"pattern": mask.pattern, "base_model": mask.base_model, "info": mask.info, "sha256": hashes}
+    write_json(to / "mask.json", record | {"versions": versions()})
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload a folder.
+
+    Raises:
+        RunError: no token, or the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except LocalTokenNotFoundError as error:
+        raise RunError("--push_to_hub needs a token: log in with 'hf auth login'.") from error
+    except (HfHubHTTPError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"--push_to_hub: {repository} was not written ({first}); the export in {folder} stays."
+        ) from error
+    print(f"pushed to https://huggingface.co/{repository}")

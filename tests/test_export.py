@@ -1,0 +1,215 @@
+"""Exports in every form, their check, model cards, and what the benchmark prints."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError
+from safetensors.torch import load_file, save_file
+from test_compact import prune
+from test_prunable import build
+from transformers import AutoModelForCausalLM
+
+import proxsparse
+from proxsparse.__main__ import main as console
+from proxsparse.commands import export as export_command
+from proxsparse.export import check_sparsity, save_pruned, stream_pruned
+from proxsparse.mask import Mask, load_mask
+from proxsparse.prox_op import top2_mask
+from proxsparse.prunable import find_prunable
+from proxsparse.sparse import CompactLinear
+
+
+@pytest.fixture(scope="module")
+def mask(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mask")
+    assert console(["prune", "--model", checkpoint, "--prune_method", "magnitude", "--save", str(folder)]) == 0
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 30)[None]).logits
+
+
+def export(*flags):
+    return console(["export", *map(str, flags)])
+
+
+def test_the_dense_form_is_an_ordinary_checkpoint_bit_equal_to_the_base_times_the_mask(checkpoint, mask, tmp_path):
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "out") == 0
+    base, model = (AutoModelForCausalLM.from_pretrained(f) for f in (checkpoint, tmp_path / "out"))
+    kept = load_mask(mask).tensors
+    for name, weight in model.named_parameters():
+        wanted = base.get_parameter(name)
+        assert torch.equal(weight, torch.where(kept[name], wanted, 0.0) if name in kept else wanted)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantization_config", "sparsity_config"} & set(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_streaming_by_shards_gives_what_pruning_in_memory_does(family, tokenizer, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    masks = {t.name: top2_mask(t.rows(t.weight.detach())) for t in find_prunable(model)}
+    streamed = stream_pruned(str(tmp_path / "base"), Mask(masks), tmp_path / "streamed")
+    prefixed = {n for shard in (tmp_path / "base").glob("*.safetensors") for n in load_file(shard)}
+    assert streamed == (set(masks) <= prefixed)
+    if streamed:
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed").eval()
+        assert torch.equal(logits(found), logits(prune(model).eval()))
+        assert {p.name for p in (tmp_path / "base").iterdir()} <= {p.name for p in (tmp_path / "streamed").iterdir()}
+
+
+def test_experts_are_exported_through_the_model(tokenizer, tmp_path):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ["--model", str(tmp_path / "base"), "--prune_method", "magnitude", "--save", str(tmp_path / "mask")]
+    assert console(["prune", *flags]) == 0
+    assert export("--model", tmp_path / "base", "--mask", tmp_path / "mask", "--to", tmp_path / "out") == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(found), logits(prune(model).eval()))
+
+
+def test_the_mask_form_holds_one_bit_a_weight_and_hashes(checkpoint, mask, tmp_path):
+    assert export("--model", checkpoint, "--mask", mask, "--form", "mask", "--to", tmp_path / "out") == 0
+    again, first = load_mask(tmp_path / "out"), load_mask(mask)
+    assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
+    record = json.loads((tmp_path / "out" / "mask.json").read_text())
+    assert record["pattern"] == "2:4"
+    assert record["base_model"] == checkpoint
+    assert set(record["sha256"]) == set(first.tensors)
+
+
+def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
+    assert export("--model", checkpoint, "--mask", mask, "--form", "compact", "--to", tmp_path / "compact") == 0
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "dense") == 0
+    wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval())
+    assert torch.equal(logits(proxsparse.load(str(tmp_path / "compact"))), wanted)
+    sparse = proxsparse.load(str(tmp_path / "compact"), sparse=True)
+    assert isinstance(sparse.model.layers[0].mlp.up_proj, CompactLinear)
+    torch.testing.assert_close(logits(sparse), wanted, rtol=1e-4, atol=1e-4)
+    assert console(["check", "--model", str(tmp_path / "dense"), "--base", checkpoint]) == 0
+
+
+@pytest.fixture
+def pruned(checkpoint, mask, tmp_path):
+    assert stream_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def damage(folder, name, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def first_zero(tensor):
+    return tuple(int(i) for i in (tensor == 0).nonzero()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (UP, lambda w: w.__setitem__(first_zero(w), 1.0), "blocks are not 2:4, the first is row"),
+        (UP, lambda w: w[0].mul_(1.0001), "kept weights differ from the base, the first at (0,"),
+        ("model.norm.weight", lambda w: w[3].add_(1), "1 entries differ from the base, the first at (3,)"),
+        ("model.embed_tokens.weight", lambda w: w[5, 0].neg_(), "1 entries differ from the base, the first at (5, 0)"),
+    ],
+)
+def test_one_changed_weight_is_caught_and_named(name, change, sentence, pruned, checkpoint, capsys):
+    assert console(["check", "--model", str(pruned), "--base", checkpoint]) == 0
+    damage(pruned, name, change)
+    assert console(["check", "--model", str(pruned), "--base", checkpoint]) == 1
+    shown = capsys.readouterr()
+    assert f"{name}: " in shown.out
+    assert sentence in shown.out
+    assert "fails the check" in shown.err
+
+
+def test_a_minus_zero_is_no_pruned_weight(pruned, checkpoint):
+    damage(pruned, UP, lambda w: w.__setitem__(first_zero(w), -0.0))
+    counts, offenders = check_sparsity(str(pruned), checkpoint)
+    assert counts["wrong_blocks"] == 0
+    assert len(offenders) == 1
+
+
+def test_a_dense_model_and_a_folder_without_weights_fail(checkpoint, tmp_path, capsys):
+    assert console(["check", "--model", checkpoint]) == 1
+    assert "blocks are not 2:4" in capsys.readouterr().out
+    assert console(["check", "--model", str(tmp_path)]) == 2
+
+
+def test_the_card_says_what_the_checkpoint_is(checkpoint, mask, tmp_path, corpus):
+    results = tmp_path / "results.json"
+    flags = ["--model", checkpoint, "--mask", str(mask), "--dataset", corpus, "--ctx_len", "32", "--max_windows", "3"]
+    assert console(["apply", *flags, "--output", str(results)]) == 0
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "out", "--results", results) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "2:4" in card.data.tags
+    value = json.loads(results.read_text())["perplexity"][corpus]["perplexity"]
+    for said in ("chosen by magnitude", "50% of its prunable weights", f"{value:.2f} +- ", "from_pretrained"):
+        assert said in card.text
+
+
+def test_pushing_uses_the_hub_client_and_says_what_is_missing(checkpoint, mask, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append(name)
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(folder_path)
+
+    monkeypatch.setattr(export_command, "HfApi", Api)
+    flags = ["--model", checkpoint, "--mask", mask, "--push_to_hub", "me/pruned"]
+    assert export(*flags, "--to", tmp_path / "a") == 0
+    assert calls == ["me/pruned", tmp_path / "a"]
+    assert 'from_pretrained("me/pruned")' in (tmp_path / "a" / "README.md").read_text()
+
+    def no_token(*args, **kwargs):
+        raise LocalTokenNotFoundError("none")
+
+    monkeypatch.setattr(export_command, "HfApi", lambda: SimpleNamespace(create_repo=no_token))
+    assert export(*flags, "--to", tmp_path / "b") == 1
+    assert "needs a token: log in with 'hf auth login'" in capsys.readouterr().err
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+def test_folders_with_something_else_in_them_are_left_alone(checkpoint, mask, tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path) == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+def test_the_bench_prints_dense_beside_sparse(pruned, capsys):
+    assert console(["bench", "--model", str(pruned), "--prompt", "16", "--tokens", "4", "--repeat", "1"]) == 0
+    shown = capsys.readouterr().out
+    record = json.loads(shown.splitlines()[-1])
+    assert record["sparse"]["weight_bytes"] < record["dense"]["weight_bytes"]
+    assert all(value > 0 for row in ("dense", "sparse") for value in record[row].values())
+    assert console(["bench", "--model", str(pruned), "--prompt", "500"]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="semi-structured tensors need a CUDA device")
+def test_semi_structured_tensors_give_the_same_logits(tokenizer, tmp_path):
+    from conftest import tiny_llama
+
+    model = prune(tiny_llama(hidden_size=256, intermediate_size=512)).to("cuda", torch.float16).eval()
+    save_pruned(model, tokenizer, tmp_path / "pruned")
+    sparse = proxsparse.load(str(tmp_path / "pruned"), sparse=True, device="cuda")
+    ids = torch.arange(1, 30, device="cuda")[None]
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(input_ids=ids).logits, model(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
