@@ -13,7 +13,8 @@ TEMPLATE = """---
 # {{ name }}, pruned to {{ pattern }}
 
 {{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. The kept weights are the original ones,
-bit for bit; the others are exact zeros. Which ones to keep was chosen by {{ method }} ([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
+bit for bit; the others are exact zeros. Which ones to keep was chosen by {{ method }}
+([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
 {% if settings %}
 | setting | value |
 |---|---|

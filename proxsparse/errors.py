@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
 
 
 class UsageError(ValueError):
@@ -33,6 +34,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return 1
         except OSError as error:
             print(f"error: {describe_os_error(error)}", file=sys.stderr)
+            return 1
+        except SafetensorError as error:
+            full = "No space left" in str(error) or "os error 28" in str(error)
+            what = (
+                describe_os_error(OSError(28, "")) if full else f"A safetensors file is damaged or unreadable: {error}"
+            )
+            print(f"error: {what}", file=sys.stderr)
             return 1
         except torch.OutOfMemoryError:
             print(

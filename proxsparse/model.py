@@ -14,6 +14,7 @@ import io
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from proxsparse.embedded import package_file
 from proxsparse.errors import RunError, UsageError
-from proxsparse.record import atomic_path
+from proxsparse.record import atomic_path, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,23 @@ def model_source(name: str) -> tuple[str, dict]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"--model: the folder {name} has no config.json, so it is not a checkpoint.")
+        _refuse_escaping_shards(path)
         return name, {}
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UsageError(f"--model: there is no folder {name}.")
     return name, {}
+
+
+def _refuse_escaping_shards(folder: Path) -> None:
+    """An index may name files in its own folder only: a downloaded one must not make us read others."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files = set(read_json(index)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"The index {index} is damaged ({error}); download the model again.") from error
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise RunError(f"The index {index} names a file outside of its folder, {file!r}; do not trust it.")
 
 
 def embedded_checkpoint() -> Path:
@@ -141,14 +155,22 @@ def load_model(
         dtype = torch.float32 if dtype == "auto" else dtype
         quiet = contextlib.redirect_stderr(io.StringIO())  # a bar a tensor, which nothing else turns off
     with _clear_errors(name), quiet_bars(), quiet:
-        model = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if "gguf_file" in extra else True,
+            output_loading_info=True,
             **extra,
             **kwargs,
+        )
+    model, loaded = found
+    if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(loaded["missing_keys"])
+        raise RunError(
+            f"The model {name} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}: "
+            "its config.json and its weights do not belong together, or it is no causal language model."
         )
     model.config._name_or_path = name  # GGUF files carry a title here that nobody can load
     return model if device is None else model.to(device)  # type: ignore[arg-type]

@@ -203,12 +203,17 @@ def _read_file(path: Path) -> Iterable[str]:
         return [text]
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
 
     kind = "parquet" if path.suffix == ".parquet" else "json"
+    verbosity = get_verbosity()
+    set_verbosity(CRITICAL)  # it logs a traceback, and the error below says it all
     try:
         table = load_dataset(kind, data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
         raise UsageError(f"--dataset: {path} is not a readable {kind} file ({error.__cause__ or error}).") from error
+    finally:
+        set_verbosity(verbosity)
     if "text" not in table.column_names:
         raise UsageError(f"--dataset: {path} needs a column 'text', and has {', '.join(table.column_names)}.")
     return [row for row in table["text"] if isinstance(row, str)]
