@@ -1,10 +1,13 @@
 """Checkpoints that count only when they are complete.
 
 The Trainer writes a checkpoint file by file; a run killed in between leaves a folder that looks like one. A marker is
-written last, with the size of every file, and only folders with a true marker are resumed from.
+written last, with the size and checksum of every file, and only folders that agree with their marker are resumed from.
+Old checkpoints are removed after the new one has its marker, never before.
 """
 
+import hashlib
 import logging
+import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -16,37 +19,67 @@ MARKER = "complete.json"
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint as complete once the Trainer has written all of it."""
+    """Marks a checkpoint once the Trainer has written all of it, then removes older ones.
+
+    Args:
+        keep: how many checkpoints stay; None for all.
+    """
+
+    def __init__(self, keep: int | None = None):
+        self.keep = keep
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / MARKER, {"sizes": _sizes(folder)})
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / MARKER, {"files": _files(folder)})
+        if self.keep:
+            for old in checkpoints(args.output_dir)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(output_dir: Path | str) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, complete or not."""
+    return sorted((p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir()), key=_step)
 
 
 def last_complete_checkpoint(output_dir: Path | str) -> str | None:
-    """Newest complete checkpoint of a run, or None. Incomplete ones are passed over, and said so."""
-    found = None
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_step):
-        if is_complete(folder):
-            found = str(folder)
-        else:
-            logger.warning("%s was not written to its end and is not used", folder)
-    return found
+    """Newest complete checkpoint of a run, or None. Others are passed over, and what is wrong with them is said."""
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = fault(folder)
+        if wrong is None:
+            return str(folder)
+        logger.warning("%s is not used: %s", folder, wrong)
+    return None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file that was written is there in full."""
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where every file is there with its size and checksum."""
+    if not (folder / MARKER).is_file():
+        return "it was not written to its end"
     try:
-        recorded = read_json(folder / MARKER)["sizes"]
-        return bool(recorded) and all((folder / name).stat().st_size == size for name, size in recorded.items())
+        recorded = {name: (file["bytes"], file["sha256"]) for name, file in read_json(folder / MARKER)["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return f"its {MARKER} is damaged"
+    for name, (size, checksum) in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if _sha256(path) != checksum:
+            return f"{name} has changed since it was written (its checksum differs)"
+    return None if recorded else f"its {MARKER} names no file"
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _files(folder: Path) -> dict[str, dict]:
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER)
-    return {str(p.relative_to(folder)): p.stat().st_size for p in files}
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(folder: Path) -> int:

@@ -118,7 +118,9 @@ class ProxSparseTrainer(SFTTrainer):
         )
         self.add_callback(KeepControllers(self.controllers))
         self.add_callback(ProxCallback(self._proximal_step))
-        self.add_callback(CompleteCheckpoints())
+        # Rotation is this callback's, so that no checkpoint goes before the next one is complete.
+        self.add_callback(CompleteCheckpoints(args.save_total_limit))
+        args.save_total_limit = None
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 

@@ -87,7 +87,9 @@ class MaskLLMTrainer(SFTTrainer):
         for target in self.targets:
             target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
         self.base = {t.name: copy_of(t.weight, on_cpu=False) for t in self.targets}
-        self.add_callback(CompleteCheckpoints())
+        # Rotation is this callback's, so that no checkpoint goes before the next one is complete.
+        self.add_callback(CompleteCheckpoints(args.save_total_limit))
+        args.save_total_limit = None
 
     def logits(self, target: Prunable) -> nn.Parameter:
         """(O, I / 4, 6) float32 logits of one weight."""

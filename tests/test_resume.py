@@ -1,0 +1,124 @@
+"""No run loses work: kills at any moment, damaged checkpoints, rotation."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxsparse.resume import CompleteCheckpoints, checkpoints, fault, last_complete_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = 20
+# Imports once, then forks a process for every attempt at the run: what takes seconds is not what is tested.
+ATTEMPTS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from proxsparse.commands import learn
+import proxsparse.trainer, proxsparse.kernels.cpu
+
+whole, broken, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+
+def start(folder):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(learn.main([*flags, "--output_dir", str(folder)]))
+    return child
+
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+length = time.monotonic() - began
+rng, kills, writing, resumed = random.Random(0), 0, 0, 0
+while kills < KILLS:
+    child = start(broken)
+    time.sleep(rng.uniform(0.05, 1.0) * length)
+    before = list(broken.glob("checkpoint-*"))
+    if os.waitpid(child, os.WNOHANG)[0]:
+        shutil.rmtree(broken)  # it was faster; this moment does not count
+        continue
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    mask = broken / "mask.safetensors"  # whole or absent
+    assert not mask.exists() or mask.read_bytes() == (whole / "mask.safetensors").read_bytes()
+    partial = [c for c in broken.glob("checkpoint-*") if not (c / "complete.json").is_file()]
+    writing, resumed = writing + bool(partial), resumed + bool(before)
+assert os.waitpid(start(broken), 0)[1] == 0
+print("RESULT", kills, writing, resumed)
+""".replace("KILLS", str(KILLS))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_mask(checkpoint, corpus, tmp_path):
+    flags = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "samples": 60, "save_steps": 2, "bf16": "false"}
+    flags |= {"logging_steps": 5, "use_cpu": "true", "save_total_limit": 2, "lambda_value": "auto"}
+    words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", ATTEMPTS, str(tmp_path / "whole"), str(tmp_path / "broken"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, _, resumed = map(int, done.stdout.split("RESULT")[-1].split())
+    assert kills == KILLS
+    assert resumed > 0  # some kills came after the first checkpoint
+    whole, broken = ((tmp_path / name / "mask.safetensors").read_bytes() for name in ("whole", "broken"))
+    assert broken == whole
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with three complete checkpoints of two files."""
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(os.urandom(100))
+        (folder / "trainer_state.json").write_text("{}")
+        mark(tmp_path, step)
+    return tmp_path
+
+
+def mark(folder, step, keep=None):
+    from types import SimpleNamespace
+
+    state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+    CompleteCheckpoints(keep).on_save(SimpleNamespace(output_dir=str(folder)), state, None)
+
+
+def test_the_newest_complete_checkpoint_counts(run):
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
+    (run / "checkpoint-8").mkdir()
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "model.safetensors has 50 bytes, not 100"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "model.safetensors has changed since"),
+        (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda f: (f / "complete.json").unlink(), "was not written to its end"),
+        (lambda f: (f / "complete.json").write_text("{"), "its complete.json is damaged"),
+        (lambda f: (f / "complete.json").write_text('{"files": {}}'), "names no file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(damage, sentence, run, caplog):
+    damage(run / "checkpoint-6")
+    assert sentence in fault(run / "checkpoint-6")
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+    assert "checkpoint-6 is not used" in caplog.text
+    assert sentence in caplog.text
+    assert (run / "checkpoint-6").exists()  # nothing is deleted: it may be another program's
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(run):
+    shutil.copytree(run / "checkpoint-6", run / "checkpoint-10")
+    (run / "checkpoint-10" / "complete.json").unlink()
+    assert len(checkpoints(run)) == 4  # the new one is not complete yet
+    mark(run, 10, keep=2)
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-6", "checkpoint-10"]
+    assert set(json.loads((run / "checkpoint-10" / "complete.json").read_text())["files"]) == {
+        "model.safetensors",
+        "trainer_state.json",
+    }
