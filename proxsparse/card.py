@@ -37,18 +37,27 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```"""
 COMPACT = """```python
 import proxsparse
+from huggingface_hub import snapshot_download
 
-model = proxsparse.load("{name}")                # the dense model
-model = proxsparse.load("{name}", sparse=True)   # compact weights: faster decoding on a CPU
+folder = snapshot_download("{name}")             # or the folder itself, where it lies on your disk
+model = proxsparse.load(folder)                  # the dense model
+model = proxsparse.load(folder, sparse=True)     # compact weights: faster decoding on a CPU
 ```"""
+MASK = """This is the mask alone, one bit a weight; the weights are those of the base model.
+
+```bash
+proxsparse export --model {base} --mask mask.safetensors --to pruned
+```"""
+LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK}
 
 
-def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, compact: bool = False) -> str:
+def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, form: str = "dense") -> str:
     """Text of the README.md of a pruned checkpoint.
 
     Args:
         name: of the folder or repository.
         mask: that was applied; its info holds method and settings.
+        form: 'dense', 'compact' or 'mask', as it was exported.
         results: text -> fields of ``proxsparse.perplexity.Perplexity``.
     """
     info = dict(mask.info)
@@ -56,7 +65,7 @@ def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, 
     data = ModelCardData(
         base_model=mask.base_model if mask.base_model.count("/") == 1 else None,
         tags=["2:4", "semi-structured-sparsity", "pruning", "proxsparse"],
-        library_name=None if compact else "transformers",
+        library_name="transformers" if form == "dense" else None,
         pipeline_tag="text-generation",
     )
     rows = [
@@ -73,6 +82,6 @@ def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, 
         method=method,
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=(COMPACT if compact else DENSE).format(name=name),
+        loading=LOADING[form].format(name=name, base=mask.base_model),
     )
     return str(card)

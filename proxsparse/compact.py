@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError
@@ -64,7 +64,9 @@ def unpack_positions(packed: Tensor, count: int) -> Tensor:
     return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)[..., :count]
 
 
-def save_compact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+def save_compact(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, max_shard_size: str = "5GB"
+) -> None:
     """Write a pruned model in the compact form. The folder appears complete or not at all.
 
     Raises:
@@ -85,7 +87,9 @@ def save_compact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         state.pop(tied, None)
     with quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
-        save_torch_state_dict(state, scratch, filename_pattern="compact{suffix}.safetensors")
+        save_torch_state_dict(
+            state, scratch, filename_pattern="compact{suffix}.safetensors", max_shard_size=max_shard_size
+        )
         model.config.save_pretrained(scratch)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(scratch)
@@ -117,6 +121,8 @@ def load_compact(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTr
         differs = f"holds {unknown[0]}, which it lacks" if unknown else f"lacks {absent[0]}"
         raise RunError(f"{folder} does not fit its config.json, a {type(model).__name__}: it {differs}.")
     model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
     return model.eval()
 
@@ -132,25 +138,31 @@ def _dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if isinstance(error, UsageError):
             raise
         raise RunError(f"{folder / INDEX} is damaged ({error}); export the model again.") from error
-    seen = set()
-    for path in sorted(folder.glob("compact*.safetensors")):
-        try:
+    # Values and positions of one weight may lie in different shards.
+    places: dict[str, Path] = {}
+    path = folder
+    try:
+        for path in sorted(folder.glob("compact*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    base, _, part = name.rpartition(".")
-                    if base not in shapes:
-                        yield name, file.get_tensor(name)
-                    elif part == "values":
-                        rows, in_dim = shapes[base]
-                        seen.add(base)
-                        yield base, _rebuilt(file.get_tensor(name), file.get_tensor(f"{base}.positions"), rows, in_dim)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{path} is damaged ({error}); export the model again.") from error
-    missing = set(shapes) - seen
+                places |= dict.fromkeys(file.keys(), path)
+        for name in places:
+            base, _, part = name.rpartition(".")
+            path = places[name]
+            if base not in shapes:
+                yield name, _tensor(places, name)
+            elif part == "values":
+                rows, in_dim = shapes[base]
+                yield base, _rebuilt(_tensor(places, name), _tensor(places, f"{base}.positions"), rows, in_dim)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); export the model again.") from error
+    missing = {name for name in shapes if f"{name}.values" not in places}
     if missing:
         raise RunError(f"{folder} lacks {len(missing)} weights, as {sorted(missing)[0]}; export the model again.")
+
+
+def _tensor(places: dict[str, Path], name: str) -> Tensor:
+    with safe_open(places[name], framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _rebuilt(values: Tensor, packed: Tensor, rows: tuple[int, ...], in_dim: int) -> Tensor:

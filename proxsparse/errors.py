@@ -8,6 +8,13 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 
+try:  # the Hub's client brings one of them
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore[no-redef]
+
+UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
+
 
 class UsageError(ValueError):
     """An argument is wrong: exit code 2. The message names the argument, what was found and what is accepted."""

@@ -15,7 +15,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask
 from proxsparse.model import load_config, model_source, quiet_bars
 from proxsparse.prunable import Prunable, find_prunable
-from proxsparse.record import atomic_path
+from proxsparse.record import atomic_path, read_json
 
 NOT_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5")
 MOST_OFFENDERS = 5
@@ -32,8 +32,11 @@ def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order."""
-    return sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    """The safetensors files that transformers reads of a checkpoint, in order: others may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(folder / name for name in set(read_json(index)["weight_map"].values()))
+    return [p for p in (folder / "model.safetensors",) if p.is_file()]
 
 
 def targets_of(name: str, trust_remote_code: bool = False) -> dict[str, Prunable]:
@@ -57,8 +60,10 @@ def stream_pruned(name: str, mask: Mask, folder: Path | str, trust_remote_code: 
     Raises:
         UsageError: the mask has other shapes than the weights.
     """
-    source = Path(model_source(name)[0])
-    found = {t for shard in shards(source) for t in _names(shard)} if source.is_dir() else set()
+    place, extra = model_source(name)
+    source = Path(place)
+    whole = source.is_dir() and not extra  # a GGUF file lies in a folder too
+    found = {t for shard in shards(source) for t in _names(shard)} if whole else set()
     if not set(mask.tensors) <= found:
         return False
     targets = targets_of(name, trust_remote_code)
@@ -107,8 +112,11 @@ def check_sparsity(name: str, base: str | None = None) -> tuple[dict[str, int], 
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders: list[str] = []
     names = set(read)
-    if not names & set(targets):
-        raise UsageError(f"--model: {name} names its tensors otherwise than its model does; load and save it once.")
+    if not set(targets) <= names:
+        raise UsageError(
+            f"--model: {name} stores its weights under other names than its model has, as {min(set(targets) - names)}; "
+            "such checkpoints (stacked experts) can't be checked."
+        )
     for key in sorted(names):
         tensor = read[key]()
         target = targets.get(key)

@@ -145,7 +145,7 @@ def load_model(
     from proxsparse.compact import is_compact, load_compact  # which needs this module
 
     source, extra = model_source(name)
-    if is_compact(source):
+    if not extra and is_compact(source):
         model = load_compact(source, dtype)
         return model if device is None else model.to(device)  # type: ignore[arg-type]
     quiet: contextlib.AbstractContextManager = contextlib.nullcontext()

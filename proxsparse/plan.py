@@ -114,6 +114,7 @@ def plan_learning(
         dtype: of the weights.
         devices: processes, each with a whole model.
     """
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as learning does
     compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
     with _fake(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,7 +135,7 @@ def plan_learning(
         "optimizer states": trainable * _optimizer_bytes(config, dtype),
         "copies of W0 and of learned weights": prunable * wide * (masked + (masked or config.project_lambda2)),
     }
-    if config.base_on_cpu:
+    if config.base_on_cpu and not config.use_cpu and (masked or config.project_lambda2):
         parts["copies of W0 and of learned weights"] -= prunable * wide
     if config.distill:
         activations += 3 * logits  # the teacher's, the gradient, and the shifted copy
@@ -145,6 +146,8 @@ def plan_learning(
         parts["gradients or activations"] = gradients + activations + logits
     stochastic = _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES
     parts["working memory"] = PROCESS_BYTES + 4 * largest * STOCHASTIC_COPIES * stochastic
+    if devices > 1:
+        parts["buckets for averaging gradients"] = gradients
     steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
     steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
     return Plan(parameters, trainable, prunable, steps, parts)

@@ -1,14 +1,19 @@
-"""Tables and pictures of a run."""
+"""Tables, pictures and the one-page report of a run."""
 
+import base64
+import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
+from proxsparse.mask import Mask
 from proxsparse.record import atomic_path
 
 BLUE, RED, GREEN = "#3b6fb6", "#c0504d", "#5a9e6f"
@@ -59,6 +64,87 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)
+
+
+def draw_kinds(sparse: dict[str, float], agreement: dict[str, dict[str, float]], path: Path | str) -> None:
+    """Picture of what differs between layer kinds.
+
+    Args:
+        sparse: layer kind -> share of the learned weights' blocks that are 2:4.
+        agreement: name of another mask -> layer kind -> share of entries that both masks decide alike.
+    """
+    kinds = [kind for kind in sparse or next(iter(agreement.values())) if kind != "all"]
+    panels = [("learned blocks that are 2:4 (%)", {"": sparse})] if sparse else []
+    panels += [("mask entries alike (%)", agreement)] if agreement else []
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for axis, (title, bars) in zip(axes[0], panels, strict=True):
+        height = 0.8 / len(bars)
+        for i, (name, values) in enumerate(bars.items()):
+            places = [k + (i - (len(bars) - 1) / 2) * height for k in range(len(kinds))]
+            color = GREEN if not name else (BLUE, RED)[i % 2]
+            axis.barh(places, [100 * values[kind] for kind in kinds], height, label=name, color=color)
+        axis.set(title=title, xlim=(0, 100), yticks=range(len(kinds)), yticklabels=kinds)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+        if any(bars):
+            axis.legend(frameon=False)
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
+    plt.close(figure)
+
+
+def agreement_by_kind(ours: Mask, other: Mask) -> dict[str, float]:
+    """Share of mask entries that two masks of one model decide alike, by layer kind and over 'all'.
+
+    Two random 2:4 masks agree on a half.
+    """
+    alike: dict[str, list[int]] = {}
+    for name in ours.tensors.keys() & other.tensors.keys():
+        same = ours.tensors[name] == other.tensors[name]
+        for kind in (layer_kind(name), "all"):
+            count = alike.setdefault(kind, [0, 0])
+            count[0] += int(same.sum())
+            count[1] += same.numel()
+    return {kind: same / total for kind, (same, total) in sorted(alike.items())}
+
+
+def layer_kind(name: str) -> str:
+    """Layer kind of a weight by its name: 'model.layers.3.mlp.up_proj.weight' -> 'mlp.up_proj'."""
+    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
+
+
+def write_html(
+    path: Path | str,
+    title: str,
+    subtitle: str,
+    rows: dict[str, dict[str, dict[str, float]]],
+    run_picture: Path,
+    kinds_picture: Path | None,
+    settings: dict[str, Any],
+    versions: dict[str, str],
+) -> None:
+    """One self-contained page: it loads nothing from a network.
+
+    Args:
+        rows: model -> text -> fields of ``proxsparse.perplexity.Perplexity``; the last one is the run's own.
+    """
+    template = files("proxsparse").joinpath("templates/report.html").read_text(encoding="utf-8")
+    texts = list(next(iter(rows.values()))) if rows else []
+    cells = [
+        (name, [f"{found[t]['perplexity']:.2f} +- {found[t]['standard_error']:.2f}" for t in texts])
+        for name, found in rows.items()
+    ]
+    page = jinja2.Environment(autoescape=True).from_string(template).render(
+        title=title, subtitle=subtitle, texts=texts, rows=cells, run_picture=_encoded(run_picture),
+        kinds_picture=kinds_picture and _encoded(kinds_picture), settings=list(settings.items()),
+        versions=list(versions.items()),
+    )  # fmt: skip
+    with atomic_path(path) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+
+
+def _encoded(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode("ascii")
 
 
 def _smooth(values: list[float], weight: float = 0.7) -> list[float]:

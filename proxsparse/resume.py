@@ -10,6 +10,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from proxsparse.record import read_json, write_json
@@ -29,6 +30,8 @@ class CompleteCheckpoints(TrainerCallback):
         self.keep = keep
 
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes files of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -126,12 +126,16 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
         {"sparse": n, "dense": n}.
 
     Raises:
+        UsageError: a weight is not 2:4.
         RunError: no CUDA device, or torch refuses the conversion.
     """
     if model.device.type != "cuda":
         raise RunError(f"Semi-structured tensors need a CUDA device; the model is on {model.device}.")
     from torch.sparse import to_sparse_semi_structured
 
+    for target in find_prunable(model):  # torch would drop the smaller weights of other blocks without a word
+        if int((target.rows(target.weight.detach()).unflatten(-1, (-1, 4)) != 0).sum(-1).max()) > 2:
+            raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
     worthwhile: dict[tuple[int, ...], bool] = {}
     counts = {"sparse": 0, "dense": 0}
     for target in find_prunable(model):

@@ -30,6 +30,7 @@ from proxsparse.feedback import ShareController
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask
 from proxsparse.masked import MaskedWeights, copy_of
+from proxsparse.model import load_model
 from proxsparse.optim import StochasticAdamW, noise_seed
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
@@ -252,7 +253,9 @@ class ProxSparseTrainer(SFTTrainer):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
+        stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype)
+        self.model.load_state_dict(stored.state_dict())
         if self.controllers:
             for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
                 self.controllers[name].restore(state)

@@ -50,21 +50,27 @@ def zero_shot(
             found: Any = lm_eval.simple_evaluate(
                 wrapped, tasks=chosen, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
             )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(f"The data of {', '.join(tasks)} can't be loaded: {first}") from error
     finally:
         model.train(training)
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    rows = {task: _metrics(values) for task, values in found["results"].items()}
+    return {task: metrics for task, metrics in rows.items() if metrics}
 
 
 def accuracy(metrics: dict[str, float]) -> float:
     """The number that papers print of a task: its plain accuracy."""
-    return next(metrics[name] for name in ("acc", *metrics) if name in metrics)
+    return next(metrics[name] for name in ("acc", *metrics) if name in metrics and "stderr" not in name)
 
 
 def _described(task: str, known: list[str]) -> str | dict:
-    """A task the harness knows, or the description in a local file. Files are data: a '!function' tag is refused."""
+    """A task the harness knows, or the description in a local file, read as plain YAML: a '!function' tag is refused.
+
+    The harness renders a task's templates, so that a file of someone else's still deserves a look.
+    """
     if not task.endswith((".yaml", ".yml")):
         if task not in known:
             raise UsageError(f"--tasks: the harness knows no task {task!r}; give one of its names, or a .yaml file.")
@@ -84,5 +90,5 @@ def _described(task: str, known: list[str]) -> str | dict:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    numbers = {k.partition(",")[0]: v for k, v in values.items() if k.endswith(",none") and not isinstance(v, str)}
-    return {k: float(v) for k, v in numbers.items()}
+    numbers = {k: v for k, v in values.items() if "," in k and isinstance(v, (int, float))}
+    return {k.removesuffix(",none"): float(v) for k, v in numbers.items()}

@@ -7,5 +7,6 @@ if [[ $# -eq 0 || $1 == -* ]]; then
 fi
 model=$1
 shift
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${python:-python}" baseline/main.py --model "$model" --prune_method sparsegpt "$@"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -z ${python:-} && -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+exec "${python:-python}" "$root/baseline/main.py" --model "$model" --prune_method sparsegpt "$@"

@@ -16,8 +16,8 @@ fi
 : "${dtype:=auto}" "${device:=auto}" "${split:=all}" "${max_windows:=}" "${zero_shot:=0}"
 IFS=';' read -r -a texts <<<"${evaluation:=wikitext2;c4}" # separated by semicolons, so that paths may have spaces
 if [[ -z ${output_dir:-} ]]; then
-    name=${model_dir%/}
-    output_dir=runs/${name##*/}-${dataset##*/}_${method}_${samples}_lr${learning_rate:-default}_len${ctx_len}
+    name=${model_dir%/} text=${dataset%/}
+    output_dir=runs/${name##*/}-${text##*/}_${method}_${samples}_lr${learning_rate:-default}_len${ctx_len}
     output_dir+=_batch${batch_size}_lambda${lambda_value:-default}
     [[ $project_lambda2 == 1 ]] && output_dir+=_lambdatwo${lambda2_value}_eps${epsilon}
 fi
@@ -42,9 +42,9 @@ measure=(--dataset "${texts[@]}" --split "$split" --ctx_len "${eval_ctx_len:-$ct
 # One process a GPU where there are several; CUDA_VISIBLE_DEVICES chooses.
 launch=("$python")
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-((gpus > 1)) && launch=("$python" -m accelerate.commands.launch --num_processes "$gpus")
+[[ $device != cpu ]] && ((gpus > 1)) && launch=("$python" -m accelerate.commands.launch --num_processes "$gpus")
 
-# stage TITLE DONE COMMAND...: run a command unless the file DONE is there already.
+# stage TITLE DONE COMMAND...: run a command unless the file DONE is there already, made by the same command.
 stage() {
     local title=$1 done=$2
     shift 2
@@ -52,12 +52,22 @@ stage() {
         printf '\n# %s\n' "$title"
         printf '%q ' "$@"
         printf '\n'
-    elif [[ -e $done ]]; then
-        printf '\n== %s: done already (%s)\n' "$title" "$done"
-    else
-        printf '\n== %s\n' "$title"
-        "$@"
+        return
     fi
+    local stamp="$output_dir/.${title//[^a-z]/_}.command" now
+    now=$(printf '%q ' "$@")
+    if [[ -e $done ]]; then
+        if [[ -e $stamp && $(<"$stamp") != "$now" ]]; then
+            printf 'error: %s was made by another command:\n  %s\nnow it is\n  %s\n' "$done" "$(<"$stamp")" "$now" >&2
+            printf 'Give another output_dir, or delete that file.\n' >&2
+            exit 2
+        fi
+        printf '\n== %s: done already (%s)\n' "$title" "$done"
+        return
+    fi
+    printf '\n== %s\n' "$title"
+    "$@"
+    printf '%s' "$now" >"$stamp"
 }
 
 ((dry_run)) && "$python" -m proxsparse plan "${learn[@]}"

@@ -30,7 +30,7 @@ if [[ ! -f $run/mask.safetensors ]]; then
         --output_dir "$run" --save_steps 0.2 --save_total_limit 2
 fi
 say "extracting the mask from the learned weights"
-python end-to-end/mask_op.py --checkpoint "$run"
+python end-to-end/mask_op.py --checkpoint "$run" --record "$run/blocks.json"
 say "one-shot baselines on the same samples"
 for method in magnitude wanda; do
     [[ -f $run/$method/mask.safetensors ]] || python baseline/main.py --model "$model" --prune_method "$method" \
@@ -46,5 +46,6 @@ done
     --save "$run/pruned" --output "$run/proxsparse.json"
 say "result"
 python eval/report.py --run "$run" --rows "dense=$run/dense.json" "magnitude 2:4=$run/magnitude.json" \
-    "Wanda 2:4=$run/wanda.json" "ProxSparse 2:4=$run/proxsparse.json"
+    "Wanda 2:4=$run/wanda.json" "ProxSparse 2:4=$run/proxsparse.json" \
+    --compare "magnitude=$run/magnitude" "Wanda=$run/wanda"
 echo "pruned checkpoint: $run/pruned"

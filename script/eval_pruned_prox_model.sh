@@ -40,7 +40,7 @@ while read -r name folder learned_ctx_len; do
         printf '\n== %s: measured already (%s)\n' "$name" "$models/$name.json"
     else
         printf '\n== %s\n' "$name"
-        [[ -e $models/$folder/config.json ]] || "${fetch[@]}"
+        [[ -e $models/$folder/.downloaded ]] || "${fetch[@]}"
         "${measure[@]}"
     fi
 done <<<"$listing"

@@ -105,6 +105,17 @@ def test_a_compact_folder_gives_the_model_back_bit_for_bit(family, tmp_path, tok
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_shards_may_part_values_from_positions(tmp_path, tokenizer):
+    model = prune(tiny_llama()).eval()
+    model.generation_config.eos_token_id = [0, 7]
+    for size in range(3, 12):
+        folder = tmp_path / str(size)
+        save_compact(model, tokenizer, folder, max_shard_size=f"{size}KB")
+        again = load_compact(folder)
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert again.generation_config.eos_token_id == [0, 7]
+
+
 def test_a_sparse_model_generates_what_the_dense_one_does(tmp_path, tokenizer):
     model = prune(tiny_llama()).eval()
     ids = torch.tensor([tokenizer("The quick brown").input_ids])

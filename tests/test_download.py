@@ -7,6 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from proxsparse.commands import download
 from proxsparse.commands.download import RELEASED, main
+from proxsparse.errors import UNREACHABLE
 
 SIZE = 1000
 NO_RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -62,6 +63,7 @@ def test_a_small_disk_is_noticed_before_anything_is_fetched(hub, tmp_path, capsy
     [
         (LocalEntryNotFoundError("offline"), "Nothing can be downloaded from the Hub: HF_HUB_OFFLINE is set"),
         (ConnectionError("no route"), "Nothing can be downloaded from the Hub"),
+        (UNREACHABLE[0]("no answer"), "Nothing can be downloaded from the Hub"),
         (RepositoryNotFoundError("404", response=NO_RESPONSE), "log in with 'hf auth login'"),
     ],
 )

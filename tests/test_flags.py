@@ -27,7 +27,7 @@ WRONG_TEXT = {
     "model": "/none", "mask": "/none", "dataset": "/none", "device": "tpu9", "dtype": "int3", "tasks": "/none.yaml",
     "sparsity_type": "4:2", "rows": "no-equals-sign", "only": "gpt5", "eval_zero_shot": "/none.yaml", "score": "luck",
     "rounding": "up", "lambda_value": "big", "method": "magic", "checkpoint": "/none", "run": "/none",
-    "base": "/none", "results": "/none",
+    "compare": "no-equals-sign", "base": "/none", "results": "/none",
     "lr_scheduler_type": "zigzag",
 }  # fmt: skip
 

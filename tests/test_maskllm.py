@@ -1,10 +1,14 @@
 """MaskLLM: its gradient, its masks, and that it finds a best mask that is known."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from datasets import Dataset
+from test_prunable import build
 from torch import nn
+from transformers import TrainerCallback
 
 from proxsparse.baselines.maskllm import (
     MASKS,
@@ -17,6 +21,7 @@ from proxsparse.baselines.maskllm import (
     one_shot_prior,
 )
 from proxsparse.baselines.wanda import Wanda
+from proxsparse.errors import UsageError
 from proxsparse.prunable import find_prunable
 
 
@@ -46,6 +51,44 @@ def test_the_learned_mask_is_24_and_the_weights_are_untouched(tmp_path):
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+def learn_masks(model, folder, count=8, **settings):
+    return learn_mask(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, tmp_path, monkeypatch):
+    make = partial(build, family, vocab_size=257)
+    whole = learn_masks(make(), tmp_path / "whole", save_steps=2)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    def stopping(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    original = MaskLLMTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskLLMTrainer, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            learn_masks(make(), tmp_path / "broken", save_steps=2)
+    again = learn_masks(make(), tmp_path / "broken", save_steps=2)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    with pytest.raises(UsageError, match="holds the checkpoints of another MaskLLM run"):
+        learn_masks(make(), tmp_path / "broken", count=6, save_steps=2)
+
+
+def test_the_model_comes_back_as_it_was(tmp_path):
+    model = tiny_llama()
+    cache, forward = model.config.use_cache, model.forward
+    learn_masks(model, tmp_path, bf16=True)
+    assert model.config.use_cache == cache
+    assert model.forward == forward
+    assert model(input_ids=windows(1)).logits.dtype == torch.float32
 
 
 def test_a_prior_is_where_learning_starts():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,42 @@ def test_the_report_tabulates_and_draws(learned, checkpoint, corpus, tmp_path):
     done = run("eval/report.py", "--run", out, "--rows", f"dense={tmp_path / 'd.json'}")
     assert last_json(done)["dense"][corpus] > 1
     assert (out / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(learned, checkpoint, corpus, tmp_path):
+    out, _ = learned
+    flags = ["--model", checkpoint, "--dataset", corpus, "--ctx_len", 32, "--output", tmp_path / "d.json"]
+    last_json(run("eval/ppl.py", *flags))
+    last_json(run("end-to-end/mask_op.py", "--checkpoint", out, "--record", out / "blocks.json"))
+    run("baseline/main.py", "--model", checkpoint, "--prune_method", "magnitude", "--save", tmp_path / "magnitude")
+    rows = ["--rows", f"dense <&> model={tmp_path / 'd.json'}"]
+    last_json(run("eval/report.py", "--run", out, *rows, "--compare", f"magnitude={tmp_path / 'magnitude'}"))
+    page = (out / "report.html").read_text()
+    assert "dense &lt;&amp;&gt; model" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=.(https?:|//|[^d])", page)
+    assert "masked" in page
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("the page is not opened: Chromium is not installed")
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1100,1500"]
+    command = [chromium, *flags, f"--screenshot={shot}", (out / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shot.stat().st_size > 20_000
+    assert "CONSOLE" not in done.stderr
+
+
+def test_masks_agree_with_themselves_and_by_half_with_chance():
+    from proxsparse.mask import Mask
+    from proxsparse.prox_op import top2_mask
+    from proxsparse.report import agreement_by_kind
+
+    torch.manual_seed(0)
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "h.0.attn.c_attn.weight"]
+    ours, other = (Mask({name: top2_mask(torch.randn(64, 64)) for name in names}) for _ in range(2))
+    assert agreement_by_kind(ours, ours) == {"all": 1.0, "attn.c_attn": 1.0, "mlp.up_proj": 1.0}
+    assert agreement_by_kind(ours, other)["all"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_operator_as_a_program(tmp_path):

@@ -56,10 +56,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(family: str):
+def build(family: str, **changes):
     kind, sizes, _ = FAMILIES[family]
     torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(kind(**sizes))
+    return hf.AutoModelForCausalLM.from_config(kind(**(sizes | changes)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -131,6 +131,7 @@ def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
     from proxsparse.commands.download import RELEASED
 
     shutil.copytree(models["Llama"], tmp_path / "models" / RELEASED["llama2-7b"][0])
+    (tmp_path / "models" / RELEASED["llama2-7b"][0] / ".downloaded").touch()
     setting = {"models": tmp_path / "models", "evaluation": corpus, "ctx_len": 32, "device": "cpu"}
     done = shell("eval_pruned_prox_model.sh", "llama2-7b", cwd=tmp_path, **setting)
     assert done.returncode == 0, done.stderr

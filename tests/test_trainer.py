@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
+from test_prunable import build
 from transformers import TrainerCallback
 
 from proxsparse.config import METHODS, ProxSparseConfig
@@ -244,6 +245,20 @@ def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer
         assert torch.equal(target.weight, whole.model.get_parameter(target.name)), target.name
     first, second = whole.mask().tensors, again.mask().tensors
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
+def test_other_architectures_resume_exactly(tmp_path, tokenizer, family):
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    whole = trainer(tmp_path / "whole", tokenizer, build(family, vocab_size=257), **saving)
+    whole.train()
+    broken = trainer(tmp_path / "broken", tokenizer, build(family, vocab_size=257), callbacks=[StopAt(5)], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = trainer(tmp_path / "broken", tokenizer, build(family, vocab_size=257), **saving)
+    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "broken"))
+    for target in again.targets:
+        assert torch.equal(target.weight, whole.model.get_parameter(target.name)), target.name
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_checkpoint(tmp_path, tokenizer):

@@ -10,14 +10,17 @@ https://arxiv.org/abs/2409.17481; implemented from the paper's mathematics. Shap
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -28,6 +31,7 @@ from proxsparse.mask import Mask
 from proxsparse.masked import copy_of
 from proxsparse.optim import noise_seed
 from proxsparse.prunable import Prunable, find_prunable
+from proxsparse.record import read_json, write_json
 from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
 
 # The six ways to keep two of four.
@@ -35,6 +39,7 @@ MASKS = torch.tensor(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.float32
 )
 INITIAL_STD = 0.01
+LOGITS_FILE = "mask_logits.safetensors"
 
 
 @dataclass
@@ -56,6 +61,17 @@ class MaskLLMConfig(SFTConfig):
     kappa: tuple[float, float] = (100.0, 500.0)
     prior_strength: float = 3.0
     keep_large: float = 1e-5
+
+
+class KeepLogits(TrainerCallback):
+    """Saves the logits with every checkpoint, under the names of their weights."""
+
+    def __init__(self, trainer: "MaskLLMTrainer"):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        logits = {t.name: self.trainer.logits(t).detach().contiguous() for t in self.trainer.targets}
+        save_file(logits, Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOGITS_FILE)
 
 
 class MaskLLMTrainer(SFTTrainer):
@@ -82,18 +98,28 @@ class MaskLLMTrainer(SFTTrainer):
             logits = initial_logits(tuple(rows.shape), given, args.prior_strength, generator)
             target.module.register_parameter(_attribute(target), nn.Parameter(logits.to(rows.device)))
         super().__init__(model, args, **kwargs)
-        if self.args.world_size > 1:
-            raise UsageError("maskllm learns in one process; start it without accelerate launch.")
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise UsageError(
+                "maskllm learns on one device: choose it with CUDA_VISIBLE_DEVICES, without accelerate launch."
+            )
         for target in self.targets:
             target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
         self.base = {t.name: copy_of(t.weight, on_cpu=False) for t in self.targets}
         # Rotation is this callback's, so that no checkpoint goes before the next one is complete.
+        self.add_callback(KeepLogits(self))
         self.add_callback(CompleteCheckpoints(args.save_total_limit))
         args.save_total_limit = None
 
     def logits(self, target: Prunable) -> nn.Parameter:
         """(O, I / 4, 6) float32 logits of one weight."""
         return getattr(target.module, _attribute(target))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Only logits have moved; the weights are those given."""
+        stored = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
+        with torch.no_grad():
+            for target in self.targets:
+                self.logits(target).copy_(stored[target.name])
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -179,16 +205,42 @@ def learn_mask(
     Returns:
         The mask; the model's weights are as they were.
     """
-    accelerated = model.device.type != "cpu"
+    refuse_another_run(Path(output_dir), model, windows, prior, settings)
+    accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
+    own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
     settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
     config = MaskLLMConfig(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
     trainer = MaskLLMTrainer(model, config, prior=prior, train_dataset=data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     mask = trainer.mask()
+    # Leave the model as it came: the trainer puts a forward of its own on it, and turns its cache off.
+    model.__dict__.pop("forward", None)
+    model.__dict__.update(own_forward)
+    model.config.use_cache = use_cache
     for target in trainer.targets:
         delattr(target.module, _attribute(target))
     return mask
+
+
+def refuse_another_run(
+    folder: Path, model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict
+) -> None:
+    """Remember what a run learns from, and refuse a folder with the checkpoints of another.
+
+    Raises:
+        UsageError: names the folder.
+    """
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    for name, kept in sorted((prior or {}).items()):
+        digest.update(name.encode() + kept.numpy().tobytes())
+    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    record: dict[str, Any] = {"model": str(model.config._name_or_path), "weights": weights, "data": digest.hexdigest()}
+    record |= {"settings": {name: str(value) for name, value in settings.items()}}
+    path = folder / "run.json"
+    if path.is_file() and read_json(path) != record:
+        raise UsageError(f"{folder} holds the checkpoints of another MaskLLM run: delete it, or save elsewhere.")
+    write_json(path, record)
 
 
 def one_shot_prior(model: PreTrainedModel, windows: Tensor, method, **options) -> dict[str, Tensor]:

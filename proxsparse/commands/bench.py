@@ -58,7 +58,11 @@ def measure(model: PreTrainedModel, args) -> dict[str, float]:
 
     taken = seconds(decode, model.device, args.repeat)
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(module.nbytes for module in compact)
+    size = sum(module.nbytes for module in compact)
+    for parameter in model.parameters():
+        packed = getattr(parameter, "packed", None)  # semi-structured tensors hold values and positions
+        inner = [t for t in (packed, getattr(parameter, "meta", None)) if t is not None] or [parameter]
+        size += sum(t.numel() * t.element_size() for t in inner)
     return {
         "prefill_tokens_per_second": args.prompt / prefill,
         "decode_tokens_per_second": (args.tokens + 1) / taken,

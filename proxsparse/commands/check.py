@@ -25,5 +25,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
-        raise RunError(f"{args.model} fails the check in {len(offenders)} tensors.")
+        raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.")
     print_json({"model": args.model, "base": args.base, **counts})

@@ -13,13 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from rich.console import Console
 from rich.table import Table
 
 from proxsparse.commands.common import Parser, print_json
-from proxsparse.errors import RunError, UsageError, command
+from proxsparse.errors import UNREACHABLE, RunError, UsageError, command
 
+COMPLETE = ".downloaded"  # written last, in a folder that has all of its files
 REPOSITORY = "aladinggit/proxsparse_models"
 # short name -> (folder in the repository, context length it was learned with)
 RELEASED = {
@@ -61,7 +68,7 @@ def show(names: list[str], to: Path) -> None:
         table.add_column(head, overflow="fold")
     for name in names:
         folder, ctx_len = RELEASED[name]
-        table.add_row(name, str(ctx_len), folder, "yes" if (to / folder / "config.json").is_file() else "no")
+        table.add_row(name, str(ctx_len), folder, "yes" if (to / folder / COMPLETE).is_file() else "no")
     Console().print(table)
 
 
@@ -90,13 +97,16 @@ def download(names: list[str], to: Path, revision: str | None = None) -> dict[st
             f"The Hub does not show {REPOSITORY} to you: log in with 'hf auth login', and accept its terms if it has "
             f"any."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+    except RevisionNotFoundError as error:
+        raise UsageError(f"--revision: {REPOSITORY} has no revision {revision!r}.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError, *UNREACHABLE) as error:
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") == "1" else "it can't be reached"
         raise RunError(f"Nothing can be downloaded from the Hub: {why}. What is here already stays.") from error
     folders = {name: to / RELEASED[name][0] for name in names}
     for name, folder in folders.items():
         if not (folder / "config.json").is_file():
             raise RunError(f"{REPOSITORY} has no folder {folder.name} ({name}) at revision {revision or 'main'}.")
+        (folder / COMPLETE).touch()
     return folders
 
 

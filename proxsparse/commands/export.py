@@ -10,6 +10,7 @@ compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxs
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from proxsparse.card import model_card
 from proxsparse.commands.common import Parser, add_mask_argument, add_model_arguments, print_json
 from proxsparse.compact import save_compact
-from proxsparse.errors import RunError, UsageError, command
+from proxsparse.errors import UNREACHABLE, RunError, UsageError, command
 from proxsparse.export import save_pruned, stream_pruned
 from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
 from proxsparse.model import load_model, load_tokenizer
@@ -36,14 +37,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
     parser.add_argument("--form", default="dense", choices=FORMS, help="default: %(default)s")
     parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
-    parser.add_argument("--push_to_hub", default=None, metavar="REPO", help="upload the folder to this Hub repository")
+    parser.add_argument(
+        "--push_to_hub",
+        default=None,
+        metavar="REPO",
+        help="upload the folder to this Hub repository, private if it is new",
+    )
     args = parser.parse_args(argv)
     mask, to = load_mask(args.mask), Path(args.to)
     if args.form == "compact" and mask.pattern != "2:4":
         raise UsageError(f"--form compact holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():
         raise UsageError(f"--results: there is no file {args.results}.")
+    if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
+        raise UsageError(f"--push_to_hub takes a repository organisation/name; got {args.push_to_hub!r}.")
     refuse_to_overwrite(to)
+    if args.form == "mask":
+        mask.base_model = mask.base_model or args.model
+    else:
+        mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
     if args.form == "mask":
         write_mask(mask, to)
@@ -53,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         apply_mask(model, mask)
         save = save_compact if args.form == "compact" else save_pruned
         save(model, tokenizer, to)
-    mask.base_model = mask.base_model or args.model
-    card = model_card(args.push_to_hub or to.name, mask, results, compact=args.form == "compact")
+    card = model_card(args.push_to_hub or to.name, mask, results, form=args.form)
     (to / "README.md").write_text(card, encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     print(f"{args.form} export written to {to} ({size / 1e6:,.1f} MB)")
@@ -79,11 +90,11 @@ def push(folder: Path, repository: str) -> None:
     """
     api = HfApi()
     try:
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except LocalTokenNotFoundError as error:
         raise RunError("--push_to_hub needs a token: log in with 'hf auth login'.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, *UNREACHABLE) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"--push_to_hub: {repository} was not written ({first}); the export in {folder} stays."

@@ -196,9 +196,6 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
     config.max_length = run.ctx_len
-    # Only now, so that a mistyped model or text leaves no folder behind that refuses the right one.
-    if not (out / "run.json").is_file() and int(os.environ.get("RANK", "0")) == 0:
-        write_json(out / "run.json", record)
     trainer = ProxSparseTrainer(
         model,
         config,
@@ -206,6 +203,9 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         eval_dataset=data.select(range(run.samples, len(data))) if run.eval_samples else None,
         processing_class=tokenizer,
     )
+    # Only now, so that a mistake leaves no folder behind that refuses the right one.
+    if not (out / "run.json").is_file() and int(os.environ.get("RANK", "0")) == 0:
+        write_json(out / "run.json", record)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunProgress())

@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices=devices,
     )
     plan.note = note
-    show(plan, str(run.model), str(config.output_dir), dtype)
+    show(plan, str(run.model), str(config.output_dir), dtype, on_cpu=config.use_cpu)
     print_json({"model": run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": round(plan.total)})
 
 
-def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:
+def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, on_cpu: bool) -> None:
     """Print the plan as a table."""
     table = Table(title=f"plan for {model}, {str(dtype).removeprefix('torch.')} weights", show_header=False)
     table.add_column()
@@ -66,18 +66,18 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:
     Console().print(table)
     if plan.note:
         print(f"note: {plan.note}")
-    available, device = device_memory()
+    available, device = device_memory(on_cpu)
     if plan.total > available:
         print(
             f"note: {device} has {available / GIB:.1f} GiB, less than this needs. What helps, in this order: "
-            "--activation_checkpointing true, --base_on_cpu true, --optim adamw_torch_8bit, --optim_in_backward true, "
-            "--dtype bfloat16, a shorter --ctx_len, more devices with script/accelerate/fsdp2.yaml."
+            "--activation_checkpointing true, --dtype bfloat16, --base_on_cpu true, --optim adafactor (or "
+            "adamw_torch_8bit with torchao installed), a shorter --ctx_len."
         )
 
 
-def device_memory() -> tuple[float, str]:
+def device_memory(on_cpu: bool) -> tuple[float, str]:
     """(bytes, name) of the device that a run would take."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
     limit = Path("/sys/fs/cgroup/memory.max")
     bound = limit.read_text().strip() if limit.is_file() and os.access(limit, os.R_OK) else "max"

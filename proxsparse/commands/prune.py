@@ -9,6 +9,7 @@ Writes mask.safetensors to --save wherever the weights keep their values, and th
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from proxsparse.errors import UsageError, command
 from proxsparse.export import save_pruned
 from proxsparse.mask import Mask, apply_mask, save_mask
 from proxsparse.model import native_bf16
+from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len
 from proxsparse.zero_shot import PAPER_TASKS, zero_shot
 
@@ -54,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
     print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
-    if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
     if args.save:
         save_mask(mask, Path(args.save) / "mask.safetensors")
+    if args.save_model:
+        save_pruned(model, tokenizer, args.save_model)
+    if args.prune_method == LEARNED:
+        shutil.rmtree(learning_folder(args), ignore_errors=True)
     if args.eval_zero_shot is not None:
         zero_shot_command.show(zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS)))
     print_json({"method": args.prune_method, "pattern": mask.pattern, "kept": mask.density(), "save": args.save})
@@ -117,6 +121,8 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
         raise UsageError(
             f"{args.prune_method} changes weights, so a mask alone is not its result: give --save_model or --mask_only."
         )
+    if args.save_model:
+        refuse_to_overwrite(Path(args.save_model))
     if args.allocation != "uniform":
         refuse_without_freedom(pattern, args.allocation)
     if args.prune_method == LEARNED and str(pattern) != "2:4":
@@ -136,8 +142,15 @@ def prune(model, tokenizer, windows: torch.Tensor, pattern: Pattern, args: argpa
     from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
 
     prior = None if args.prior == "none" else one_shot_prior(model, windows, METHODS[args.prior](), **options)
-    folder = Path(args.save or args.save_model)
-    run = folder.parent / f"{folder.name}-learning"
-    mask = learn_mask(model, tokenizer, windows, run, prior=prior, seed=args.seed, bf16=bf16)
+    if model.dtype == torch.float16:
+        model.to(torch.bfloat16)  # as end-to-end/main.py: gradients underflow in float16
+    settings = {"seed": args.seed} | ({} if args.bf16 == "auto" and model.device.type != "cpu" else {"bf16": bf16})
+    mask = learn_mask(model, tokenizer, windows, learning_folder(args), prior=prior, **settings)
     apply_mask(model, mask)
     return mask
+
+
+def learning_folder(args: argparse.Namespace) -> Path:
+    """Where maskllm keeps its checkpoints while it learns."""
+    folder = Path(args.save or args.save_model)
+    return folder.parent / f"{folder.name}-learning"

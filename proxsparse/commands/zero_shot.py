@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load(args)
     put_mask(model, mask, args)
     results = zero_shot(model, tokenizer, args.tasks, batch_size=args.batch_size, limit=args.limit)
-    show(results)
     record = {
         "model": args.model,
         "mask": args.mask,
@@ -57,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.output:
         write_json(args.output, record)
+    show(results)
     print_json({"model": args.model, **{task: round(accuracy(found), 4) for task, found in results.items()}})
 
 
