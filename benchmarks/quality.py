@@ -18,6 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +33,7 @@ from proxsparse.commands.learn import build, parse_arguments
 from proxsparse.mask import apply_mask
 from proxsparse.model import EMBEDDED, load_model, load_tokenizer
 from proxsparse.perplexity import perplexity
-from proxsparse.record import git_commit, read_json, versions, write_json
+from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
 from proxsparse.text import calibration_windows, evaluation_windows
 
 # Variants of the learner: name -> flags of end-to-end/main.py.
@@ -85,7 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while calibrating"
     )
-    parser.add_argument("--draw", default=None, metavar="PNG", help="draw the table; default: beside the JSON file")
     parser.add_argument("--output", default="benchmarks/results/quality_smollm2-135m.json")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(output, record)
             print(summary(record["rows"][-1]), file=sys.stderr, flush=True)
     show(record)
+    draw(record, output.with_suffix(".png"))
     return 0
 
 
@@ -220,6 +224,31 @@ def show(record: dict) -> None:
             cells += [f"{_mean(m[text]['kl'] for m in members):.3f}"]
         table.add_row(*cells)
     Console(width=180).print(table)
+
+
+def draw(record: dict, path: Path) -> None:
+    """Picture of the table: perplexity by method, a logarithmic axis, one bar a text."""
+    texts = [k for k, v in record["rows"][0].items() if isinstance(v, dict)]
+    groups: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault(f"{row['row']}{', weights updated' if row['updated'] else ''}", []).append(row)
+    order = sorted(groups, key=lambda name: _mean(m[texts[0]]["perplexity"] for m in groups[name]))
+    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(order)), layout="constrained")
+    height = 0.8 / len(texts)
+    for i, text in enumerate(texts):
+        values = [_mean(m[text]["perplexity"] for m in groups[name]) for name in order]
+        bars = axis.barh(
+            [k + (i - (len(texts) - 1) / 2) * height for k in range(len(order))], values, height, label=text
+        )
+        axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
+    axis.set(xscale="log", xlabel="perplexity", yticks=range(len(order)), yticklabels=order)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
+    plt.close(figure)
 
 
 def _mean(values) -> float:

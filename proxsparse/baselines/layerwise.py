@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
 LONGEST_CONTEXT = 8192
+TOKENS_AT_ONCE = 4096  # of as many windows as divide their number; more make nothing faster
 
 
 class _Reached(Exception):
@@ -94,9 +95,9 @@ def prune_layerwise(
 def first_inputs(
     model: PreTrainedModel, blocks: list, windows: Tensor, hidden_device: str
 ) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
-    """Hidden states that enter the first block, one (1, T, H) a window, and every block's other arguments.
+    """Hidden states that enter the first block, in batches (B, T, H), and every block's other arguments.
 
-    The other arguments (positions, masks) depend on the shape of the window only, and windows have one shape; blocks
+    The other arguments (positions, masks) depend on the shape of the batch only, and batches have one shape; blocks
     of one model may differ in them (sliding and full attention), so that each block's own are kept.
     """
     if windows.shape[1] > LONGEST_CONTEXT:
@@ -104,6 +105,8 @@ def first_inputs(
             f"Calibration windows of {windows.shape[1]} tokens need too much memory for the hidden states; "
             f"use at most --ctx_len {LONGEST_CONTEXT}."
         )
+    count, most = len(windows), max(1, TOKENS_AT_ONCE // windows.shape[1])
+    batches = windows.split(max(size for size in range(1, min(most, count) + 1) if count % size == 0))
     calls: list[tuple[tuple, dict]] = []
     hidden: list[Tensor] = []
 
@@ -116,14 +119,14 @@ def first_inputs(
 
     decoder = model.get_decoder()
     handles = [block.register_forward_pre_hook(remember_call, with_kwargs=True) for block in blocks]
-    decoder(input_ids=windows[:1].to(model.device), use_cache=False)
+    decoder(input_ids=batches[0].to(model.device), use_cache=False)
     for handle in handles:
         handle.remove()
     handle = blocks[0].register_forward_pre_hook(remember_states, with_kwargs=True)
     try:
-        for window in windows:
+        for batch in batches:
             try:
-                decoder(input_ids=window[None].to(model.device), use_cache=False)
+                decoder(input_ids=batch.to(model.device), use_cache=False)
             except _Reached:
                 continue
     finally:
