@@ -87,7 +87,7 @@ def draw_kinds(sparse: dict[str, float], agreement: dict[str, dict[str, float]],
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
         if any(bars):
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(bars))
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)
