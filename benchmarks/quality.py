@@ -48,6 +48,7 @@ LEARNED: dict[str, str] = {
     "masked-noprox": "--lambda_value 0",
     "masked-prox5": "--lambda_value 0.01",
     "masked-prox25": "--lambda_value 0.05",
+    "masked-auto": "--lambda_value auto",
     "masked-weight": "--score weight",
     "masked-lm": "--distill 0",
     "masked-half": "--distill 0.5",
