@@ -15,7 +15,7 @@ from proxsparse.plan import DIMENSIONS, plan_learning
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = """
-import resource, sys, tempfile
+import ctypes, gc, resource, sys, tempfile
 import psutil
 sys.path.insert(0, {tests!r})
 from pathlib import Path
@@ -33,6 +33,8 @@ def peak(name, **sizes):
     byte_tokenizer().save_pretrained(folder / name)
     flags = "--model {{}} --dataset {{}} --samples 3 --output_dir {{}} --save_strategy no {flags}"
     run, config = parse_arguments(flags.format(folder / name, folder / "text", folder / (name + "-run")).split())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the run takes it without being seen
     before = psutil.Process().memory_info().rss
     trainer, _ = build(run, config)
     trainer.train()
