@@ -210,7 +210,12 @@ MISTAKES = [
     ("end-to-end/main.py", ["--ctx_len", "4096"], 2, "--ctx_len must be between 8 and 128"),
     ("end-to-end/main.py", ["--samples", "100000"], 2, "but --samples is 100000"),
     ("end-to-end/main.py", ["--lambda_value", "-1"], 2, "--lambda_value must be a finite number"),
-    ("end-to-end/main.py", ["--lambda_value", "big"], 2, "invalid float value: 'big'"),
+    (
+        "end-to-end/main.py",
+        ["--lambda_value", "big"],
+        2,
+        "--lambda_value must be a finite number of at least 0, or auto; got big",
+    ),
     ("end-to-end/main.py", ["--nonsense", "1"], 2, "--nonsense"),
     ("end-to-end/main.py", ["--method", "magic"], 2, "--method must be one of"),
     ("end-to-end/main.py", ["--dataset", "/none.txt"], 2, "--dataset must be one of"),
