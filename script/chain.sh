@@ -1,15 +1,11 @@
 # Learn a mask, extract it, apply it, measure perplexity, report: the chain that every learn_mask_*.sh sources.
 #
 # Each setting below can be given from the environment:  samples=100 output_dir=runs/try bash script/learn_mask_...sh
-# --dry-run prints the plan and the commands, and runs nothing. Other arguments go to "$root/end-to-end/main.py" as they are.
+# --dry-run prints the plan and the commands, and runs nothing. Other arguments go to end-to-end/main.py.
 # A second start resumes a stage that was broken off and skips those that are done.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-if [[ -z ${python:-} ]]; then
-    python=python
-    [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-fi
 : "${model_dir:?set model_dir to a checkpoint folder or Hub id}"
 : "${method:=paper}" "${dataset:=c4}" "${samples:=400}" "${ctx_len:=4096}" "${batch_size:=1}" "${seed:=42}"
 : "${lambda_value:=}" "${learning_rate:=}" "${project_lambda2:=0}" "${lambda2_value:=0}" "${epsilon:=0.1}"

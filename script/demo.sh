@@ -2,7 +2,7 @@
 # Learn a 2:4 mask for SmolLM2-135M on this machine's CPU (or GPU), and show how good it is.
 #
 #   bash script/demo.sh            under 20 minutes on 2 cores, installation included
-#   bash script/demo.sh --quick    about 6 minutes, with a weaker mask
+#   bash script/demo.sh --quick    about 5 minutes, with a weaker mask
 #
 # Everything is written to runs/demo (runs/demo-quick). Interrupt it whenever you like: the same command goes on.
 set -euo pipefail

@@ -5,12 +5,8 @@
 #
 # Downloads what is missing into $models (pruned_models); results go to $models/NAME.json and are not measured again.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${models:=pruned_models}" "${evaluation:=wikitext2;c4}" "${dtype:=auto}" "${device:=auto}" "${ctx_len:=}"
-if [[ -z ${python:-} ]]; then
-    python=python
-    [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-fi
 IFS=';' read -r -a texts <<<"$evaluation"
 
 dry_run=0 names=()

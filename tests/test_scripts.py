@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,8 +130,6 @@ def test_a_baseline_script_prunes(models, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
-    import shutil
-
     from proxsparse.commands.download import RELEASED
 
     shutil.copytree(models["Llama"], tmp_path / "models" / RELEASED["llama2-7b"][0])
