@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model import quiet_bars
+from proxsparse.mask import crowded
+from proxsparse.progress import quiet_bars
 from proxsparse.prox_op import top2_mask
 from proxsparse.prunable import find_prunable
 from proxsparse.record import atomic_path, versions, write_json
@@ -41,7 +42,7 @@ def compress(rows: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: a block has more than two non-zeros.
     """
     blocks = rows.unflatten(-1, (-1, 4))
-    if int((blocks != 0).sum(-1).max()) > 2:
+    if crowded(rows).any():
         raise ValueError("a block has more than two non-zeros")
     positions = top2_mask(rows.float()).unflatten(-1, (-1, 4)).nonzero()[:, -1].view(*blocks.shape[:-1], 2)
     return blocks.gather(-1, positions).flatten(-2), positions.to(torch.uint8).flatten(-2)

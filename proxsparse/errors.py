@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 
-try:  # the Hub's client brings one of them
+try:  # the Hub's client brings the one or the other, by its version
     import httpx2 as httpx
 except ImportError:
     import httpx  # type: ignore[no-redef]

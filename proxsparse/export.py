@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import Mask
-from proxsparse.model import load_config, model_source, quiet_bars
+from proxsparse.mask import Mask, crowded
+from proxsparse.model import load_config, model_source
+from proxsparse.progress import quiet_bars
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, read_json
 
@@ -123,7 +124,7 @@ def check_sparsity(name: str, base: str | None = None) -> tuple[dict[str, int], 
         if target is not None and target.rows(tensor).shape[-1] % 4 == 0:
             rows = target.rows(tensor)
             counts["weights"] += 1
-            wrong = (rows.unflatten(-1, (-1, 4)) != 0).sum(-1) > 2
+            wrong = crowded(rows)
             counts["blocks"] += wrong.numel()
             counts["wrong_blocks"] += int(wrong.sum())
             if wrong.any():

@@ -8,7 +8,7 @@ after every step, and raises or lowers its lambda towards the share wanted by th
 import math
 from dataclasses import dataclass, field
 
-START = 3e-3  # lambda * rms at the first step: about a hundredth of a block's smallest weights in 100 steps
+START = 3e-3  # lambda * rms at the first step: takes about 0.3 % of the rms off a block's smaller weights
 REACHED_AT = 0.85  # of the run the target is wanted; the rest is for settling
 # log lambda per unit of share: little in short runs, where each step moves the share far, more in long ones.
 PROPORTIONAL, STEPS_A_UNIT = (8.0, 25.0), 4

@@ -179,6 +179,11 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
     return list(targets.values())
 
 
+def crowded(rows: Tensor) -> Tensor:
+    """Blocks with more than two non-zeros: (..., I) -> (..., I / 4) bool, none of a 2:4 weight."""
+    return (rows.unflatten(-1, (-1, 4)) != 0).sum(-1) > 2
+
+
 def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> dict[str, list[float]]:
     """Share of blocks with 0, 1, 2, 3 and 4 zeros, by layer kind and over 'all'.
 

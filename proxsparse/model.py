@@ -21,10 +21,11 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
+from proxsparse.compact import is_compact, load_compact
 from proxsparse.embedded import package_file
 from proxsparse.errors import RunError, UsageError
+from proxsparse.progress import quiet_bars
 from proxsparse.record import atomic_path, read_json
 
 logger = logging.getLogger(__name__)
@@ -142,8 +143,6 @@ def load_model(
     Raises:
         UsageError, RunError: one sentence on what is missing.
     """
-    from proxsparse.compact import is_compact, load_compact  # which needs this module
-
     source, extra = model_source(name)
     if not extra and is_compact(source):
         model = load_compact(source, dtype)
@@ -237,15 +236,3 @@ class _clear_errors:
         ):
             first = str(chain[0]).strip().splitlines()[0] if str(chain[0]).strip() else type(chain[0]).__name__
             raise RunError(f"The model {name} can't be loaded: {first}") from chain[0]
-
-
-class quiet_bars:
-    """Hide transformers' loading bars, which flood logs; loading takes seconds."""
-
-    def __enter__(self) -> None:
-        self.shown = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_) -> None:
-        if self.shown:
-            hf_logging.enable_progress_bar()

@@ -5,7 +5,6 @@ by a formula: the forward pass runs on fake tensors, which have shapes and no me
 up. So it holds for every architecture, and takes seconds for any size.
 """
 
-import contextlib
 import warnings
 from dataclasses import dataclass, field
 
@@ -70,7 +69,6 @@ class Plan:
         parameters, trainable, prunable: numbers of weights.
         steps: optimizer steps.
         parts: name -> bytes on one device, of what exists at the worst moment.
-        note: where the dimensions come from, if not from the model.
     """
 
     parameters: int
@@ -78,7 +76,6 @@ class Plan:
     prunable: int
     steps: int
     parts: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
     @property
     def total(self) -> float:
@@ -116,7 +113,7 @@ def plan_learning(
     """
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as learning does
     compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
-    with _fake(), warnings.catch_warnings():
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
         parameters = sum(p.numel() for p in model.parameters())
@@ -194,10 +191,3 @@ def _saved(model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         logits = model(input_ids=ids, use_cache=False).logits
     return sum(size for size, _ in seen.values()), logits.untyped_storage().nbytes()
-
-
-@contextlib.contextmanager
-def _fake():
-    """Tensors with shapes and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield

@@ -2,6 +2,7 @@
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback
+from transformers.utils import logging as hf_logging
 
 SHOWN = (
     # (key in the log, label, format)
@@ -32,3 +33,15 @@ class RunProgress(ProgressCallback):
             return
         parts = [f"{label} {form.format(logs[key])}" for key, label, form in SHOWN if key in logs]
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+
+
+class quiet_bars:
+    """Hide transformers' loading bars, which flood logs; loading takes seconds."""
+
+    def __enter__(self) -> None:
+        self.shown = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_) -> None:
+        if self.shown:
+            hf_logging.enable_progress_bar()

@@ -44,14 +44,16 @@ class Prunable:
 
     @property
     def kind(self) -> str:
-        """Layer kind for statistics: the name without the block's path, as 'self_attn.q_proj'."""
-        parts = self.name.split(".")
-        place = max(i for i, part in enumerate(parts) if part == str(self.block))
-        return ".".join(parts[place + 1 :]).removesuffix(".weight")
+        return layer_kind(self.name)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """View of a tensor shaped like the weight with the input dimension last, so that blocks are 4 neighbours."""
         return tensor.movedim(self.in_dim, -1)
+
+
+def layer_kind(name: str) -> str:
+    """Layer kind of a weight for statistics: 'model.layers.3.mlp.up_proj.weight' -> 'mlp.up_proj'."""
+    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

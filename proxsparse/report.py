@@ -1,7 +1,6 @@
 """Tables, pictures and the one-page report of a run."""
 
 import base64
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from proxsparse.mask import Mask
+from proxsparse.prunable import layer_kind
 from proxsparse.record import atomic_path
+from proxsparse.zero_shot import accuracy
 
 BLUE, RED, GREEN = "#3b6fb6", "#c0504d", "#5a9e6f"
 
@@ -36,6 +37,23 @@ def perplexity_table(title: str, rows: dict[str, dict[str, dict[str, float]]]) -
     return table
 
 
+def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
+    """Table of zero-shot accuracies and their mean.
+
+    Args:
+        results: of ``proxsparse.zero_shot.zero_shot``.
+    """
+    table = Table(title="zero-shot accuracy")
+    for head in ("task", "accuracy", "standard error"):
+        table.add_column(head, justify="left" if head == "task" else "right")
+    for task, found in results.items():
+        error = found.get("acc_stderr")
+        table.add_row(task, f"{accuracy(found):.2%}", "" if error is None else f"{error:.2%}")
+    mean = sum(map(accuracy, results.values())) / max(1, len(results))
+    table.add_row("mean", f"{mean:.2%}", "", style="bold")
+    return table
+
+
 def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> None:
     """Picture of a run: loss, share of 2:4 blocks and mask churn over steps.
 
@@ -54,7 +72,7 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     axes[0].plot(steps, _smooth(losses), color=BLUE)
     axes[0].set(title=label, ylim=(0, None))
     axes[1].plot(steps, [100 * entry["share_24"] for entry in logs], color=GREEN)
-    axes[1].set(title="blocks already 2:4 (%)", ylim=(0, 100))
+    axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
     axes[2].plot(steps[1:], [100 * entry["mask_churn"] for entry in logs[1:]], color=RED)
     axes[2].set(title="mask entries changed since the last log (%)", ylim=(0, None))
     for axis in axes:
@@ -108,11 +126,6 @@ def agreement_by_kind(ours: Mask, other: Mask) -> dict[str, float]:
     return {kind: same / total for kind, (same, total) in sorted(alike.items())}
 
 
-def layer_kind(name: str) -> str:
-    """Layer kind of a weight by its name: 'model.layers.3.mlp.up_proj.weight' -> 'mlp.up_proj'."""
-    return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
-
-
 def write_html(
     path: Path | str,
     title: str,
@@ -136,8 +149,8 @@ def write_html(
     ]
     page = jinja2.Environment(autoescape=True).from_string(template).render(
         title=title, subtitle=subtitle, texts=texts, rows=cells, run_picture=_encoded(run_picture),
-        kinds_picture=kinds_picture and _encoded(kinds_picture), settings=list(settings.items()),
-        versions=list(versions.items()),
+        kinds_picture=kinds_picture and _encoded(kinds_picture), masked=settings.get("masked_forward"),
+        settings=list(settings.items()), versions=list(versions.items()),
     )  # fmt: skip
     with atomic_path(path) as scratch:
         scratch.write_text(page, encoding="utf-8")

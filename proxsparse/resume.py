@@ -8,10 +8,11 @@ Old checkpoints are removed after the new one has its marker, never before.
 import hashlib
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from proxsparse.record import read_json, write_json
 
@@ -19,15 +20,26 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 
 
+def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None = None) -> None:
+    """Have a trainer's checkpoints marked when complete, and rotated only then.
+
+    Args:
+        write: adds the trainer's own files to the folder of a checkpoint, before it is marked.
+    """
+    trainer.add_callback(CompleteCheckpoints(trainer.args.save_total_limit, write))
+    trainer.args.save_total_limit = None  # the Trainer would remove the old ones first
+
+
 class CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint once the Trainer has written all of it, then removes older ones.
 
     Args:
         keep: how many checkpoints stay; None for all.
+        write: see ``complete_checkpoints``.
     """
 
-    def __init__(self, keep: int | None = None):
-        self.keep = keep
+    def __init__(self, keep: int | None = None, write: Callable[[Path], None] | None = None):
+        self.keep, self.write = keep, write
 
     def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -35,6 +47,8 @@ class CompleteCheckpoints(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.write:
+            self.write(folder)
         write_json(folder / MARKER, {"files": _files(folder)})
         if self.keep:
             for old in checkpoints(args.output_dir)[: -self.keep]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from proxsparse.compact import as_numpy, compress
 from proxsparse.errors import RunError, UsageError
 from proxsparse.kernels import decode
+from proxsparse.mask import crowded
 from proxsparse.model import load_model
 from proxsparse.prunable import Prunable, find_prunable
 
@@ -134,7 +135,7 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
     from torch.sparse import to_sparse_semi_structured
 
     for target in find_prunable(model):  # torch would drop the smaller weights of other blocks without a word
-        if int((target.rows(target.weight.detach()).unflatten(-1, (-1, 4)) != 0).sum(-1).max()) > 2:
+        if crowded(target.rows(target.weight.detach())).any():
             raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
     worthwhile: dict[tuple[int, ...], bool] = {}
     counts = {"sparse": 0, "dense": 0}

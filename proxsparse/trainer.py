@@ -10,6 +10,8 @@ Three things are added, none by copying the Trainer: a callback applies the oper
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ from proxsparse.optim import StochasticAdamW, noise_seed
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable, local
 from proxsparse.record import atomic_path, read_json, write_json
-from proxsparse.resume import CompleteCheckpoints
+from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 NORMS_FILE = "input_norms.safetensors"
@@ -59,18 +61,6 @@ class ProxCallback(TrainerCallback):
         overflowed = scaler is not None and scaler.get_scale() < self._scale
         if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
             self.proximal_step(state.global_step, state.max_steps)
-
-
-class KeepControllers(TrainerCallback):
-    """Saves what feedback has learned with every checkpoint."""
-
-    def __init__(self, controllers: dict[str, ShareController]):
-        self.controllers = controllers
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.controllers and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
 
 
 class ProxSparseTrainer(SFTTrainer):
@@ -113,15 +103,13 @@ class ProxSparseTrainer(SFTTrainer):
         self.base: dict[str, Tensor] = {}
         if args.project_lambda2:
             self.base = {t.name: copy_of(t.weight, args.base_on_cpu) for t in self.targets}
-        self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
+        scaled = args.relative or args.auto_lambda
+        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if scaled else {}
         self.controllers = (
             {t.name: ShareController(args.target_share) for t in self.targets} if args.auto_lambda else {}
         )
-        self.add_callback(KeepControllers(self.controllers))
         self.add_callback(ProxCallback(self._proximal_step))
-        # Rotation is this callback's, so that no checkpoint goes before the next one is complete.
-        self.add_callback(CompleteCheckpoints(args.save_total_limit))
-        args.save_total_limit = None
+        complete_checkpoints(self, self._save_controllers)
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 
@@ -160,12 +148,11 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
         """lambda1 of one weight in this step."""
-        scale = self._rms[target.name][1]
         if self.controllers:
-            return self.controllers[target.name].strength() / scale
+            return self.controllers[target.name].strength() / self._rms[target.name][1]
         ramp = self.args.lambda_ramp * max_steps
         strength = float(self.args.lambda_value) * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
-        return strength / scale if self.args.relative else strength
+        return strength / self._rms[target.name][1] if self.args.relative else strength
 
     # The loss
 
@@ -252,9 +239,14 @@ class ProxSparseTrainer(SFTTrainer):
             _scale_learning_rates(optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
         return optimizer
 
+    def _save_controllers(self, folder: Path) -> None:
+        if self.controllers:
+            write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
-        stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype)
+        trusted = self.args.trust_remote_code
+        stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
         self.model.load_state_dict(stored.state_dict())
         if self.controllers:
             for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
@@ -309,8 +301,8 @@ class ProxSparseTrainer(SFTTrainer):
         self._metrics["train"][name].append(value.detach().item())
 
     def _last_checkpoint(self) -> str:
-        folders = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
-        return f"The last good checkpoint is {folders[-1]}." if folders else "No checkpoint had been written yet."
+        folder = last_complete_checkpoint(str(self.args.output_dir))
+        return f"The last good checkpoint is {folder}." if folder else "No checkpoint had been written yet."
 
     # Set-up
 
@@ -318,19 +310,20 @@ class ProxSparseTrainer(SFTTrainer):
         """Norms of the inputs, measured once per run: a resumed run reads them back."""
         if args.score != "activation" or given is not None:
             return given
-        path, name = Path(args.output_dir) / NORMS_FILE, str(model.config._name_or_path)
+        path, windows = Path(args.output_dir) / NORMS_FILE, torch.tensor(dataset[: args.norm_samples]["input_ids"])
+        text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        origin = {"model": str(model.config._name_or_path), "text": text}
         if path.is_file():
             with safe_open(path, framework="pt") as file:
-                measured_on = (file.metadata() or {}).get("model")
-            if measured_on != name:
-                raise UsageError(
-                    f"{path} was measured on {measured_on}, not on {name}: give another --output_dir, or delete it."
-                )
+                found = json.loads((file.metadata() or {}).get("origin", "{}"))
+            if found != origin:
+                what = "text" if found.get("model") == origin["model"] else "model"
+                raise UsageError(f"{path} was measured on another {what}: give another --output_dir, or delete it.")
             return load_file(path)
-        windows = torch.tensor(dataset[: args.norm_samples]["input_ids"])
         norms = input_norms(model, self.targets, windows, progress="input norms")
         with atomic_path(path) as scratch:
-            save_file(norms, scratch, metadata={"model": name})
+            # One entry: safetensors writes several in random order.
+            save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
         return norms
 
     def _root_mean_square(self, target: Prunable) -> tuple[float, float]:

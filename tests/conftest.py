@@ -67,6 +67,16 @@ def checkpoint(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def mask(checkpoint, tmp_path_factory):
+    """Folder with the magnitude mask of the tiny Llama on disk."""
+    from proxsparse.__main__ import main
+
+    folder = tmp_path_factory.mktemp("mask")
+    assert main(["prune", "--model", checkpoint, "--prune_method", "magnitude", "--save", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of sixteen small documents."""
     folder = tmp_path_factory.mktemp("corpus")

@@ -22,13 +22,6 @@ from proxsparse.prunable import find_prunable
 from proxsparse.sparse import CompactLinear
 
 
-@pytest.fixture(scope="module")
-def mask(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mask")
-    assert console(["prune", "--model", checkpoint, "--prune_method", "magnitude", "--save", str(folder)]) == 0
-    return folder
-
-
 def logits(model):
     with torch.no_grad():
         return model(input_ids=torch.arange(1, 30)[None]).logits

@@ -115,25 +115,6 @@ def test_a_limit_takes_windows_from_the_whole_text(corpus, tokenizer):
     assert torch.equal(part, whole[:: len(whole) // 4][:4])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"\xff\xfe\xfa broken", "is not UTF-8 text \\(byte 0\\)"),
-        ("a.txt", b"binary\0text", "is a binary file"),
-        ("a.txt", b"  \n ", "there is no text in"),
-        ("a.csv", b"x", "has no .txt, .jsonl, .json.gz or .parquet file"),
-        ("a.jsonl", b"{broken", "is not a readable json file"),
-        ("a.jsonl", b'{"content": "x"}\n', "needs a column 'text', and has content"),
-        ("a.parquet", b"not parquet", "is not a readable parquet file"),
-    ],
-)
-def test_unreadable_texts_are_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        load_documents(str(path))
-
-
 def test_an_unknown_corpus_lists_the_known_ones():
     with pytest.raises(UsageError, match="must be one of wikitext2, c4, c4_new, wiki, news, or an existing file"):
         load_documents("wikitext3")

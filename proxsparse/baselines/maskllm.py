@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +32,7 @@ from proxsparse.masked import copy_of
 from proxsparse.optim import noise_seed
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import read_json, write_json
-from proxsparse.resume import CompleteCheckpoints, last_complete_checkpoint
+from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
 
 # The six ways to keep two of four.
 MASKS = torch.tensor(
@@ -61,17 +61,6 @@ class MaskLLMConfig(SFTConfig):
     kappa: tuple[float, float] = (100.0, 500.0)
     prior_strength: float = 3.0
     keep_large: float = 1e-5
-
-
-class KeepLogits(TrainerCallback):
-    """Saves the logits with every checkpoint, under the names of their weights."""
-
-    def __init__(self, trainer: "MaskLLMTrainer"):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        logits = {t.name: self.trainer.logits(t).detach().contiguous() for t in self.trainer.targets}
-        save_file(logits, Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOGITS_FILE)
 
 
 class MaskLLMTrainer(SFTTrainer):
@@ -105,14 +94,16 @@ class MaskLLMTrainer(SFTTrainer):
         for target in self.targets:
             target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
         self.base = {t.name: copy_of(t.weight, on_cpu=False) for t in self.targets}
-        # Rotation is this callback's, so that no checkpoint goes before the next one is complete.
-        self.add_callback(KeepLogits(self))
-        self.add_callback(CompleteCheckpoints(args.save_total_limit))
-        args.save_total_limit = None
+        self._choices: dict[str, Tensor] = {}  # of this step, from the forward to the backward pass
+        complete_checkpoints(self, self._save_logits)
 
     def logits(self, target: Prunable) -> nn.Parameter:
         """(O, I / 4, 6) float32 logits of one weight."""
         return getattr(target.module, _attribute(target))
+
+    def _save_logits(self, folder: Path) -> None:
+        logits = {t.name: self.logits(t).detach().contiguous() for t in self.targets}
+        save_file(logits, folder / LOGITS_FILE)  # under the names of their weights, which transformers may change
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Only logits have moved; the weights are those given."""
@@ -146,7 +137,8 @@ class MaskLLMTrainer(SFTTrainer):
         try:
             with torch.no_grad():
                 for place, target in enumerate(self.targets):
-                    soft = self._choice(place, target) @ MASKS.to(target.weight.device)
+                    choice = self._choices[target.name] = self._choice(place, target)
+                    soft = choice @ MASKS.to(target.weight.device)
                     target.rows(target.weight).copy_(target.rows(self.base[target.name]) * soft.flatten(-2))
             yield
         finally:
@@ -156,10 +148,11 @@ class MaskLLMTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _gradients_of_logits(self) -> None:
-        """From each weight's gradient to its logits', in closed form: one weight's temporaries at a time."""
+        """From each weight's gradient to its logits', in closed form."""
         progress = self.state.global_step / self.state.max_steps
         steps = self.current_gradient_accumulation_steps
-        for place, target in enumerate(self.targets):
+        for target in self.targets:
+            choice = self._choices.pop(target.name)
             gradient, target.weight.grad = target.weight.grad, None
             if gradient is None:  # an expert that saw no token
                 continue
@@ -168,14 +161,13 @@ class MaskLLMTrainer(SFTTrainer):
             keep = 2 * self.args.keep_large * (1 - progress) / steps
             of_mask = (target.rows(gradient).float() - keep * rows) * base
             of_choice = of_mask.unflatten(-1, (-1, 4)) @ MASKS.T.to(rows.device)
-            choice = self._choice(place, target)
             of_logits = choice * (of_choice - (choice * of_choice).sum(-1, keepdim=True))
             of_logits *= _line(self.args.kappa, progress) / _line(self.args.tau, progress)
             logits = self.logits(target)
             logits.grad = of_logits if logits.grad is None else logits.grad + of_logits
 
     def _choice(self, place: int, target: Prunable) -> Tensor:
-        """y of every block, (O, I / 4, 6). The noise depends on seed, step and place, so that it can be redrawn."""
+        """y of every block, (O, I / 4, 6). The noise depends on seed, step and place only: a resumed run redraws it."""
         step = self.state.global_step
         progress = step / self.state.max_steps
         logits = self.logits(target).detach()
@@ -205,7 +197,7 @@ def learn_mask(
     Returns:
         The mask; the model's weights are as they were.
     """
-    refuse_another_run(Path(output_dir), model, windows, prior, settings)
+    _claim(Path(output_dir), model, windows, prior, settings)
     accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
     own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
     settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
@@ -223,10 +215,10 @@ def learn_mask(
     return mask
 
 
-def refuse_another_run(
+def _claim(
     folder: Path, model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict
 ) -> None:
-    """Remember what a run learns from, and refuse a folder with the checkpoints of another.
+    """Write down what a run learns from; refuse a folder with the checkpoints of another.
 
     Raises:
         UsageError: names the folder.

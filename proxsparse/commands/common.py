@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, apply_mask, load_mask
 from proxsparse.model import DTYPES, EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
 from proxsparse.perplexity import Perplexity, perplexity
+from proxsparse.record import versions, write_json
 from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (embedded)"
@@ -118,6 +120,23 @@ def evaluate(
             flush=True,
         )
     return results
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+
+
+def write_result(model: PreTrainedModel, args: argparse.Namespace, **measured: Any) -> None:
+    """Write what was measured, and on what, to --output where it was given."""
+    if not args.output:
+        return
+    record = {
+        "model": args.model,
+        "mask": getattr(args, "mask", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": describe_device(model.device),
+    }
+    write_json(args.output, record | measured | {"versions": versions()})
 
 
 def as_record(results: dict[str, Perplexity]) -> dict:

@@ -31,11 +31,10 @@ from proxsparse.model import (
     load_model,
     load_tokenizer,
     native_bf16,
-    quiet_bars,
     resolve_device,
     resolve_dtype,
 )
-from proxsparse.progress import RunProgress
+from proxsparse.progress import RunProgress, quiet_bars
 from proxsparse.record import git_commit, read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len

@@ -11,17 +11,17 @@ from proxsparse.commands.common import (
     add_evaluation_arguments,
     add_mask_argument,
     add_model_arguments,
+    add_output_argument,
     as_record,
-    describe_device,
     evaluate,
     load,
     print_json,
     put_mask,
     read_mask,
+    write_result,
 )
 from proxsparse.errors import UsageError, command
 from proxsparse.export import save_pruned
-from proxsparse.record import versions, write_json
 
 
 @command
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_mask_argument(parser, required=True)
     parser.add_argument("--save", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
     parser.add_argument("--no_eval", action="store_true", help="do not measure the perplexity")
-    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    add_output_argument(parser)
     args = parser.parse_args(argv)
     if args.no_eval and not args.save:
         raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
@@ -43,16 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_pruned(model, tokenizer, args.save)
         print(f"pruned checkpoint written to {args.save}")
     results = {} if args.no_eval else evaluate(model, tokenizer, args)
-    record = {
-        "model": args.model,
-        "mask": args.mask,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": describe_device(model.device),
-        "perplexity": as_record(results),
-        "versions": versions(),
-    }
-    if args.output:
-        write_json(args.output, record)
+    write_result(model, args, perplexity=as_record(results))
     print_json(
         {"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}}
     )

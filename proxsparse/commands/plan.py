@@ -3,7 +3,8 @@
     python -m proxsparse plan --model meta-llama/Llama-2-7b-hf --ctx_len 4096 --dtype bfloat16 --bf16 true
     python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt --method paper
 
-Takes the flags of end-to-end/main.py. The figures are computed, not measured: benchmarks/memory.py compares both.
+Takes the flags of end-to-end/main.py. The figures are computed, not measured; tests hold them against tiny
+runs.
 """
 
 import os
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=dtype,
         devices=devices,
     )
-    plan.note = note
     show(plan, str(run.model), str(config.output_dir), dtype, on_cpu=config.use_cpu)
+    if note:
+        print(f"note: {note}")
     print_json({"model": run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": round(plan.total)})
 
 
@@ -64,8 +66,6 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, on_cpu: bool) 
     table.add_row("memory a device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
     table.add_row("  bytes a parameter", f"{plan.per_parameter():.1f}")
     Console().print(table)
-    if plan.note:
-        print(f"note: {plan.note}")
     available, device = device_memory(on_cpu)
     if plan.total > available:
         print(

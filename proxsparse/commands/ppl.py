@@ -11,16 +11,16 @@ from proxsparse.commands.common import (
     Parser,
     add_evaluation_arguments,
     add_model_arguments,
+    add_output_argument,
     as_record,
-    describe_device,
     evaluate,
     load,
     print_json,
+    write_result,
 )
 from proxsparse.errors import command
 from proxsparse.mask import sparsity_by_kind
 from proxsparse.prunable import find_prunable
-from proxsparse.record import versions, write_json
 
 
 @command
@@ -28,30 +28,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
-    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    add_output_argument(parser)
     args = parser.parse_args(argv)
     model, tokenizer = load(args)
     targets = find_prunable(model, multiple=1)
     blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
     sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
-    report_sparsity(sparsity)
+    shares = {kind: sum(row[2:]) for kind, row in sparsity.items()}
+    report_sparsity(shares)
     results = evaluate(model, tokenizer, args)
-    record = {
-        "model": args.model,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": describe_device(model.device),
-        "perplexity": as_record(results),
-        "blocks_24": {kind: sum(shares[2:]) for kind, shares in sparsity.items()},
-        "versions": versions(),
-    }
-    if args.output:
-        write_json(args.output, record)
+    write_result(model, args, perplexity=as_record(results), blocks_24=shares)
     print_json({"model": args.model, **{text: round(r.perplexity, 4) for text, r in results.items()}})
 
 
-def report_sparsity(sparsity: dict[str, list[float]]) -> None:
+def report_sparsity(shares: dict[str, float]) -> None:
     """Say in one line how sparse the model is, and by layer kind where the kinds differ."""
-    shares = {kind: sum(row[2:]) for kind, row in sparsity.items()}
     if not shares:
         return
     print(f"2:4 blocks: {shares['all']:.2%} of the prunable weights")

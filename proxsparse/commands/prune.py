@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.allocation import ALLOCATIONS, allocate, refuse_without_freedom
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.commands import zero_shot as zero_shot_command
 from proxsparse.commands.common import TEXT_HELP, Parser, add_model_arguments, load, positive_int, print_json
 from proxsparse.errors import UsageError, command
 from proxsparse.export import save_pruned
 from proxsparse.mask import Mask, apply_mask, save_mask
 from proxsparse.model import native_bf16
 from proxsparse.record import refuse_to_overwrite
+from proxsparse.report import accuracy_table
 from proxsparse.text import calibration_windows, check_ctx_len
 from proxsparse.zero_shot import PAPER_TASKS, zero_shot
 
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.prune_method == LEARNED:
         shutil.rmtree(learning_folder(args), ignore_errors=True)
     if args.eval_zero_shot is not None:
-        zero_shot_command.show(zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS)))
+        found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
+        Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": mask.pattern, "kept": mask.density(), "save": args.save})
 
 

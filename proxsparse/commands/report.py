@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_kinds({kind: sum(shares[2:]) for kind, shares in zeros.items()}, agreement, kinds)
     subtitle = f"2:4 mask, method {settings['method']}, commit {record.get('commit') or 'unknown'}"
     shown = {name: settings[name] for name in SHOWN if settings.get(name) not in (None, "")}
+    if settings["lambda_value"] != "auto":
+        shown.pop("target_share", None)
     write_html(run / "report.html", title, subtitle, rows, picture, kinds, shown, record["versions"])
     if rows:
         Console().print(perplexity_table(title, rows))

@@ -11,21 +11,21 @@ in the harness's format, whose dataset_path is json and whose data_files are loc
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from proxsparse.commands.common import (
     Parser,
     add_mask_argument,
     add_model_arguments,
-    describe_device,
+    add_output_argument,
     load,
     positive_int,
     print_json,
     put_mask,
     read_mask,
+    write_result,
 )
 from proxsparse.errors import command
-from proxsparse.record import versions, write_json
+from proxsparse.report import accuracy_table
 from proxsparse.zero_shot import PAPER_TASKS, accuracy, zero_shot
 
 
@@ -39,35 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=positive_int, default=1, help="requests at once; default: %(default)s")
     parser.add_argument("--limit", type=positive_int, default=None, help="examples a task; default: all")
-    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    add_output_argument(parser)
     args = parser.parse_args(argv)
     mask = read_mask(args)
     model, tokenizer = load(args)
     put_mask(model, mask, args)
     results = zero_shot(model, tokenizer, args.tasks, batch_size=args.batch_size, limit=args.limit)
-    record = {
-        "model": args.model,
-        "mask": args.mask,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": describe_device(model.device),
-        "limit": args.limit,
-        "tasks": results,
-        "versions": versions(),
-    }
-    if args.output:
-        write_json(args.output, record)
-    show(results)
+    write_result(model, args, limit=args.limit, tasks=results)
+    Console().print(accuracy_table(results))
     print_json({"model": args.model, **{task: round(accuracy(found), 4) for task, found in results.items()}})
-
-
-def show(results: dict[str, dict[str, float]]) -> None:
-    """Print the accuracies and their mean."""
-    table = Table(title="zero-shot accuracy")
-    for head in ("task", "accuracy", "standard error"):
-        table.add_column(head, justify="left" if head == "task" else "right")
-    for task, found in results.items():
-        error = found.get("acc_stderr")
-        table.add_row(task, f"{accuracy(found):.2%}", "" if error is None else f"{error:.2%}")
-    mean = sum(map(accuracy, results.values())) / len(results)
-    table.add_row("mean", f"{mean:.2%}", "", style="bold")
-    Console().print(table)
