@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError
 from proxsparse.prunable import Prunable
+from proxsparse.sharding import reshard
 
 Visit = Callable[[Prunable, int | None, Tensor], None]
 
@@ -115,8 +117,11 @@ def input_norms(
     statistics = {target.name: NormStatistic(target) for target in targets}
     training = model.training
     model.eval()
+    # FSDP2 gathers weights on the way through the whole model only; else the LM head can be left out.
+    forward = model if isinstance(model, FSDPModule) else model.get_decoder()
     with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)):
         for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
-            model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
+            forward(input_ids=window[None].to(model.device), use_cache=False)
+    reshard(model)
     model.train(training)
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}

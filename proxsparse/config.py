@@ -9,6 +9,7 @@ from typing import Any
 from trl import SFTConfig
 
 from proxsparse.errors import UsageError
+from proxsparse.original import PLACES
 
 ROUNDINGS = ("stochastic", "nearest")
 SCORES = ("activation", "weight")
@@ -106,7 +107,20 @@ class ProxSparseConfig(SFTConfig):
             "help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"
         },
     )
-    base_on_cpu: bool = field(default=False, metadata={"help": "keep the copy of the original weights on the CPU"})
+    keep_base: str = field(
+        default="device",
+        metadata={
+            "help": "where the original weights are kept: device, cpu, or checkpoint (read again from its files, one "
+            "weight at a time)"
+        },
+    )
+    optim_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "step each weight as soon as its gradient is there, so that gradients never exist all at once; "
+            "without clipping, accumulation or several processes"
+        },
+    )
     norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
     include: str | None = field(default=None, metadata={"help": "prune only weights whose name has this expression"})
     exclude: str | None = field(default=None, metadata={"help": "leave out weights whose name has this expression"})
@@ -119,6 +133,8 @@ class ProxSparseConfig(SFTConfig):
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
         self._check()
+        if self.optim_in_backward:
+            self.max_grad_norm = 0.0  # the norm of all gradients is known only when the first ones are gone
         super().__post_init__()
 
     @property
@@ -139,6 +155,7 @@ class ProxSparseConfig(SFTConfig):
     def _check(self) -> None:
         _in("score", self.score, SCORES)
         _in("rounding", self.rounding, ROUNDINGS)
+        _in("keep_base", self.keep_base, PLACES)
         _in("project_lambda2", self.project_lambda2, (0, 1))
         _at_least("lambda2_value", self.lambda2_value, 0.0)
         if not 0 < self.target_share < 1:
@@ -149,6 +166,18 @@ class ProxSparseConfig(SFTConfig):
         for name in ("epsilon", "temperature", "learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name} must be a finite number > 0; got {getattr(self, name)}.")
+        if self.distill and not self.train_only_pruned:
+            raise UsageError(
+                "--distill needs the dense model, and embeddings and norms that move are no longer its own: give "
+                "--train_only_pruned true too."
+            )
+        if self.optim_in_backward and self.gradient_accumulation_steps > 1:
+            raise UsageError(
+                f"--optim_in_backward has no gradient to accumulate in: --gradient_accumulation_steps must be 1; got "
+                f"{self.gradient_accumulation_steps}."
+            )
+        if self.optim_in_backward and self.fp16:
+            raise UsageError("--optim_in_backward needs no loss scaling: use --bf16 true in place of --fp16 true.")
         if self.norm_samples < 1:
             raise UsageError(f"--norm_samples must be at least 1; got {self.norm_samples}.")
         if self.lambda2_value and not self.project_lambda2:

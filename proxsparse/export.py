@@ -1,7 +1,7 @@
 """Write a pruned model: an ordinary checkpoint that every runtime loads, whole or shard by shard; and check one."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.checkpoint import checkpoint_folder, shards, tensor_readers
+from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, crowded
-from proxsparse.model import load_config, model_source
+from proxsparse.model import load_config
 from proxsparse.progress import quiet_bars
 from proxsparse.prunable import Prunable, find_prunable
-from proxsparse.record import atomic_path, read_json
+from proxsparse.record import atomic_path
 
 NOT_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5")
 MOST_OFFENDERS = 5
@@ -30,14 +31,6 @@ def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with quiet_bars(), atomic_path(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a checkpoint, in order: others may lie beside them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(folder / name for name in set(read_json(index)["weight_map"].values()))
-    return [p for p in (folder / "model.safetensors",) if p.is_file()]
 
 
 def targets_of(name: str, trust_remote_code: bool = False) -> dict[str, Prunable]:
@@ -61,11 +54,8 @@ def stream_pruned(name: str, mask: Mask, folder: Path | str, trust_remote_code: 
     Raises:
         UsageError: the mask has other shapes than the weights.
     """
-    place, extra = model_source(name)
-    source = Path(place)
-    whole = source.is_dir() and not extra  # a GGUF file lies in a folder too
-    found = {t for shard in shards(source) for t in _names(shard)} if whole else set()
-    if not set(mask.tensors) <= found:
+    source = checkpoint_folder(name)
+    if source is None or not set(mask.tensors) <= set(tensor_readers(source)):
         return False
     targets = targets_of(name, trust_remote_code)
     with atomic_path(folder) as scratch:
@@ -107,8 +97,8 @@ def check_sparsity(name: str, base: str | None = None) -> tuple[dict[str, int], 
         UsageError: a folder without safetensors, or whose tensors the model does not know.
     """
     folder = _folder(name, "model")
-    read = _reader(folder)
-    original = _reader(_folder(base, "base")) if base else None
+    read = tensor_readers(folder)
+    original = tensor_readers(_folder(base, "base")) if base else None
     targets = targets_of(name)
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders: list[str] = []
@@ -162,28 +152,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _folder(name: str, argument: str) -> Path:
-    folder = Path(model_source(name)[0])
-    if not folder.is_dir() or not shards(folder):
+    folder = checkpoint_folder(name)
+    if folder is None:
         raise UsageError(f"--{argument} must be a checkpoint folder with safetensors files; got {name}.")
     return folder
-
-
-def _names(shard: Path) -> Iterator[str]:
-    with safe_open(shard, framework="pt") as file:
-        yield from file.keys()
-
-
-def _reader(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """Tensor name -> a function that reads it."""
-
-    def reading(shard: Path, key: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            with safe_open(shard, framework="pt") as file:
-                return file.get_tensor(key)
-
-        return read
-
-    try:
-        return {key: reading(shard, key) for shard in shards(folder) for key in _names(shard)}
-    except Exception as error:
-        raise RunError(f"A shard of {folder} is damaged: {error}") from error

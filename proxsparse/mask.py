@@ -25,6 +25,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.prox_op import expand_scale, top2_mask
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, versions
+from proxsparse.sharding import gather, local, total
 
 FORMAT = "proxsparse-mask-1"
 
@@ -73,15 +74,20 @@ def extract_mask(
         weights: name -> learned weight, in the parameter's own layout.
         targets: the prunable weights.
         scales: name -> (I,) norms of the inputs the weights were learned with, or None for plain magnitudes.
+
+    Under FSDP2 every process takes part, of stacked experts with the scales of its own; the first gets the mask, one
+    weight at a time, and the others an empty one.
     """
     tensors = {}
     for target in targets:
-        rows = target.rows(weights[target.name]).float()
+        weight = weights[target.name]
+        rows = target.rows(local(weight)).float()
         if not rows.isfinite().all():
             raise RunError(f"The learned weight {target.name} has NaN or infinite entries; the run diverged.")
-        tensors[target.name] = top2_mask(
-            rows if scales is None else rows * expand_scale(scales[target.name], rows)
-        ).cpu()
+        kept = top2_mask(rows if scales is None else rows * expand_scale(scales[target.name], rows))
+        whole = gather(kept, weight)
+        if whole is not None:
+            tensors[target.name] = whole.cpu()
     return Mask(tensors)
 
 
@@ -188,12 +194,13 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     """Share of blocks with 0, 1, 2, 3 and 4 zeros, by layer kind and over 'all'.
 
     Args:
-        weights: name -> weight in the parameter's own layout.
+        weights: name -> weight in the parameter's own layout; under FSDP2 every process takes part.
     """
     counts: dict[str, Tensor] = {}
     for target in targets:
-        zeros = (target.rows(weights[target.name]) == 0).unflatten(-1, (-1, 4)).sum(-1)
-        histogram = torch.bincount(zeros.flatten().cpu(), minlength=5)
+        weight = weights[target.name]
+        zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, 4)).sum(-1)
+        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight).cpu()
         counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
     counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}

@@ -9,35 +9,46 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from proxsparse.original import OriginalWeights
 from proxsparse.prox_op import top2_product_
 from proxsparse.prunable import Prunable
+from proxsparse.sharding import reshard
 
 
-class MaskedWeights:
-    """Original weights W0 of a model, and the swap between them, the masked ones and the learned ones.
+class WeightSwaps:
+    """The swap between the learned weights of a model, its original ones and the masked ones.
 
     Args:
-        targets: the prunable weights; their values now are W0.
+        model: whose weights they are.
+        targets: the prunable weights.
+        original: their W0.
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.
-        on_cpu: keep W0 on the CPU, and bring over one weight at a time.
     """
 
-    def __init__(self, targets: list[Prunable], norms: dict[str, Tensor] | None, on_cpu: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: list[Prunable],
+        original: OriginalWeights,
+        norms: dict[str, Tensor] | None,
+    ):
+        self.model = model
         self.targets = targets
+        self.original = original
         self.norms = norms
-        self.base = {t.name: copy_of(t.weight, on_cpu) for t in targets}
-        self._learned: dict[str, Tensor] = {}
+        self._learned: dict[str | None, Tensor] = {}
+        self._inside = False
 
     @contextlib.contextmanager
     def masked(self) -> Iterator[None]:
         """Parameters hold W0 * top2(learned scores) inside the block."""
         with self._swapped():
             for target in self.targets:
-                out, learned = target.weight.detach(), self._learned[target.name]
-                base = self.base[target.name].to(out.device)
+                out, learned = target.stored, self._learned[target.name]
                 scale = None if self.norms is None else self.norms[target.name]
+                base = self.original.of(target)
                 top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
             yield
 
@@ -46,22 +57,32 @@ class MaskedWeights:
         """Parameters hold W0 inside the block."""
         with self._swapped():
             for target in self.targets:
-                target.weight.detach().copy_(self.base[target.name])
+                target.stored.copy_(self.original.of(target))
             yield
 
     @contextlib.contextmanager
+    def learned(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Inside masked(), once the backward pass is through with a parameter: it holds its learned weight, to move."""
+        name = next((t.name for t in self.targets if t.weight is parameter), None)
+        buffer = self._learned.get(name) if self._inside else None
+        if buffer is not None:
+            parameter.detach().copy_(buffer)
+        yield
+        if buffer is not None:
+            buffer.copy_(parameter.detach())
+
+    @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
+        reshard(self.model)
         for target in self.targets:
-            weight = target.weight.detach()
+            weight = target.stored
             buffer = self._learned.setdefault(target.name, torch.empty_like(weight))
             buffer.copy_(weight)
+        self._inside = True
         try:
             yield
         finally:
+            self._inside = False
+            reshard(self.model)
             for target in self.targets:
-                target.weight.detach().copy_(self._learned[target.name])
-
-
-def copy_of(weight: Tensor, on_cpu: bool) -> Tensor:
-    """A copy of a weight on its device, or on the CPU."""
-    return weight.detach().to("cpu", copy=True) if on_cpu else weight.detach().clone()
+                target.stored.copy_(self._learned[target.name])

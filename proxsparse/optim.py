@@ -1,15 +1,19 @@
-"""AdamW whose bfloat16 weights learn: the update is computed in float32 and rounded stochastically.
+"""Optimizer steps: bfloat16 weights that learn, and gradients that never exist all at once.
 
-bfloat16 has eight significant bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and
-rounding to nearest loses it, every time. Rounded stochastically it survives on average, at no extra memory.
+StochasticAdamW computes the update in float32 and rounds it stochastically. bfloat16 has eight significant bits, so a
+step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it, every time.
+Rounded stochastically it survives on average, at no extra memory.
 """
 
+import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from proxsparse.kernels.eager import round_stochastically
+from proxsparse.sharding import local
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -29,6 +33,14 @@ class StochasticAdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
+        self._places: dict[Tensor, int] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._place(parameter)
+
+    def _place(self, parameter: Tensor) -> int:
+        """Number of a weight, which its noise depends on; FSDP2 brings new ones in the place of the old."""
+        return self._places.setdefault(parameter, len(self._places) + 1)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but the second moments stay float32: torch casts states to their weight's dtype."""
@@ -45,12 +57,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                place += 1
                 if parameter.grad is not None:
-                    self._step_one(parameter, group, place)
+                    self._step_one(parameter, group, self._place(parameter))
         return loss
 
     def _step_one(self, parameter: Tensor, group: dict, place: int) -> None:
@@ -71,7 +81,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
         if parameter.dtype == torch.bfloat16:
             generator = torch.Generator(parameter.device).manual_seed(noise_seed(self.seed, step, place))
-            parameter.copy_(round_stochastically(value, generator))
+            local(parameter).copy_(round_stochastically(local(value), generator))
         else:
             parameter.copy_(value)
 
@@ -82,3 +92,34 @@ def noise_seed(seed: int, step: int, place: int) -> int:
     mixed ^= mixed >> 15
     mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF
     return mixed ^ (mixed >> 13)
+
+
+def step_in_backward(
+    optimizer: torch.optim.Optimizer, learned: Callable[[nn.Parameter], AbstractContextManager]
+) -> torch.optim.Optimizer:
+    """Step every weight once its gradient is whole, and free the gradient; ``optimizer.step()`` does nothing more.
+
+    The steps are those of the optimizer, whatever it is, as long as it treats weights one by one.
+
+    Args:
+        learned: a context for each step, in which the parameter holds the weight that is to be moved.
+    """
+    whole_step = type(optimizer).step
+
+    def step(parameter: nn.Parameter) -> None:
+        groups = optimizer.param_groups
+        group = next(g for g in groups if any(p is parameter for p in g["params"]))
+        optimizer.param_groups = [{**group, "params": [parameter]}]
+        try:
+            with learned(parameter):
+                whole_step(optimizer)
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(step)
+    optimizer.step = types.MethodType(lambda self, closure=None: None, optimizer)  # type: ignore[method-assign]
+    return optimizer

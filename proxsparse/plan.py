@@ -126,17 +126,19 @@ def plan_learning(
         largest = max(p.numel() for p in model.parameters() if p.requires_grad)
         activations, logits = _activations(model, batch_size, ctx_len, compute, bool(config.activation_checkpointing))
     wide = dtype.itemsize
-    masked = config.masked_forward
+    swaps = bool(config.masked_forward or config.distill)
+    # In a file, or on the CPU where that is not the device, the original weights cost the device nothing.
+    kept = (swaps or bool(config.project_lambda2)) and (
+        config.keep_base == "device" or (config.keep_base == "cpu" and config.use_cpu)
+    )
     parts = {
         "weights": parameters * wide,
         "optimizer states": trainable * _optimizer_bytes(config, dtype),
-        "copies of W0 and of learned weights": prunable * wide * (masked + (masked or config.project_lambda2)),
+        "copies of W0 and of learned weights": prunable * wide * (swaps + kept),
     }
-    if config.base_on_cpu and not config.use_cpu and (masked or config.project_lambda2):
-        parts["copies of W0 and of learned weights"] -= prunable * wide
     if config.distill:
         activations += 3 * logits  # the teacher's, the gradient, and the shifted copy
-    gradients = trainable * wide
+    gradients = (largest if config.optim_in_backward else trainable) * wide
     # Activations are freed while gradients appear, so the worst moment has the larger of the two.
     parts["gradients or activations"] = max(gradients, activations + logits)
     if config.gradient_accumulation_steps > 1:

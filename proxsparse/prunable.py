@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from proxsparse.errors import UsageError
+from proxsparse.sharding import local
 
 ROUTER = re.compile(r"(^|[._])(router|gate|shared_expert_gate)$")  # does not match gate_proj
 FEWEST_OUTPUTS = 8  # smaller matrices are gates, and 2:4 kernels have no use for them
@@ -41,6 +41,11 @@ class Prunable:
     @property
     def weight(self) -> nn.Parameter:
         return getattr(self.module, self.attribute)
+
+    @property
+    def stored(self) -> Tensor:
+        """What this process stores of the weight, detached: all of it, or its shard under FSDP2."""
+        return local(self.weight.detach())
 
     @property
     def kind(self) -> str:
@@ -129,8 +134,3 @@ def _expression(argument: str, pattern: str | None) -> re.Pattern | None:
         return re.compile(pattern) if pattern else None
     except re.error as error:
         raise UsageError(f"--{argument} must be a regular expression, got {pattern!r}: {error}.") from error
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor stored in this process: the tensor itself, or the local shard of a DTensor."""
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

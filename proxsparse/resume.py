@@ -24,7 +24,7 @@ def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None 
     """Have a trainer's checkpoints marked when complete, and rotated only then.
 
     Args:
-        write: adds the trainer's own files to the folder of a checkpoint, before it is marked.
+        write: adds the trainer's own files to the folder of a checkpoint, before it is marked; called in every process.
     """
     trainer.add_callback(CompleteCheckpoints(trainer.args.save_total_limit, write))
     trainer.args.save_total_limit = None  # the Trainer would remove the old ones first
@@ -42,13 +42,13 @@ class CompleteCheckpoints(TrainerCallback):
         self.keep, self.write = keep, write
 
     def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.write:
+            self.write(folder)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes files of its own
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.write:
-            self.write(folder)
         write_json(folder / MARKER, {"files": _files(folder)})
         if self.keep:
             for old in checkpoints(args.output_dir)[: -self.keep]:

@@ -16,11 +16,12 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
@@ -30,17 +31,20 @@ from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.feedback import ShareController
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
-from proxsparse.mask import Mask, extract_mask
-from proxsparse.masked import MaskedWeights, copy_of
+from proxsparse.mask import Mask, extract_mask, save_mask, sparsity_by_kind
+from proxsparse.masked import WeightSwaps
 from proxsparse.model import load_model
-from proxsparse.optim import StochasticAdamW, noise_seed
+from proxsparse.optim import StochasticAdamW, noise_seed, step_in_backward
+from proxsparse.original import OriginalWeights
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
-from proxsparse.prunable import Prunable, find_prunable, local
+from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, read_json, write_json
 from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
+from proxsparse.sharding import local, matching_part, reshard, total
 
 logger = logging.getLogger(__name__)
 NORMS_FILE = "input_norms.safetensors"
+MASK_FILE, ZEROS_FILE = "mask.safetensors", "zeros.json"  # in checkpoints of sharded runs
 CONTROLLERS_FILE = "auto_lambda.json"
 
 
@@ -87,34 +91,27 @@ class ProxSparseTrainer(SFTTrainer):
             pruned = {target.name for target in self.targets}
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in pruned)
-        self.norms = self._input_norms(model, args, norms, kwargs.get("train_dataset"))
+        self.norms = norms
+        self.swaps: WeightSwaps | None = None
+        self.original: OriginalWeights | None = None
+        self.controllers: dict[str, ShareController] = {}
+        self._rms: dict[str, tuple[float, float]] = {}
+        self._measured = self._scaled = False
         self._prox_seconds = self._step_seconds = 0.0
         self._blocks_24 = self._blocks = 0
         self._teacher_logits: Tensor | None = None
         self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UsageError(
-                "Learning on sharded weights (DeepSpeed, FSDP) is not supported yet; use one device a process (DDP). "
-                "In a loop of your own, apply prox_op_ to the local shards."
-            )
-        # After the Trainer has put the model on its device; nothing has been trained yet, so these are W0.
-        self.masked = MaskedWeights(self.targets, self.norms, args.base_on_cpu) if args.masked_forward else None
-        self.base: dict[str, Tensor] = {}
-        if args.project_lambda2:
-            self.base = {t.name: copy_of(t.weight, args.base_on_cpu) for t in self.targets}
-        scaled = args.relative or args.auto_lambda
-        self._rms = {t.name: self._root_mean_square(t) for t in self.targets} if scaled else {}
-        self.controllers = (
-            {t.name: ShareController(args.target_share) for t in self.targets} if args.auto_lambda else {}
-        )
+        self._refuse_unsupported()
+        if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
+            self._measure_original()
         self.add_callback(ProxCallback(self._proximal_step))
-        complete_checkpoints(self, self._save_controllers)
+        complete_checkpoints(self, self._add_to_checkpoint)
         prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 
     def mask(self) -> Mask:
-        """The mask of the weights as they are now."""
+        """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
         mask = extract_mask({t.name: t.weight.detach() for t in self.targets}, self.targets, self.norms)
         mask.base_model = self.model.config._name_or_path
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
@@ -124,26 +121,27 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _proximal_step(self, step: int, max_steps: int) -> None:
         start = time.perf_counter()
-        self._blocks_24 = self._blocks = 0
+        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)  # 2:4 blocks and blocks of every weight
         for place, target in enumerate(self.targets):
-            weight = local(target.weight.detach())
+            weight = target.stored
             if not weight.numel():  # an empty shard
                 continue
-            rows = target.rows(weight)
             try:
                 stats = prox_op_(
-                    rows,
+                    target.rows(weight),
                     self._strength(target, step, max_steps),
                     scale=None if self.norms is None else self.norms[target.name],
                     stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
-                    seed=noise_seed(self.args.seed + 1, step, place),
+                    seed=noise_seed(self.args.seed + 1 + self.args.process_index, step, place),
                 )
             except ValueError as error:
                 raise RunError(f"{target.name} at step {step + 1}: {error} {self._last_checkpoint()}") from error
+            counts[place] = torch.tensor([stats.blocks_24, stats.blocks])
+        counts = self._total(counts)
+        for target, (blocks_24, blocks) in zip(self.targets, counts.tolist(), strict=True):
             if self.controllers:
-                self.controllers[target.name].observe(stats.blocks_24 / stats.blocks, step + 1, max_steps)
-            self._blocks_24 += stats.blocks_24
-            self._blocks += stats.blocks
+                self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
+        self._blocks_24, self._blocks = counts.sum(0).tolist()
         self._prox_seconds += time.perf_counter() - start
 
     def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
@@ -200,11 +198,16 @@ class ProxSparseTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _frozen_weight_term(self, num_items_in_batch) -> Tensor | float:
-        if not self.base:
+        if not self.args.project_lambda2:
             return 0.0
-        penalty = sum(frozen_weight_penalty(t.weight, self.base[t.name], self.args.epsilon) for t in self.targets)
+        assert self.original is not None
+        penalty = torch.zeros((), device=self.args.device)
+        for target in self.targets:
+            # Of a shard, its rows: gradients of rows elsewhere are made where they are.
+            base = self.original.of(target)
+            penalty = penalty + frozen_weight_penalty(local(target.weight), base, self.args.epsilon)
         term = self.args.lambda2_value * penalty
-        self._record("lambda2_loss", torch.as_tensor(term))
+        self._record("lambda2_loss", self._total(term.detach()))
         # With num_items_in_batch the Trainer leaves the division by the accumulation steps to the loss.
         return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
 
@@ -212,7 +215,8 @@ class ProxSparseTrainer(SFTTrainer):
     def _dense_logits(self, model, inputs) -> Tensor:
         """Logits of the original weights for the same batch, on (B * (T - 1), V)."""
         inputs = self._prepare_inputs(inputs)
-        with self.masked.dense() if self.masked else contextlib.nullcontext(), self.compute_loss_context_manager():
+        assert self.swaps is not None
+        with self.swaps.dense(), self.compute_loss_context_manager():
             model.eval()
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
             model.train()
@@ -222,8 +226,11 @@ class ProxSparseTrainer(SFTTrainer):
 
     def evaluate(self, *args, **kwargs):
         """Evaluate what will be deployed: the original weights under the current mask, where they are at hand."""
-        with self._masked():
-            return super().evaluate(*args, **kwargs)
+        try:
+            with self._masked():
+                return super().evaluate(*args, **kwargs)
+        finally:
+            reshard(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs and self._blocks:
@@ -231,23 +238,43 @@ class ProxSparseTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
-        if self.optimizer is not None:
-            return self.optimizer
-        self._choose_stochastic_optimizer()
-        optimizer = super().create_optimizer(model)
-        if self.args.relative:
-            _scale_learning_rates(optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
-        return optimizer
+        if self.optimizer is None:
+            self._choose_stochastic_optimizer()
+            optimizer = super().create_optimizer(model)
+            if self.args.optim_in_backward:
+                step_in_backward(optimizer, self._learned)
+        return self.optimizer
 
-    def _save_controllers(self, folder: Path) -> None:
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # The model is where it will be trained by now, and under FSDP2 no checkpoint has been loaded yet.
+        if not self._measured:
+            self._measure_original()
+        if self.args.relative and not self._scaled:
+            assert self.optimizer is not None
+            _scale_learning_rates(self.optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
+            self._scaled = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        # Shards on the disk are pickled; so that nobody needs to read them, what is extracted from weights is added.
+        mask = self.mask() if self.is_fsdp_enabled else None
+        zeros = sparsity_by_kind({t.name: t.weight.detach() for t in self.targets}, self.targets) if mask else None
+        if not self.is_world_process_zero():
+            return
+        if mask:
+            save_mask(mask, folder / MASK_FILE)
+            write_json(folder / ZEROS_FILE, zeros)
         if self.controllers:
             write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
-        trusted = self.args.trust_remote_code
-        stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
-        self.model.load_state_dict(stored.state_dict())
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
+            trusted = self.args.trust_remote_code
+            stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
+            self.model.load_state_dict(stored.state_dict())
         if self.controllers:
             for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
                 self.controllers[name].restore(state)
@@ -276,13 +303,16 @@ class ProxSparseTrainer(SFTTrainer):
         """What the log shows beside the loss."""
         changed, penalty, entries = 0, 0.0, 0
         for target in self.targets:
-            rows = target.rows(local(target.weight.detach()))
+            rows = target.rows(target.stored)
+            if not rows.numel():
+                continue
             fresh = target.name not in self._codes
             codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
             moved, value = survey_(rows, codes, None if self.norms is None else self.norms[target.name])
             changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
-        total = self._step_seconds + self._prox_seconds
-        seconds, share = self._prox_seconds, self._prox_seconds / total if total else 0.0
+        changed, penalty, entries = self._total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
+        elapsed = self._step_seconds + self._prox_seconds
+        seconds, share = self._prox_seconds, self._prox_seconds / elapsed if elapsed else 0.0
         self._prox_seconds = self._step_seconds = 0.0
         return {
             "share_24": self._blocks_24 / self._blocks,
@@ -294,8 +324,16 @@ class ProxSparseTrainer(SFTTrainer):
 
     @contextlib.contextmanager
     def _masked(self) -> Iterator[None]:
-        with self.masked.masked() if self.masked else contextlib.nullcontext():
+        with self.swaps.masked() if self.swaps and self.args.masked_forward else contextlib.nullcontext():
             yield
+
+    def _learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        """Inside, a parameter holds what it learns, not what the forward pass saw."""
+        return self.swaps.learned(parameter) if self.swaps else contextlib.nullcontext()
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over the processes that share the weights."""
+        return total(values.to(self.args.device), self.targets[0].weight) if self.is_fsdp_enabled else values
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train"][name].append(value.detach().item())
@@ -306,11 +344,55 @@ class ProxSparseTrainer(SFTTrainer):
 
     # Set-up
 
-    def _input_norms(self, model, args, given, dataset) -> dict[str, Tensor] | None:
+    def _refuse_unsupported(self) -> None:
+        args = self.args
+        if self.is_deepspeed_enabled:
+            raise UsageError(
+                "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks "
+                "of four. Use FSDP2: accelerate launch --config_file script/accelerate/fsdp2.yaml ..."
+            )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise UsageError(
+                "FSDP1 flattens weights, so that rows are cut through; set fsdp_version: 2, as in "
+                "script/accelerate/fsdp2.yaml."
+            )
+        if self.is_fsdp_enabled and args.keep_base == "checkpoint":
+            raise UsageError("--keep_base checkpoint reads whole weights; under FSDP use device or cpu.")
+        if args.optim_in_backward and args.world_size > 1:
+            raise UsageError(
+                "--optim_in_backward steps before gradients of several processes are averaged; use one process."
+            )
+
+    def _measure_original(self) -> None:
+        """What is taken from the weights while they are the original ones: W0, input norms and scales."""
+        args, self._measured = self.args, True
+        for target in self.targets:
+            if any(place.is_shard(target.in_dim) for place in getattr(target.weight, "placements", ())):
+                raise UsageError(
+                    f"{target.name} is sharded along its inputs, which cuts through blocks of four: FSDP splits the "
+                    "first dimension, and this layer (Conv1D, as in GPT-2) has its inputs there. Learn it with DDP."
+                )
+        norms = self._input_norms()
+        self.norms = norms and {t.name: matching_part(norms[t.name], t.weight) for t in self.targets}
+        swaps = args.masked_forward or args.distill
+        if swaps or args.project_lambda2:
+            config = self.model.config
+            source = (config._name_or_path, getattr(config, "_commit_hash", None))
+            self.original = OriginalWeights(self.targets, args.keep_base, *source)
+        if swaps:
+            assert self.original is not None
+            self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms)
+        if args.relative or args.auto_lambda:
+            self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
+        if args.auto_lambda:
+            self.controllers = {t.name: ShareController(args.target_share) for t in self.targets}
+
+    def _input_norms(self) -> dict[str, Tensor] | None:
         """Norms of the inputs, measured once per run: a resumed run reads them back."""
-        if args.score != "activation" or given is not None:
-            return given
-        path, windows = Path(args.output_dir) / NORMS_FILE, torch.tensor(dataset[: args.norm_samples]["input_ids"])
+        args, model, dataset = self.args, self.model, cast(Any, self.train_dataset)
+        if args.score != "activation" or self.norms is not None:
+            return self.norms
+        path, windows = Path(str(args.output_dir)) / NORMS_FILE, torch.tensor(dataset[: args.norm_samples]["input_ids"])
         text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         origin = {"model": str(model.config._name_or_path), "text": text}
         if path.is_file():
@@ -320,21 +402,19 @@ class ProxSparseTrainer(SFTTrainer):
                 what = "text" if found.get("model") == origin["model"] else "model"
                 raise UsageError(f"{path} was measured on another {what}: give another --output_dir, or delete it.")
             return load_file(path)
-        norms = input_norms(model, self.targets, windows, progress="input norms")
-        with atomic_path(path) as scratch:
-            # One entry: safetensors writes several in random order.
-            save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
+        norms = input_norms(model, self.targets, windows, progress="input norms" if args.process_index == 0 else None)
+        if self.is_world_process_zero():
+            with atomic_path(path) as scratch:
+                # One entry: safetensors writes several in random order.
+                save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
         return norms
 
     def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
         """Of the original weight, and of its scores: the units of learning rate and lambda."""
-        rows = target.rows(target.weight.detach()).float()
-        plain = rows.square().mean().sqrt().item()
-        scored = (
-            plain
-            if self.norms is None
-            else (rows * expand_scale(self.norms[target.name], rows)).square().mean().sqrt().item()
-        )
+        rows = target.rows(target.stored).float()
+        scores = rows if self.norms is None else rows * expand_scale(self.norms[target.name], rows)
+        squares = self._total(torch.stack([rows.square().sum(), scores.square().sum()]))
+        plain, scored = (squares / target.weight.numel()).sqrt().tolist()
         if not plain > 0 or not scored > 0:
             raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
         return plain, scored

@@ -137,12 +137,23 @@ def test_masked_forward_computes_with_the_masked_original_weights(tmp_path, toke
     moved = 0.0
     for target in runs.targets:
         moved += (target.weight.detach() - original[target.name]).abs().sum().item()
-        with runs.masked.masked():
+        with runs.swaps.masked():
             seen = target.weight.detach().clone()
         assert torch.equal(seen, original[target.name] * mask.tensors[target.name])
-        with runs.masked.dense():
+        with runs.swaps.dense():
             assert torch.equal(target.weight.detach(), original[target.name])
     assert moved > 0
+
+
+def test_without_the_masked_forward_the_teacher_is_the_dense_model_too(tmp_path, tokenizer):
+    changes = {"method": "paper", "distill": 1.0, "train_only_pruned": True, "learning_rate": 1e-2, "lambda_value": 0.1}
+    runs = trainer(tmp_path, tokenizer, **changes)
+    batch = {"input_ids": torch.tensor(data()["input_ids"][:1])}
+    dense = tiny_llama()(**batch).logits[:, :-1].flatten(0, 1)
+    runs.train()
+    assert torch.allclose(runs._dense_logits(runs.model, batch), dense, atol=1e-5)
+    assert not torch.allclose(runs.model(**batch).logits[:, :-1].flatten(0, 1), dense, atol=1e-2)
+    assert runs.state.log_history[-2]["kl"] > 1e-3
 
 
 def test_masked_forward_freezes_what_is_not_pruned(tmp_path, tokenizer):
@@ -159,9 +170,9 @@ def test_learning_lowers_the_divergence_from_the_dense_model(tmp_path, tokenizer
 
     @torch.no_grad()
     def divergence():
-        with runs.masked.dense():
+        with runs.swaps.dense():
             dense = runs.model(input_ids=ids).logits.flatten(0, 1)
-        with runs.masked.masked():
+        with runs.swaps.masked():
             return (distillation_loss(runs.model(input_ids=ids).logits.flatten(0, 1), dense) / dense.shape[0]).item()
 
     before = divergence()
@@ -311,6 +322,14 @@ def test_evaluation_measures_the_masked_original_weights(tmp_path, tokenizer):
         ({"lambda2_value": 1.0}, "--lambda2_value has no effect without --project_lambda2 1"),
         ({"project_lambda2": 1}, "Use --method paper, or leave lambda2 out"),
         ({"project_lambda2": 2}, "--project_lambda2 must be one of 0, 1; got 2"),
+        ({"keep_base": "disk"}, "--keep_base must be one of device, cpu, checkpoint; got 'disk'"),
+        ({"keep_base": "checkpoint"}, "--keep_base checkpoint reads the original weights from safetensors files, and "),
+        (
+            {"optim_in_backward": True, "gradient_accumulation_steps": 2},
+            "--gradient_accumulation_steps must be 1; got 2",
+        ),
+        ({"optim_in_backward": True, "fp16": True}, "use --bf16 true in place of --fp16 true"),
+        ({"method": "paper", "distill": 1.0}, "--distill needs the dense model.*give --train_only_pruned true too"),
         ({"norm_samples": 0}, "--norm_samples must be at least 1; got 0"),
         ({"include": "("}, "--include must be a regular expression, got '\\('"),
         ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),

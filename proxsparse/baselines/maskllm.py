@@ -28,8 +28,8 @@ from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask
-from proxsparse.masked import copy_of
 from proxsparse.optim import noise_seed
+from proxsparse.original import copy_of
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, last_complete_checkpoint

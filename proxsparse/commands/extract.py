@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from proxsparse.commands.common import Parser, existing_folder, print_json
 from proxsparse.errors import UsageError, command
-from proxsparse.mask import extract_mask, save_mask, sparsity_by_kind
+from proxsparse.mask import Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
 from proxsparse.model import load_model
 from proxsparse.prunable import find_prunable
 from proxsparse.record import read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
-from proxsparse.trainer import NORMS_FILE
+from proxsparse.trainer import MASK_FILE, NORMS_FILE, ZEROS_FILE
 
 
 @command
@@ -39,8 +39,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     checkpoint, run = locate(args.checkpoint)
     settings = read_json(run / "run.json")["settings"] if (run / "run.json").is_file() else {}
+    if (checkpoint / ZEROS_FILE).is_file():  # of a sharded run, which has taken the mask from its shards itself
+        mask, shares = load_mask(checkpoint / MASK_FILE), read_json(checkpoint / ZEROS_FILE)
+    else:
+        include, exclude = args.include or settings.get("include"), args.exclude or settings.get("exclude")
+        mask, shares = extract(checkpoint, run, settings, include, exclude)
+    mask.base_model = settings.get("model", "")
+    mask.info = {
+        k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings
+    }
+    print_zeros(shares)
+    output = Path(args.output) if args.output else run / "mask.safetensors"
+    save_mask(mask, output)
+    if args.record:
+        write_json(args.record, {"checkpoint": str(checkpoint), "zeros": shares, "versions": versions()})
+    print_json({"mask": str(output), "weights": len(mask.tensors), "blocks_24": sum(shares["all"][2:])})
+
+
+def extract(
+    checkpoint: Path, run: Path, settings: dict, include: str | None, exclude: str | None
+) -> tuple[Mask, dict[str, list[float]]]:
+    """Mask of a learned checkpoint, and its shares of blocks with 0 to 4 zeros."""
     model = load_model(str(checkpoint))
-    include, exclude = args.include or settings.get("include"), args.exclude or settings.get("exclude")
     targets = find_prunable(model, include, exclude)
     weights = {t.name: t.weight.detach() for t in targets}
     norms = None
@@ -50,18 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--checkpoint: this run scored weights by their inputs, and {run / NORMS_FILE} is missing.")
     elif not settings:
         print(f"note: neither run.json nor {NORMS_FILE} is beside the checkpoint: blocks compare plain magnitudes")
-    mask = extract_mask(weights, targets, norms)
-    mask.base_model = settings.get("model", "")
-    mask.info = {
-        k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings
-    }
-    shares = sparsity_by_kind(weights, targets)
-    print_zeros(shares)
-    output = Path(args.output) if args.output else run / "mask.safetensors"
-    save_mask(mask, output)
-    if args.record:
-        write_json(args.record, {"checkpoint": str(checkpoint), "zeros": shares, "versions": versions()})
-    print_json({"mask": str(output), "weights": len(targets), "blocks_24": sum(shares["all"][2:])})
+    return extract_mask(weights, targets, norms), sparsity_by_kind(weights, targets)
 
 
 def locate(folder: str) -> tuple[Path, Path]:

@@ -181,10 +181,12 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     disable_progress_bars()  # three bars of tokenising for windows that are tokens already
     dtype = resolve_dtype(run.dtype)
     tokenizer = load_tokenizer(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
+    # FSDP puts shards where they belong; until then no device may need to hold the whole model.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     model = load_model(
         run.model,
         dtype=dtype,
-        device="cpu" if config.use_cpu else str(config.device),
+        device="cpu" if config.use_cpu or config.fsdp_plugin_args or sharded else str(config.device),
         revision=run.revision,
         trust_remote_code=config.trust_remote_code,
     )
@@ -203,13 +205,14 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         processing_class=tokenizer,
     )
     # Only now, so that a mistake leaves no folder behind that refuses the right one.
-    if not (out / "run.json").is_file() and int(os.environ.get("RANK", "0")) == 0:
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and not (out / "run.json").is_file():
         write_json(out / "run.json", record)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunProgress())
     checkpoint = last_complete_checkpoint(out)
-    if checkpoint:
+    if checkpoint and first:
         print(f"going on from {checkpoint}")
     return trainer, checkpoint
 

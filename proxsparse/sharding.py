@@ -1,0 +1,53 @@
+"""Weights sharded over processes by FSDP2: the part stored here, sums over all parts, and masks put together again.
+
+FSDP2 splits a weight along its first dimension, so a process holds whole rows of a linear layer (some processes one
+row more, or none at all), and the operator needs no communication. Everything here does nothing to a plain tensor.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor stored in this process: the tensor itself, or the local shard of a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total(values: Tensor, weight: Tensor) -> Tensor:
+    """Sum of ``values`` over the processes that share the weight; each replica counts once."""
+    if not isinstance(weight, DTensor):
+        return values
+    places = [Partial() if place.is_shard() else Replicate() for place in weight.placements]
+    return DTensor.from_local(values, weight.device_mesh, places, run_check=False).full_tensor()
+
+
+def matching_part(scale: Tensor, weight: Tensor) -> Tensor:
+    """The part of a scale (I,) or (E, I) that belongs to the rows stored here: (I,) serves them all."""
+    if scale.dim() == 1 or not isinstance(weight, DTensor):
+        return scale
+    return distribute_tensor(scale.to(weight.device), weight.device_mesh, weight.placements).to_local()
+
+
+def gather(part: Tensor, weight: Tensor) -> Tensor | None:
+    """Whole tensor of which every process has the rows of its shard: on the first process, None on the others.
+
+    Args:
+        part: (rows here, ...), all of the rows where the weight is a plain tensor.
+        weight: whose sharding ``part`` shares.
+    """
+    if not isinstance(weight, DTensor):
+        return part
+    shape = torch.Size((weight.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    placed = (weight.device_mesh, weight.placements)
+    found = DTensor.from_local(part.contiguous(), *placed, run_check=False, shape=shape, stride=stride).full_tensor()
+    return found if torch.distributed.get_rank() == 0 else None
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered copies of the weights, which a change of the shards has made stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
