@@ -114,6 +114,10 @@ class ProxSparseConfig(SFTConfig):
             "weight at a time)"
         },
     )
+    offload_learned: bool = field(
+        default=False,
+        metadata={"help": "learned weights wait on the CPU while the masked ones compute: slower, a third copy less"},
+    )
     optim_in_backward: bool = field(
         default=False,
         metadata={

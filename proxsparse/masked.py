@@ -25,6 +25,7 @@ class WeightSwaps:
         targets: the prunable weights.
         original: their W0.
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.
+        offload: learned weights wait on the CPU.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class WeightSwaps:
         targets: list[Prunable],
         original: OriginalWeights,
         norms: dict[str, Tensor] | None,
+        offload: bool = False,
     ):
         self.model = model
         self.targets = targets
         self.original = original
         self.norms = norms
+        self.offload = offload
         self._learned: dict[str | None, Tensor] = {}
         self._inside = False
 
@@ -46,7 +49,8 @@ class WeightSwaps:
         """Parameters hold W0 * top2(learned scores) inside the block."""
         with self._swapped():
             for target in self.targets:
-                out, learned = target.stored, self._learned[target.name]
+                out = target.stored
+                learned = self._learned[target.name].to(out.device)
                 scale = None if self.norms is None else self.norms[target.name]
                 base = self.original.of(target)
                 top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
@@ -76,8 +80,9 @@ class WeightSwaps:
         reshard(self.model)
         for target in self.targets:
             weight = target.stored
-            buffer = self._learned.setdefault(target.name, torch.empty_like(weight))
-            buffer.copy_(weight)
+            if target.name not in self._learned:
+                self._learned[target.name] = self._buffer(weight)
+            self._learned[target.name].copy_(weight)
         self._inside = True
         try:
             yield
@@ -86,3 +91,9 @@ class WeightSwaps:
             reshard(self.model)
             for target in self.targets:
                 target.stored.copy_(self._learned[target.name])
+
+    def _buffer(self, weight: Tensor) -> Tensor:
+        """Room for a learned weight: pinned where it is copied to and from an accelerator."""
+        if not self.offload or weight.device.type == "cpu":
+            return torch.empty_like(weight)
+        return torch.empty_like(weight, device="cpu", pin_memory=True)

@@ -56,8 +56,8 @@ def _readers(model: str, revision: str | None) -> dict[str, Callable[[], Tensor]
     folder = checkpoint_folder(model, revision) if model else None
     if folder is None:
         raise UsageError(
-            f"--keep_base checkpoint reads the original weights from safetensors files, and {model or 'the model'} has none here; "
-            "use --keep_base cpu."
+            f"--keep_base checkpoint reads the original weights from safetensors files, and {model or 'the model'} has "
+            "none here; use --keep_base cpu."
         )
     return tensor_readers(folder)
 

@@ -54,6 +54,10 @@ DIMENSIONS: dict[str, PreTrainedConfig] = {
     "mistralai/Mistral-7B-v0.1": MistralConfig(dtype=torch.bfloat16),
     "mistralai/Mistral-7B-v0.3": MistralConfig(vocab_size=32768, sliding_window=None, dtype=torch.bfloat16),
     "openlm-research/open_llama_7b_v2": LlamaConfig(dtype=torch.bfloat16),
+    "meta-llama/Llama-3.1-70B": LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=131072, dtype=torch.bfloat16,
+    ),
     "Qwen/Qwen2.5-14B": Qwen2Config(
         vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
         num_key_value_heads=8, max_position_embeddings=131072, dtype=torch.bfloat16,
@@ -102,6 +106,8 @@ def plan_learning(
     batch_size: int,
     dtype: torch.dtype,
     devices: int = 1,
+    sharded: bool = False,
+    on_cpu: bool = False,
 ) -> Plan:
     """Memory and steps of ``end-to-end/main.py`` with these settings.
 
@@ -109,9 +115,12 @@ def plan_learning(
         dimensions: of the model.
         config: of the run.
         dtype: of the weights.
-        devices: processes, each with a whole model.
+        devices: processes.
+        sharded: over all devices (FSDP2), or a whole model in each.
+        on_cpu: the device is the CPU, so that what waits there still counts.
     """
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as learning does
+    low = dtype == torch.bfloat16
     compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,32 +133,45 @@ def plan_learning(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not config.train_only_pruned or name in names)
         largest = max(p.numel() for p in model.parameters() if p.requires_grad)
+        block = max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model))
+        embeddings = {id(m.weight): m.weight.numel() for m in _ends(model)}
         activations, logits = _activations(model, batch_size, ctx_len, compute, bool(config.activation_checkpointing))
-    wide = dtype.itemsize
+    if sharded and compute != torch.float32:
+        dtype = torch.float32  # accelerate keeps trained shards in float32 and computes in the lower precision
+    wide, parts_of = dtype.itemsize, devices if sharded else 1
+    frozen = (parameters - trainable) * (torch.bfloat16 if low else dtype).itemsize
     swaps = bool(config.masked_forward or config.distill)
+    waiting = swaps and (on_cpu or not config.offload_learned)
     # In a file, or on the CPU where that is not the device, the original weights cost the device nothing.
     kept = (swaps or bool(config.project_lambda2)) and (
-        config.keep_base == "device" or (config.keep_base == "cpu" and config.use_cpu)
+        config.keep_base == "device" or (config.keep_base == "cpu" and on_cpu)
     )
     parts = {
-        "weights": parameters * wide,
-        "optimizer states": trainable * _optimizer_bytes(config, dtype),
-        "copies of W0 and of learned weights": prunable * wide * (swaps + kept),
+        "weights": (trainable * wide + frozen) / parts_of,
+        "optimizer states": trainable * _optimizer_bytes(config, dtype) / parts_of,
+        "copies of W0 and of learned weights": prunable * wide * (waiting + kept) / parts_of,
     }
     if config.distill:
         activations += 3 * logits  # the teacher's, the gradient, and the shifted copy
-    gradients = (largest if config.optim_in_backward else trainable) * wide
+    gradients = (largest if config.optim_in_backward else trainable) * wide / parts_of
     # Activations are freed while gradients appear, so the worst moment has the larger of the two.
     parts["gradients or activations"] = max(gradients, activations + logits)
     if config.gradient_accumulation_steps > 1:
         parts["gradients or activations"] = gradients + activations + logits
     stochastic = _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES
     parts["working memory"] = PROCESS_BYTES + 4 * largest * STOCHASTIC_COPIES * stochastic
-    if devices > 1:
+    if sharded:
+        # The block at work, the next one, and the gradient of one; what is not in blocks stays gathered.
+        parts["gathered weights"] = (3 * block + sum(embeddings.values())) * compute.itemsize
+    elif devices > 1:
         parts["buckets for averaging gradients"] = gradients
     steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
     steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
     return Plan(parameters, trainable, prunable, steps, parts)
+
+
+def _ends(model: PreTrainedModel) -> list:
+    return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 
 
 def _optimizer_bytes(config: ProxSparseConfig, dtype: torch.dtype) -> float:

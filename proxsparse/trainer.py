@@ -381,7 +381,7 @@ class ProxSparseTrainer(SFTTrainer):
             self.original = OriginalWeights(self.targets, args.keep_base, *source)
         if swaps:
             assert self.original is not None
-            self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms)
+            self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms, args.offload_learned)
         if args.relative or args.auto_lambda:
             self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
         if args.auto_lambda:

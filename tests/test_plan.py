@@ -16,7 +16,6 @@ from proxsparse.plan import DIMENSIONS, plan_learning
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = """
 import ctypes, gc, sys, tempfile
-import psutil
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import TEXT, byte_tokenizer, tiny_llama
@@ -28,6 +27,10 @@ folder = Path(tempfile.mkdtemp())
 for i in range(32):
     (folder / "text" / f"{{i}}.txt").write_text(f"Document {{i}}. " + TEXT * 20)
 
+def status(field):
+    (size,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if field in line]
+    return int(size) * 1024
+
 def peak(name, **sizes):
     tiny_llama(**sizes).save_pretrained(folder / name)
     byte_tokenizer().save_pretrained(folder / name)
@@ -36,15 +39,15 @@ def peak(name, **sizes):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the run takes it without being seen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = psutil.Process().memory_info().rss
+    before, mapped = status("VmRSS"), status("RssFile")
     trainer, _ = build(run, config)
     trainer.train()
     # Of this process alone: ru_maxrss begins with the parent's.
-    (highest,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
-    used = int(highest) * 1024 - before
+    # Pages of files that are mapped can be dropped at any time, so that they are not counted.
+    used = status("VmHWM") - before - max(0, status("RssFile") - mapped)
     model = trainer.model
-    found = plan_learning(model.config, config, ctx_len=run.ctx_len, samples=3, batch_size=1, dtype=model.dtype)
-    return used, found.total
+    sizes = dict(ctx_len=run.ctx_len, samples=3, batch_size=1, dtype=model.dtype, on_cpu=True)
+    return used, plan_learning(model.config, config, **sizes).total
 
 peak("warm", max_position_embeddings=1024)  # libraries, kernels, thread pools
 sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8)
@@ -59,6 +62,7 @@ print(*peak("measured", **sizes, num_key_value_heads=4, vocab_size=8192, max_pos
         "--method paper --ctx_len 128 --bf16 false",
         "--method masked --ctx_len 256 --bf16 false",
         "--method paper --ctx_len 256 --dtype bfloat16 --bf16 true --activation_checkpointing true",
+        "--method masked --ctx_len 128 --bf16 false --keep_base checkpoint --optim_in_backward true --optim adafactor",
     ],
 )
 def test_the_memory_planned_is_the_memory_taken(flags):
@@ -83,6 +87,7 @@ def test_the_built_in_dimensions_give_the_published_sizes():
         "meta-llama/Llama-2-7b-hf": 6.74,
         "meta-llama/Llama-2-13b-hf": 13.02,
         "meta-llama/Llama-3.1-8B": 8.03,
+        "meta-llama/Llama-3.1-70B": 70.55,
         "mistralai/Mistral-7B-v0.1": 7.24,
         "mistralai/Mistral-7B-v0.3": 7.25,
         "openlm-research/open_llama_7b_v2": 6.74,
@@ -99,6 +104,34 @@ def test_settings_that_save_memory_save_it_in_the_plan():
     assert plan_of(name, method="masked").parts["copies of W0 and of learned weights"] > 0
     assert less.steps == 400
     assert plan_of(name, method="paper", gradient_accumulation_steps="4").steps == 100
+
+
+def test_each_saving_is_in_the_plan():
+    name, changes, sizes = "meta-llama/Llama-2-7b-hf", {"activation_checkpointing": "true", "dtype": "bfloat16"}, []
+    for more in (
+        {},
+        {"keep_base": "checkpoint"},
+        {"optim_in_backward": "true"},
+        {"optim": "adamw_bnb_8bit"},
+        {"offload_learned": "true"},
+        {"optim": "adafactor"},
+    ):
+        changes |= more
+        sizes.append(plan_of(name, **changes).total)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
+    assert sizes[-1] < 22 * 2**30 < sizes[-2]  # a 24 GB GPU
+
+
+def test_shards_share_everything_but_activations(capsys):
+    flags = ["--model", "meta-llama/Llama-3.1-8B", "--output_dir", "none"]
+    totals = {}
+    for gpus in (2, 8):
+        assert plan_command([*flags, "--gpus", str(gpus), "--sharded"]) == 0
+        totals[gpus] = json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"]
+    assert totals[8] < 0.5 * totals[2]
+    assert plan_command([*flags, "--gpus", "1", "--sharded"]) == 2
+    assert "with --sharded at least 2; got 1" in capsys.readouterr().err
 
 
 def test_the_command_needs_a_configuration_only(checkpoint, tmp_path, capsys):

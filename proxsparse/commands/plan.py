@@ -3,8 +3,10 @@
     python -m proxsparse plan --model meta-llama/Llama-2-7b-hf --ctx_len 4096 --dtype bfloat16 --bf16 true
     python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt --method paper
 
-Takes the flags of end-to-end/main.py. The figures are computed, not measured; tests hold them against tiny
-runs.
+    python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --gpus 8 --sharded --bf16 true
+
+Takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
+figures are computed, not measured; tests hold them against tiny runs.
 """
 
 import os
@@ -17,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.commands.common import print_json
+from proxsparse.commands.common import Parser, print_json
 from proxsparse.commands.learn import parse_arguments
-from proxsparse.errors import command
+from proxsparse.errors import UsageError, command
 from proxsparse.model import resolve_dtype
 from proxsparse.plan import Plan, dimensions, plan_learning
 from proxsparse.text import check_ctx_len
@@ -29,13 +31,25 @@ GIB = 2**30
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    run, config = parse_arguments(list(sys.argv[1:] if argv is None else argv), documentation=__doc__, planning=True)
+    own = Parser(add_help=False)
+    own.add_argument("--gpus", type=int, default=None, help="devices to plan for")
+    own.add_argument("--sharded", action="store_true", help="FSDP2 over the devices")
+    planned, rest = own.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if planned.gpus is not None:  # a GPU's defaults, wherever the plan is made
+        given = {word.partition("=")[0].replace("-", "_") for word in rest}
+        defaults = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
+        rest += [w for name, value in defaults.items() if f"__{name}" not in given for w in (f"--{name}", value)]
+    run, config = parse_arguments(rest, documentation=__doc__, planning=True)
     found, note = dimensions(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     check_ctx_len(run.ctx_len, found)
     dtype = resolve_dtype(run.dtype)
     if isinstance(dtype, str):
         dtype = found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
-    devices = 1 if config.use_cpu else max(1, torch.cuda.device_count())
+    on_cpu = config.use_cpu and planned.gpus is None
+    here = 1 if config.use_cpu else max(1, torch.cuda.device_count())
+    devices = here if planned.gpus is None else planned.gpus
+    if devices < 1 or (planned.sharded and devices < 2):
+        raise UsageError(f"--gpus must be at least 1, and with --sharded at least 2; got {devices}.")
     plan = plan_learning(
         found,
         config,
@@ -44,14 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=run.batch_size,
         dtype=dtype,
         devices=devices,
+        sharded=planned.sharded,
+        on_cpu=on_cpu,
     )
-    show(plan, str(run.model), str(config.output_dir), dtype, on_cpu=config.use_cpu)
+    show(plan, str(run.model), str(config.output_dir), dtype)
+    if planned.gpus is None:
+        compare_with_this_machine(plan, on_cpu)
     if note:
         print(f"note: {note}")
     print_json({"model": run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": round(plan.total)})
 
 
-def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, on_cpu: bool) -> None:
+def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:
     """Print the plan as a table."""
     table = Table(title=f"plan for {model}, {str(dtype).removeprefix('torch.')} weights", show_header=False)
     table.add_column()
@@ -66,12 +84,16 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, on_cpu: bool) 
     table.add_row("memory a device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
     table.add_row("  bytes a parameter", f"{plan.per_parameter():.1f}")
     Console().print(table)
+
+
+def compare_with_this_machine(plan: Plan, on_cpu: bool) -> None:
+    """Say so where the plan needs more than there is, and what helps."""
     available, device = device_memory(on_cpu)
     if plan.total > available:
         print(
             f"note: {device} has {available / GIB:.1f} GiB, less than this needs. What helps, in this order: "
-            "--activation_checkpointing true, --dtype bfloat16, --base_on_cpu true, --optim adafactor (or "
-            "adamw_torch_8bit with torchao installed), a shorter --ctx_len."
+            "--activation_checkpointing true, --dtype bfloat16, --keep_base checkpoint, --optim_in_backward true, "
+            "--optim adamw_bnb_8bit (with bitsandbytes) or adafactor, a shorter --ctx_len, several GPUs with FSDP2."
         )
 
 

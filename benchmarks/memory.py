@@ -1,0 +1,204 @@
+"""Peak memory of learning on the CPU, in bytes a parameter: a plain loop as the original's, and each of our settings.
+
+    python benchmarks/memory.py                     the table of BENCHMARKS.md (about ten minutes on 2 cores)
+    python benchmarks/memory.py --hidden_size 512   smaller
+
+A Llama of random weights, windows of 32 tokens, three steps; every row in a process of its own. Counted is anonymous
+memory above what the process holds before it loads the model, sampled every 2 ms: pages of files that are mapped
+(--keep_base checkpoint reads weights from them) can be dropped at any time, and are given in a column of their own.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from original import original_
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from proxsparse.config import ProxSparseConfig
+from proxsparse.model import load_model
+from proxsparse.plan import plan_learning
+from proxsparse.prunable import find_prunable
+from proxsparse.record import git_commit, versions, write_json
+from proxsparse.trainer import ProxSparseTrainer
+
+CTX_LEN, STEPS = 32, 3
+PLAIN = "plain loop"
+# name -> flags beside the method's own; the paper's method first, as the plain loop learns that
+SETTINGS: dict[str, dict] = {
+    "paper": {"method": "paper"},
+    "paper, step in backward": {"method": "paper", "optim_in_backward": True},
+    "paper, Adafactor": {"method": "paper", "optim": "adafactor"},
+    "paper, Adafactor, step in backward": {"method": "paper", "optim": "adafactor", "optim_in_backward": True},
+    "masked": {},
+    "masked, W0 in its files": {"keep_base": "checkpoint"},
+    "masked, W0 in its files, step in backward": {"keep_base": "checkpoint", "optim_in_backward": True},
+    "masked, W0 in its files, step in backward, 8-bit AdamW": {
+        "keep_base": "checkpoint", "optim_in_backward": True, "optim": "adamw_bnb_8bit"
+    },
+    "masked, W0 in its files, step in backward, Adafactor": {
+        "keep_base": "checkpoint", "optim_in_backward": True, "optim": "adafactor"
+    },
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rows", nargs="+", default=[PLAIN, *SETTINGS], choices=[PLAIN, *SETTINGS])
+    parser.add_argument("--one", nargs=3, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        name, dtype, folder = args.one
+        print(json.dumps(measure(name, getattr(torch, dtype), folder)))
+        return 0
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "bfloat16"):
+            config = LlamaConfig(
+                vocab_size=1024, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 11 // 4,
+                num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=8,
+            )  # fmt: skip
+            LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(f"{folder}/{dtype}")
+            for name in args.rows:
+                command = [sys.executable, __file__, "--one", name, dtype, f"{folder}/{dtype}"]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    print(done.stderr[-3000:], file=sys.stderr)
+                    return 1
+                rows.append({"setting": name, "dtype": dtype} | json.loads(done.stdout.splitlines()[-1]))
+                print(f"{dtype} {name}: {rows[-1]['bytes']:.1f}", file=sys.stderr, flush=True)
+    show(rows)
+    record = {"rows": rows, "hidden_size": args.hidden_size, "layers": args.layers}
+    write_json("benchmarks/results/memory.json", record | {"versions": versions(), "commit": git_commit()})
+    return 0
+
+
+def measure(name: str, dtype: torch.dtype, folder: str) -> dict:
+    """Peak bytes a parameter of one setting, seconds a step, and what the plan says of it."""
+    run = plain_loop if name == PLAIN else learning
+    warm = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    with tempfile.TemporaryDirectory() as tiny:
+        LlamaForCausalLM(warm).to(dtype).save_pretrained(tiny)
+        run(name, tiny, dtype)  # libraries, kernels, thread pools
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("RssAnon"), status("RssFile")
+    with Sampler() as peaks:
+        parameters, seconds, planned = run(name, folder, dtype)
+    return {
+        "parameters": parameters,
+        "bytes": (peaks.anonymous - before[0]) / parameters,
+        "file_bytes": max(0, peaks.files - before[1]) / parameters,
+        "planned": planned and planned / parameters,
+        "seconds_a_step": seconds / STEPS,
+    }
+
+
+def plain_loop(name: str, folder: str, dtype: torch.dtype) -> tuple[int, float, None]:
+    """The original's loop, rendered plainly: AdamW, a copy of W0 at every layer, the operator in plain torch."""
+    model = load_model(folder, dtype=dtype)
+    targets = find_prunable(model)
+    copies = [target.weight.detach().clone() for target in targets]  # ProxLinear.original_weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    start = time.perf_counter()
+    for window in windows(model.config.vocab_size):
+        model(input_ids=window[None], labels=window[None]).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for target in targets:
+                original_(target.weight, 0.25)
+        optimizer.zero_grad()
+    assert len(copies) == len(targets)
+    return sum(p.numel() for p in model.parameters()), time.perf_counter() - start, None
+
+
+def learning(name: str, folder: str, dtype: torch.dtype) -> tuple[int, float, float]:
+    """This project's trainer."""
+    model = load_model(folder, dtype=dtype)
+    dimensions = model.config
+    norms = {t.name: torch.ones(t.weight.shape[t.in_dim]) for t in find_prunable(model)}
+    data = Dataset.from_dict({"input_ids": windows(model.config.vocab_size).tolist()})
+    with tempfile.TemporaryDirectory() as output:
+        config = ProxSparseConfig(
+            output_dir=output, use_cpu=True, bf16=False, activation_checkpointing=False, save_strategy="no",
+            max_length=CTX_LEN, report_to="none", disable_tqdm=True, **SETTINGS[name],
+        )  # fmt: skip
+        own_norms = norms if config.score == "activation" else None
+        trainer = ProxSparseTrainer(model, config, norms=own_norms, train_dataset=data, processing_class=tokenizer())
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    planned = plan_learning(dimensions, config, ctx_len=CTX_LEN, samples=STEPS, batch_size=1, dtype=dtype)
+    return planned.parameters, seconds, planned.total
+
+
+def windows(vocabulary: int) -> torch.Tensor:
+    return torch.randint(1, vocabulary, (STEPS, CTX_LEN), generator=torch.Generator().manual_seed(0))
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+class Sampler(threading.Thread):
+    """Peaks of anonymous and of mapped memory of this process while the block runs."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.anonymous = self.files = 0
+        self._stop_sampling = threading.Event()
+
+    def run(self):
+        while not self._stop_sampling.wait(0.002):
+            self.anonymous = max(self.anonymous, status("RssAnon"))
+            self.files = max(self.files, status("RssFile"))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop_sampling.set()
+        self.join()
+
+
+def status(field: str) -> int:
+    """Bytes of one field of /proc/self/status."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title=f"peak memory of learning, {rows[0]['parameters'] / 1e6:.0f} million parameters")
+    for head in ("weights", "setting", "bytes a parameter", "of the plain loop", "planned", "mapped files", "s a step"):
+        table.add_column(head, justify="left" if head in ("weights", "setting") else "right")
+    plain = {row["dtype"]: row["bytes"] for row in rows if row["setting"] == PLAIN}
+    for row in rows:
+        share = f"{row['bytes'] / plain[row['dtype']]:.0%}" if row["dtype"] in plain else ""
+        planned = f"{row['planned']:.1f}" if row["planned"] else ""
+        cells = [f"{row['bytes']:.1f}", share, planned, f"{row['file_bytes']:.1f}", f"{row['seconds_a_step']:.2f}"]
+        table.add_row(row["dtype"], row["setting"], *cells)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
