@@ -1,17 +1,19 @@
 """Peak memory of learning on the CPU, in bytes a parameter: a plain loop as the original's, and each of our settings.
 
-    python benchmarks/memory.py                     the table of BENCHMARKS.md (about ten minutes on 2 cores)
-    python benchmarks/memory.py --hidden_size 512   smaller
+    python benchmarks/memory.py                      the table of BENCHMARKS.md (about ten minutes on 2 cores)
+    python benchmarks/memory.py --hidden_size 1024   larger
 
 A Llama of random weights, windows of 32 tokens, three steps; every row in a process of its own. Counted is anonymous
 memory above what the process holds before it loads the model, sampled every 2 ms: pages of files that are mapped
 (--keep_base checkpoint reads weights from them) can be dropped at any time, and are given in a column of their own.
+glibc is told to give every freed block back (MALLOC_MMAP_THRESHOLD_), or its heap's holes would be counted too.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,7 +58,7 @@ SETTINGS: dict[str, dict] = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--hidden_size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", nargs="+", default=[PLAIN, *SETTINGS], choices=[PLAIN, *SETTINGS])
     parser.add_argument("--one", nargs=3, default=None, help=argparse.SUPPRESS)
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(f"{folder}/{dtype}")
             for name in args.rows:
                 command = [sys.executable, __file__, "--one", name, dtype, f"{folder}/{dtype}"]
-                done = subprocess.run(command, capture_output=True, text=True)
+                environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
                 if done.returncode:
                     print(done.stderr[-3000:], file=sys.stderr)
                     return 1

@@ -48,7 +48,11 @@ MASK = """This is the mask alone, one bit a weight; the weights are those of the
 ```bash
 proxsparse export --model {base} --mask mask.safetensors --to pruned
 ```"""
-LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK}
+SPARSE24 = """The weights are in the form sparse-24-bitmask of compressed-tensors, which its releases up to 0.14 read,
+and vLLM up to 0.18. Later releases do not; for them, export the dense form."""
+NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
+mask_compressed.npz`."""
+LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "sparse24": SPARSE24, "npz": NPZ}
 
 
 def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, form: str = "dense") -> str:
@@ -57,7 +61,7 @@ def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, 
     Args:
         name: of the folder or repository.
         mask: that was applied; its info holds method and settings.
-        form: 'dense', 'compact' or 'mask', as it was exported.
+        form: as it was exported, one of ``LOADING``.
         results: text -> fields of ``proxsparse.perplexity.Perplexity``.
     """
     info = dict(mask.info)

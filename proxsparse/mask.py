@@ -100,7 +100,8 @@ def save_mask(mask: Mask, path: Path | str) -> None:
     packed, shapes = {}, {}
     for name, tensor in mask.tensors.items():
         _check_pattern(name, tensor, mask.pattern)
-        packed[name] = np.packbits(tensor.numpy(), axis=-1, bitorder="little")
+        # Contiguous, because safetensors writes memory as it lies, and masks of Conv1D weights are transposed views.
+        packed[name] = np.ascontiguousarray(np.packbits(tensor.numpy(), axis=-1, bitorder="little"))
         shapes[name] = list(tensor.shape)
     # One entry: safetensors writes several in random order, and the same mask should be the same bytes.
     metadata = {

@@ -1,10 +1,14 @@
 """Exports in every form, their check, model cards, and what the benchmark prints."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_llama
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
@@ -16,7 +20,7 @@ import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.commands import export as export_command
 from proxsparse.export import check_sparsity, save_pruned, stream_pruned
-from proxsparse.mask import Mask, load_mask
+from proxsparse.mask import Mask, load_mask, save_mask
 from proxsparse.prox_op import top2_mask
 from proxsparse.prunable import find_prunable
 from proxsparse.sparse import CompactLinear
@@ -88,6 +92,90 @@ def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
     assert isinstance(sparse.model.layers[0].mlp.up_proj, CompactLinear)
     torch.testing.assert_close(logits(sparse), wanted, rtol=1e-4, atol=1e-4)
     assert console(["check", "--model", str(tmp_path / "dense"), "--base", checkpoint]) == 0
+
+
+def test_sparse24_is_read_by_compressed_tensors(checkpoint, mask, tmp_path):
+    module = "compressed_tensors.compressors.sparse_compressors"
+    reader = pytest.importorskip(module, reason="needs compressed-tensors <= 0.14")
+    from compressed_tensors.compressors import ModelCompressor
+
+    assert export("--model", checkpoint, "--mask", mask, "--form", "sparse24", "--to", tmp_path / "packed") == 0
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "dense") == 0
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    sparsity = ModelCompressor.parse_sparsity_config(settings)
+    compressor = reader.Sparse24BitMaskCompressor(SimpleNamespace(**sparsity))
+    found = dict(compressor.decompress(str(tmp_path / "packed")))
+    wanted = load_file(tmp_path / "dense" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in wanted.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    packed = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert packed < (tmp_path / "dense" / "model.safetensors").stat().st_size
+
+
+def test_sparse24_refuses_what_it_can_not_hold(tokenizer, tmp_path, capsys):
+    prune(build("gpt2")).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ["--model", str(tmp_path / "base"), "--prune_method", "magnitude", "--save", str(tmp_path / "mask")]
+    assert console(["prune", *flags]) == 0
+    flags = ["--model", tmp_path / "base", "--mask", tmp_path / "mask", "--form", "sparse24", "--to", tmp_path / "out"]
+    assert export(*flags) == 2
+    assert "--form sparse24 holds weights of nn.Linear" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ["--model", str(tmp_path / "base"), "--prune_method", "magnitude", "--save", str(tmp_path / "mask")]
+    assert console(["prune", *flags]) == 0
+    assert (
+        export("--model", tmp_path / "base", "--mask", tmp_path / "mask", "--form", "npz", "--to", tmp_path / "o") == 0
+    )
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for key, bits in np.load(tmp_path / "o" / "mask_compressed.npz").items():
+        name = key.replace(".mask", "")
+        state[name] *= torch.from_numpy(np.unpackbits(bits)).float().view(*state[name].shape)
+    pruned = prune(model).state_dict()
+    assert [name for name in pruned if not torch.equal(state[name], pruned[name])] == []
+
+
+STREAM = """
+import sys, threading, time
+from pathlib import Path
+from proxsparse.export import stream_pruned
+from proxsparse.mask import load_mask
+
+def anonymous():
+    (size,) = [x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
+    return int(size) * 1024
+
+def watch():
+    while True:
+        peaks.append(anonymous())
+        time.sleep(0.001)
+
+base, mask, out = sys.argv[1:]
+mask, peaks = load_mask(mask), []
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+assert stream_pruned(base, mask, out)
+print(max(peaks) - before)
+"""
+
+
+def test_streaming_holds_about_one_shard(tokenizer, tmp_path):
+    model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=4096)
+    model.save_pretrained(tmp_path / "base", max_shard_size="18MB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_mask(Mask({t.name: top2_mask(t.rows(t.weight.detach())) for t in find_prunable(model)}), tmp_path / "mask")
+    sizes = [shard.stat().st_size for shard in (tmp_path / "base").glob("*.safetensors")]
+    assert len(sizes) > 6
+    command = [sys.executable, "-c", STREAM, str(tmp_path / "base"), str(tmp_path / "mask"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 2 * max(sizes)
 
 
 @pytest.fixture

@@ -36,6 +36,12 @@ def test_a_mask_survives_the_file(tmp_path_factory, rows, groups, seed):
     assert (again.pattern, again.base_model, again.info) == ("2:4", "m", {"method": "x", "lambda1": 0.5})
 
 
+def test_a_transposed_mask_survives_the_file(tmp_path):
+    kept = top2_mask(torch.randn(8, 24)).T.contiguous().T  # as masks of Conv1D weights come
+    save_mask(Mask({"w": kept}), tmp_path / "mask.safetensors")
+    assert torch.equal(load_mask(tmp_path / "mask.safetensors").tensors["w"], kept)
+
+
 def test_a_mask_costs_one_bit_a_weight(tmp_path):
     mask = mask_of(tiny_llama())
     save_mask(mask, tmp_path / "mask.safetensors")
@@ -124,6 +130,26 @@ def test_the_reader_survives_any_bytes(tmp_path_factory, raw):
     path.write_bytes(raw)
     with pytest.raises((RunError, UsageError)):
         load_mask(path)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_reader_survives_changed_bytes(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("mask")
+    save_mask(Mask({"w": top2_mask(torch.randn(4, 8)), "v": top2_mask(torch.randn(2, 12))}), folder / "whole")
+    raw = bytearray((folder / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "changed").write_bytes(raw[: data.draw(st.integers(len(raw) // 2, len(raw)))])
+    try:
+        found = load_mask(folder / "changed")
+    except (UsageError, RunError):
+        return
+    # What is let through is a mask: of some pattern, and every block of it.
+    for tensor in found.tensors.values():
+        assert tensor.dtype == torch.bool
+        if found.pattern == "2:4":
+            assert (tensor.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
 
 
 def test_the_same_mask_is_the_same_bytes(tmp_path):

@@ -7,6 +7,8 @@
 dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
 mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
 compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
+sparse24: sparse-24-bitmask of compressed-tensors up to 0.14, which vLLM read up to 0.18. Later releases do not.
+npz:      the mask as MaskLLM's programs read it.
 """
 
 import hashlib
@@ -21,12 +23,14 @@ from proxsparse.card import model_card
 from proxsparse.commands.common import Parser, add_mask_argument, add_model_arguments, print_json
 from proxsparse.compact import save_compact
 from proxsparse.errors import UNREACHABLE, RunError, UsageError, command
-from proxsparse.export import save_pruned, stream_pruned
+from proxsparse.export import save_pruned, stream_pruned, targets_of
+from proxsparse.legacy import save_npz, save_sparse24
 from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
 from proxsparse.model import load_model, load_tokenizer
 from proxsparse.record import read_json, refuse_to_overwrite, versions, write_json
 
-FORMS = ("dense", "mask", "compact")
+SAVE = {"dense": save_pruned, "compact": save_compact, "sparse24": save_sparse24}
+MASKS = ("mask", "npz")  # forms without weights
 
 
 @command
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_arguments(parser, computes=False)
     add_mask_argument(parser, required=True)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--form", default="dense", choices=FORMS, help="default: %(default)s")
+    parser.add_argument("--form", default="dense", choices=[*SAVE, *MASKS], help="default: %(default)s")
     parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
     parser.add_argument(
         "--push_to_hub",
@@ -45,26 +49,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     mask, to = load_mask(args.mask), Path(args.to)
-    if args.form == "compact" and mask.pattern != "2:4":
-        raise UsageError(f"--form compact holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
+    if args.form in ("compact", "sparse24") and mask.pattern != "2:4":
+        raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():
         raise UsageError(f"--results: there is no file {args.results}.")
     if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
         raise UsageError(f"--push_to_hub takes a repository organisation/name; got {args.push_to_hub!r}.")
     refuse_to_overwrite(to)
-    if args.form == "mask":
+    if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
     else:
         mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
     if args.form == "mask":
         write_mask(mask, to)
-    elif args.form == "compact" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
+    elif args.form == "npz":
+        save_npz(mask, targets_of(args.model, args.trust_remote_code), to)
+    elif args.form != "dense" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         model, tokenizer = load_model(args.model, **options), load_tokenizer(args.model, **options)
         apply_mask(model, mask)
-        save = save_compact if args.form == "compact" else save_pruned
-        save(model, tokenizer, to)
+        SAVE[args.form](model, tokenizer, to)
     card = model_card(args.push_to_hub or to.name, mask, results, form=args.form)
     (to / "README.md").write_text(card, encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
