@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train_only_pruned": False,
         "learning_rate": 1e-4,
         "lambda_value": 0.25,
+        "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
         "warmup_steps": 0.1,
     },
@@ -39,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train_only_pruned": True,
         "learning_rate": 1e-2,
         "lambda_value": 2e-3,
+        "optim": "adafactor",  # measured better than AdamW, at no memory
         "adam_beta2": 0.95,
         "warmup_steps": 0.05,
     },
@@ -64,7 +66,8 @@ class ProxSparseConfig(SFTConfig):
     save_steps: float = 0.1
     save_total_limit: int | None = 2
     seed: int = 42
-    learning_rate: float = field(default=UNSET, metadata={"help": "AdamW's peak learning rate"})
+    learning_rate: float = field(default=UNSET, metadata={"help": "the peak learning rate"})
+    optim: str = field(default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"})
     adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
 

@@ -1,55 +1,48 @@
 """Optimizer steps: bfloat16 weights that learn, and gradients that never exist all at once.
 
-StochasticAdamW computes the update in float32 and rounds it stochastically. bfloat16 has eight significant bits, so a
-step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it, every time.
+Stochastic optimizers compute the update in float32 and round it stochastically. bfloat16 has eight significant bits, so
+a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it, every time.
 Rounded stochastically it survives on average, at no extra memory.
 """
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from proxsparse.kernels.eager import round_stochastically
-from proxsparse.sharding import local
+from proxsparse.sharding import local, settled
 
 
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
+class _Stochastic(torch.optim.Optimizer):
+    """What the stochastic optimizers share. The noise of a step depends on the seed, the step and the weight's place
+    only, so that a resumed run repeats it."""
 
-    The first moment is kept in the weights' dtype. The second is float32: its steps are a thousandth of it, which
-    bfloat16 rounds away.
+    seed: int
+    stochastic: bool
 
-    Args:
-        params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        seed: of the rounding noise. The noise of a step depends on the seed, the step and the weight's place only,
-            so that a resumed run repeats it.
-
-    Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
-    """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.seed = seed
+    def _number_weights(self, seed: int, stochastic: bool = True) -> None:
+        self.seed, self.stochastic = seed, stochastic
         self._places: dict[Tensor, int] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._place(parameter)
 
     def _place(self, parameter: Tensor) -> int:
-        """Number of a weight, which its noise depends on; FSDP2 brings new ones in the place of the old."""
+        """Number of a weight; FSDP2 brings new ones in the place of the old."""
         return self._places.setdefault(parameter, len(self._places) + 1)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but the second moments stay float32: torch casts states to their weight's dtype."""
-        squares = {k: v["exp_avg_sq"] for k, v in state_dict["state"].items()}
-        super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, square in squares.items():
-            parameter = parameters[index]
-            self.state[parameter]["exp_avg_sq"] = square.to(parameter.device, torch.float32)
+    def _store(self, value: Tensor, parameter: Tensor, step: int) -> None:
+        """Write a float32 value into a weight: bfloat16 is rounded stochastically, others to nearest."""
+        if parameter.dtype != torch.bfloat16 or not self.stochastic:
+            parameter.copy_(value)
+            return
+        seed = noise_seed(self.seed, step, self._place(parameter))
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        local(parameter).copy_(round_stochastically(local(value), generator))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
@@ -60,10 +53,42 @@ class StochasticAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group, self._place(parameter))
+                    self._step_one(parameter, group)
         return loss
 
-    def _step_one(self, parameter: Tensor, group: dict, place: int) -> None:
+    def _step_one(self, parameter: Tensor, group: dict) -> None:
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch, but float32 states stay float32: torch casts them to their weight's dtype."""
+        given = {key: dict(state) for key, state in state_dict["state"].items()}
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(saved, parameters, strict=True):
+            for name, value in given.get(key, {}).items():
+                if torch.is_tensor(value) and value.dtype == torch.float32 and value.dim():
+                    self.state[parameter][name] = value.to(parameter.device)
+
+
+class StochasticAdamW(_Stochastic):
+    """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
+
+    The first moment is kept in the weights' dtype. The second is float32: its steps are a thousandth of it, which
+    bfloat16 rounds away.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        seed: of the rounding noise.
+
+    Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self._number_weights(seed)
+
+    def _step_one(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -79,11 +104,57 @@ class StochasticAdamW(torch.optim.Optimizer):
         denominator = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
         value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
         value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
-        if parameter.dtype == torch.bfloat16:
-            generator = torch.Generator(parameter.device).manual_seed(noise_seed(self.seed, step, place))
-            local(parameter).copy_(round_stochastically(local(value), generator))
+        self._store(value, parameter, step)
+
+
+class StochasticAdafactor(_Stochastic):
+    """Adafactor without momentum and with a given learning rate, with stochastic rounding of bfloat16 weights.
+
+    As transformers' with ``scale_parameter=False, relative_step=False``, which it equals on float32 weights; this one
+    takes shards (DTensor) too. A weight's second moments are one number a row and one a column, so that it costs no
+    memory.
+
+    Args:
+        params, lr, weight_decay: as in torch.optim.AdamW.
+        seed: of the rounding noise.
+        stochastic: False rounds bfloat16 weights to nearest.
+
+    Source: Shazeer and Stern, https://arxiv.org/abs/1804.04235; decay and clipping are theirs.
+    """
+
+    DECAY, CLIP, EPSILON = -0.8, 1.0, 1e-30
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, seed: int = 0, stochastic: bool = True):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._number_weights(seed, stochastic)
+
+    def _step_one(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        state["step"] = step = state.get("step", 0) + 1
+        forget = step**self.DECAY  # 1 - beta2
+        assert parameter.grad is not None
+        update = parameter.grad.float()
+        squares = update.square().add_(self.EPSILON)
+        if update.dim() < 2:
+            update.mul_(self._average("squares", squares, state, forget).rsqrt())
         else:
-            parameter.copy_(value)
+            row = self._average("row", squares.mean(-1), state, forget)
+            column = self._average("column", settled(squares.mean(-2)), state, forget)
+            del squares
+            update.mul_((row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)).mul_(column.rsqrt().unsqueeze(-2))
+        size = settled(update.square().mean()).sqrt()
+        update.mul_(group["lr"] / (size / self.CLIP).clamp(min=1.0))
+        value = parameter.float()
+        value = value.mul(1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else value
+        self._store(value - update, parameter, step)
+
+    @staticmethod
+    def _average(name: str, value: Tensor, state: dict, forget: float) -> Tensor:
+        if name in state:
+            state[name].lerp_(value, forget)
+        else:
+            state[name] = value
+        return state[name]
 
 
 def noise_seed(seed: int, step: int, place: int) -> int:
@@ -92,6 +163,18 @@ def noise_seed(seed: int, step: int, place: int) -> int:
     mixed ^= mixed >> 15
     mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF
     return mixed ^ (mixed >> 13)
+
+
+@contextlib.contextmanager
+def only(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[None]:
+    """Inside, the optimizer has one weight."""
+    groups = optimizer.param_groups
+    group = next(g for g in groups if any(p is parameter for p in g["params"]))
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
 
 
 def step_in_backward(
@@ -107,14 +190,8 @@ def step_in_backward(
     whole_step = type(optimizer).step
 
     def step(parameter: nn.Parameter) -> None:
-        groups = optimizer.param_groups
-        group = next(g for g in groups if any(p is parameter for p in g["params"]))
-        optimizer.param_groups = [{**group, "params": [parameter]}]
-        try:
-            with learned(parameter):
-                whole_step(optimizer)
-        finally:
-            optimizer.param_groups = groups
+        with only(optimizer, parameter), learned(parameter):
+            whole_step(optimizer)
         parameter.grad = None
 
     for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
 """What a learning run shows while it runs: a bar, and one readable line a log."""
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import logging as hf_logging
 
 SHOWN = (
@@ -33,6 +33,13 @@ class RunProgress(ProgressCallback):
             return
         parts = [f"{label} {form.format(logs[key])}" for key, label, form in SHOWN if key in logs]
         self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Show a trainer's run this way and no other."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RunProgress())
 
 
 class quiet_bars:

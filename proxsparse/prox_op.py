@@ -43,7 +43,7 @@ _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}  # ROCm devices are called cuda to
 
 
 class ProxStats(NamedTuple):
-    """What one call of :func:`prox_op_` found, over the blocks of the weight."""
+    """What one call of ``prox_op_`` found, over the blocks of the weight."""
 
     blocks: int
     blocks_24: int  # blocks with at most two non-zeros afterwards
@@ -82,7 +82,7 @@ def prox_op_(
     seed: int = 0,
     kernel: str | None = None,
 ) -> ProxStats:
-    """Apply :func:`prox_op` to ``weight`` in place.
+    """Apply ``prox_op`` to ``weight`` in place.
 
     Args:
         weight: (..., I), any float dtype, any strides; overwritten. Solved in float32 (float64 for a float64 weight).
@@ -92,7 +92,7 @@ def prox_op_(
         stochastic: round bfloat16 results stochastically. A shrinkage below half a unit in the last
             place is lost by rounding to nearest, and survives on average this way.
         seed: of the rounding noise; give every call its own.
-        kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (:func:`kernel_for`).
+        kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (``kernel_for``).
 
     Returns:
         Counts of blocks, and of blocks that are 2:4 afterwards.
@@ -130,14 +130,14 @@ def prox_op(weight: Tensor, lambda_: float, *, scale: Tensor | None = None) -> T
     Args:
         weight: (..., I), any float dtype, I a multiple of 4; not modified. Solved in float32.
         lambda_: strength per call, >= 0, unit 1 / |weight|; not multiplied by the learning rate.
-        scale: (I,) positive, or None; see :func:`prox_op_`.
+        scale: (I,) positive, or None; see ``prox_op_``.
 
     Returns:
         Tensor of the shape and dtype of ``weight``. No entry grows or changes sign; the two largest of a
         block stay the two largest.
 
     Raises:
-        ValueError: see :func:`prox_op_`.
+        ValueError: see ``prox_op_``.
 
     Example:
         >>> prox_op(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), 0.25)

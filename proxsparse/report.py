@@ -7,9 +7,11 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from proxsparse.mask import Mask
@@ -55,7 +57,7 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> None:
-    """Picture of a run: loss, share of 2:4 blocks and mask churn over steps.
+    """Picture of a run: loss, share of 2:4 blocks, of all and by decoder block, and mask churn over steps.
 
     Args:
         history: the Trainer's log history.
@@ -63,7 +65,8 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     """
     logs = [entry for entry in history if "share_24" in entry]
     steps = [entry["step"] for entry in logs]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    axes = axes.flat
     figure.suptitle(title)
     kind = "kl" if logs and "kl" in logs[0] else "lm_loss"
     label = "KL to the dense model (nats)" if kind == "kl" else "language-model loss (nats)"
@@ -75,10 +78,20 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
     axes[2].plot(steps[1:], [100 * entry["mask_churn"] for entry in logs[1:]], color=RED)
     axes[2].set(title="mask entries changed since the last log (%)", ylim=(0, None))
-    for axis in axes:
-        axis.set_xlabel("step")
+    for axis in axes[:3]:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    layers = [(e["step"], e["share_24_by_layer"]) for e in logs if "share_24_by_layer" in e]
+    if layers:
+        shares = np.array([[np.nan if s is None else 100 * s for s in found] for _, found in layers]).T
+        edges = [layers[0][0] - 1, *(step for step, _ in layers)]
+        image = axes[3].pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, cmap="viridis", vmin=0)
+        axes[3].set(title="learned blocks already 2:4, by decoder block (%)", ylabel="decoder block")
+        axes[3].invert_yaxis()
+        axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes[3])
+    for axis in axes:
+        axis.set_xlabel("step")
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)

@@ -23,6 +23,13 @@ def total(values: Tensor, weight: Tensor) -> Tensor:
     return DTensor.from_local(values, weight.device_mesh, places, run_check=False).full_tensor()
 
 
+def settled(tensor: Tensor) -> Tensor:
+    """A tensor whose sum over processes is pending, summed; others as they are."""
+    if not isinstance(tensor, DTensor) or not any(place.is_partial() for place in tensor.placements):
+        return tensor
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+
+
 def matching_part(scale: Tensor, weight: Tensor) -> Tensor:
     """The part of a scale (I,) or (E, I) that belongs to the rows stored here: (I,) serves them all."""
     if scale.dim() == 1 or not isinstance(weight, DTensor):

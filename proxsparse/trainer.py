@@ -34,7 +34,7 @@ from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask, save_mask, sparsity_by_kind
 from proxsparse.masked import WeightSwaps
 from proxsparse.model import load_model
-from proxsparse.optim import StochasticAdamW, noise_seed, step_in_backward
+from proxsparse.optim import StochasticAdafactor, StochasticAdamW, noise_seed, step_in_backward
 from proxsparse.original import OriginalWeights
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable
@@ -73,8 +73,8 @@ class ProxSparseTrainer(SFTTrainer):
     Args:
         model: the pretrained model; its weights at this moment are the original weights W0.
         args: ProxSparseConfig.
-        train_dataset: a dataset with a column ``input_ids`` of windows of equal length.
         norms: name -> (I,) input norms, or None to measure them on the first training windows.
+        kwargs: of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
 
     Raises:
         UsageError: settings that exclude each other, or nothing to prune.
@@ -84,7 +84,7 @@ class ProxSparseTrainer(SFTTrainer):
     model: PreTrainedModel
 
     def __init__(
-        self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs
+        self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs: Any
     ):
         self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude)
         if args.train_only_pruned:
@@ -99,6 +99,7 @@ class ProxSparseTrainer(SFTTrainer):
         self._measured = self._scaled = False
         self._prox_seconds = self._step_seconds = 0.0
         self._blocks_24 = self._blocks = 0
+        self._shares: list[float | None] = []  # of 2:4 blocks, by decoder block
         self._teacher_logits: Tensor | None = None
         self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
@@ -142,6 +143,9 @@ class ProxSparseTrainer(SFTTrainer):
             if self.controllers:
                 self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
         self._blocks_24, self._blocks = counts.sum(0).tolist()
+        by_layer = counts.new_zeros(self.targets[-1].block + 1, 2)
+        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets], device=counts.device), counts)
+        self._shares = [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
         self._prox_seconds += time.perf_counter() - start
 
     def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
@@ -233,13 +237,17 @@ class ProxSparseTrainer(SFTTrainer):
             reshard(self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs and self._blocks:
+        learning = self.model.training and "loss" in logs and self._blocks
+        if learning:
             logs.update(self._progress())
         super().log(logs, start_time)
+        if learning:  # into the history only: reporters take no lists
+            entry: dict = self.state.log_history[-1]
+            entry["share_24_by_layer"] = self._shares
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self._choose_stochastic_optimizer()
+            self._choose_optimizer()
             optimizer = super().create_optimizer(model)
             if self.args.optim_in_backward:
                 step_in_backward(optimizer, self._learned)
@@ -279,25 +287,20 @@ class ProxSparseTrainer(SFTTrainer):
             for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
                 self.controllers[name].restore(state)
 
-    def _choose_stochastic_optimizer(self) -> None:
-        """AdamW that rounds stochastically, where weights are bfloat16 and the user did not ask for nearest."""
+    def _choose_optimizer(self) -> None:
+        """Adafactor is our own, and so is AdamW where bfloat16 weights are rounded stochastically."""
+        args = self.args
+        name = str(getattr(args.optim, "value", args.optim))
         low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in self.model.parameters())
-        if not low_precision or self.args.rounding != "stochastic":
-            return
-        if not str(self.args.optim.value if hasattr(self.args.optim, "value") else self.args.optim).startswith(
-            "adamw_torch"
-        ):
-            logger.warning(
-                "--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", self.args.optim
-            )
-            return
-        options = {
-            "lr": self.args.learning_rate,
-            "betas": (self.args.adam_beta1, self.args.adam_beta2),
-            "eps": self.args.adam_epsilon,
-            "seed": self.args.seed,
-        }
-        self.optimizer_cls_and_kwargs = (StochasticAdamW, options)
+        stochastic = low_precision and args.rounding == "stochastic"
+        options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+        if name == "adafactor":
+            self.optimizer_cls_and_kwargs = (StochasticAdafactor, options | {"stochastic": stochastic})
+        elif stochastic and name in ("adamw_torch", "adamw_torch_fused"):
+            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (StochasticAdamW, options)
+        elif stochastic:
+            logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", name)
 
     def _progress(self) -> dict[str, float]:
         """What the log shows beside the loss."""

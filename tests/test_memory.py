@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_llama
 from test_trainer import trainer
 from transformers import TrainerCallback
+from transformers.optimization import Adafactor
 
+from proxsparse.optim import StochasticAdafactor
 from proxsparse.original import OriginalWeights
 from proxsparse.prunable import find_prunable
 
@@ -36,6 +38,24 @@ def test_the_step_in_backward_gives_the_same_weights(tmp_path, tokenizer, method
     assert same(mask, fused_mask)
     assert same(weights, fused_weights)
     assert not same(weights, dict(tiny_llama().to(dtype).named_parameters()))  # it learned something
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adafactor_is_that_of_transformers(decay):
+    torch.manual_seed(0)
+    shapes = [(12, 8), (3, 8, 4), (7,)]
+    ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    fixed = {"scale_parameter": False, "relative_step": False}
+    pair = StochasticAdafactor(ours, 0.05, weight_decay=decay), Adafactor(theirs, 0.05, weight_decay=decay, **fixed)
+    for _ in range(20):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine) * torch.rand_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_never_exist_all_at_once(tmp_path, tokenizer):

@@ -184,7 +184,7 @@ def learn_mask(
     output_dir: Path | str,
     *,
     prior: dict[str, Tensor] | None = None,
-    **settings,
+    **settings: Any,
 ) -> Mask:
     """Learn a mask on calibration windows, one optimizer step a window.
 
@@ -235,7 +235,7 @@ def _claim(
     write_json(path, record)
 
 
-def one_shot_prior(model: PreTrainedModel, windows: Tensor, method, **options) -> dict[str, Tensor]:
+def one_shot_prior(model: PreTrainedModel, windows: Tensor, method: Any, **options: Any) -> dict[str, Tensor]:
     """Mask of a one-shot method for the original weights; the model's weights stay as they are.
 
     Args:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import HfArgumentParser, IntervalStrategy, PrinterCallback, ProgressCallback, set_seed
+from transformers import HfArgumentParser, IntervalStrategy, set_seed
 
 from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
 from proxsparse.config import METHODS, ProxSparseConfig
@@ -34,7 +34,7 @@ from proxsparse.model import (
     resolve_device,
     resolve_dtype,
 )
-from proxsparse.progress import RunProgress, quiet_bars
+from proxsparse.progress import quiet_bars, show_progress
 from proxsparse.record import git_commit, read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len
@@ -208,9 +208,7 @@ def build(run: LearnArguments, config: ProxSparseConfig):
     first = int(os.environ.get("RANK", "0")) == 0
     if first and not (out / "run.json").is_file():
         write_json(out / "run.json", record)
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunProgress())
+    show_progress(trainer)
     checkpoint = last_complete_checkpoint(out)
     if checkpoint and first:
         print(f"going on from {checkpoint}")
