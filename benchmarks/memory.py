@@ -44,16 +44,12 @@ SETTINGS: dict[str, dict] = {
     "paper, step in backward": {"method": "paper", "optim_in_backward": True},
     "paper, Adafactor": {"method": "paper", "optim": "adafactor"},
     "paper, Adafactor, step in backward": {"method": "paper", "optim": "adafactor", "optim_in_backward": True},
+    "masked, AdamW": {"optim": "adamw_torch_fused"},
+    "masked, AdamW in 8 bits": {"optim": "adamw_bnb_8bit"},
     "masked": {},
     "masked, W0 in its files": {"keep_base": "checkpoint"},
     "masked, W0 in its files, step in backward": {"keep_base": "checkpoint", "optim_in_backward": True},
-    "masked, W0 in its files, step in backward, 8-bit AdamW": {
-        "keep_base": "checkpoint", "optim_in_backward": True, "optim": "adamw_bnb_8bit"
-    },
-    "masked, W0 in its files, step in backward, Adafactor": {
-        "keep_base": "checkpoint", "optim_in_backward": True, "optim": "adafactor"
-    },
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,7 +52,9 @@ LEARNED: dict[str, str] = {
     "masked-weight": "--score weight",
     "masked-lm": "--distill 0",
     "masked-half": "--distill 0.5",
-    "masked-beta2-99": "--adam_beta2 0.99",
+    "masked-adamw": "--optim adamw_torch_fused",
+    "masked-adamw-nomomentum": "--optim adamw_torch_fused --adam_beta1 0",
+    "masked-adamw-beta2-99": "--optim adamw_torch_fused --adam_beta2 0.99",
     "masked-t2": "--temperature 2",
     # Steps from the paper's method towards the default.
     "paper-activation": "--method paper --score activation --relative true --lambda_value 0.02 --learning_rate 5e-4 "

@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${model_dir:?set model_dir to a checkpoint folder or Hub id}"
 : "${method:=paper}" "${dataset:=c4}" "${samples:=400}" "${ctx_len:=4096}" "${batch_size:=1}" "${seed:=42}"
 : "${lambda_value:=}" "${learning_rate:=}" "${project_lambda2:=0}" "${lambda2_value:=0}" "${epsilon:=0.1}"
+: "${accelerate_config:=}" # of accelerate launch, as script/accelerate/fsdp2.yaml
 : "${dtype:=auto}" "${device:=auto}" "${split:=all}" "${max_windows:=}" "${zero_shot:=0}"
 IFS=';' read -r -a texts <<<"${evaluation:=wikitext2;c4}" # separated by semicolons, so that paths may have spaces
 if [[ -z ${output_dir:-} ]]; then
@@ -38,7 +39,10 @@ measure=(--dataset "${texts[@]}" --split "$split" --ctx_len "${eval_ctx_len:-$ct
 # One process a GPU where there are several; CUDA_VISIBLE_DEVICES chooses.
 launch=("$python")
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-[[ $device != cpu ]] && ((gpus > 1)) && launch=("$python" -m accelerate.commands.launch --num_processes "$gpus")
+if [[ $device != cpu ]] && ((gpus > 1)); then
+    launch=("$python" -m accelerate.commands.launch --num_processes "$gpus")
+    [[ -n $accelerate_config ]] && launch+=(--config_file "$accelerate_config")
+fi
 
 # stage TITLE DONE COMMAND...: run a command unless the file DONE is there already, made by the same command.
 stage() {

@@ -122,6 +122,16 @@ def test_the_log_has_every_metric(tmp_path, tokenizer, method):
     assert logs[0]["regularizer"] > logs[-1]["regularizer"] > 0
 
 
+def test_reporters_get_the_metrics(tmp_path, tokenizer, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer(tmp_path / "run", tokenizer, report_to="tensorboard").train()
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert {"train/share_24", "train/mask_churn", "train/kl", "train/prox_share"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/share_24")) == STEPS
+
+
 def test_a_strong_lambda_ends_with_24_blocks_everywhere(tmp_path, tokenizer):
     runs = trainer(tmp_path, tokenizer, method="paper", lambda_value=20.0)
     runs.train()
