@@ -86,7 +86,8 @@ class NormStatistic:
 
     def add(self, expert: int | None, inputs: Tensor) -> None:
         place = ... if expert is None else expert
-        self.squares[place] += inputs.square().sum(0)
+        # A weight that is offloaded lies on the CPU, and its inputs do not.
+        self.squares[place] += inputs.square().sum(0).to(self.squares.device)
         self.tokens[place] += len(inputs)
 
     def norm(self) -> Tensor:

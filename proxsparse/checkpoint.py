@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -14,12 +15,25 @@ from proxsparse.record import read_json
 
 def checkpoint_folder(name: str, revision: str | None = None) -> Path | None:
     """Folder on this machine with a model's safetensors files: its own, or the Hub cache's; None: there is none."""
-    source, extra = model_source(name)
-    folder = Path(source)
-    if not folder.is_dir():
+    found = local_checkpoint(name)
+    if found is not None or Path(model_source(name)[0]).is_dir():
+        return found
+    try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    return folder if not extra and folder.is_dir() and shards(folder) else None  # a GGUF file lies in a folder too
+    except HFValidationError:  # no Hub id
+        return None
+    return _with_shards(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """The checkpoint folder that a model's name is, with safetensors files; None: it is another kind of name."""
+    source, extra = model_source(name)
+    return None if extra else _with_shards(Path(source))  # a GGUF file lies in a folder too
+
+
+def _with_shards(folder: Path) -> Path | None:
+    files = shards(folder) if folder.is_dir() else []
+    return folder if files and all(file.is_file() for file in files) else None
 
 
 def shards(folder: Path) -> list[Path]:

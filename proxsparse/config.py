@@ -183,6 +183,14 @@ class ProxSparseConfig(SFTConfig):
                 f"--optim_in_backward has no gradient to accumulate in: --gradient_accumulation_steps must be 1; got "
                 f"{self.gradient_accumulation_steps}."
             )
+        again = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)  # two names of one setting
+        if self.optim_in_backward and any(isinstance(k, dict) and k.get("use_reentrant") for k in again):
+            raise UsageError("--optim_in_backward needs checkpointing that does not re-enter: leave use_reentrant out.")
+        if self.optim_in_backward and self.max_grad_norm not in (None, 0.0, 1.0):  # 1 is the Trainer's default
+            raise UsageError(
+                f"--optim_in_backward can't clip by the norm of all gradients: --max_grad_norm must be 0; got "
+                f"{self.max_grad_norm}."
+            )
         if self.optim_in_backward and self.fp16:
             raise UsageError("--optim_in_backward needs no loss scaling: use --bf16 true in place of --fp16 true.")
         if self.norm_samples < 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.checkpoint import checkpoint_folder, shards, tensor_readers
+from proxsparse.checkpoint import local_checkpoint, shards, tensor_readers
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, crowded
 from proxsparse.model import load_config
@@ -33,10 +33,10 @@ def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         tokenizer.save_pretrained(scratch)
 
 
-def targets_of(name: str, trust_remote_code: bool = False) -> dict[str, Prunable]:
+def targets_of(name: str, trust_remote_code: bool = False, revision: str | None = None) -> dict[str, Prunable]:
     """Prunable weights of a checkpoint by name, from its configuration alone: no weights are read."""
     with torch.device("meta"):
-        config = load_config(name, trust_remote_code=trust_remote_code)
+        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {target.name: target for target in find_prunable(model, multiple=1)}
 
@@ -54,7 +54,7 @@ def stream_pruned(name: str, mask: Mask, folder: Path | str, trust_remote_code: 
     Raises:
         UsageError: the mask has other shapes than the weights.
     """
-    source = checkpoint_folder(name)
+    source = local_checkpoint(name)
     if source is None or not set(mask.tensors) <= set(tensor_readers(source)):
         return False
     targets = targets_of(name, trust_remote_code)
@@ -152,7 +152,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _folder(name: str, argument: str) -> Path:
-    folder = checkpoint_folder(name)
+    folder = local_checkpoint(name)
     if folder is None:
         raise UsageError(f"--{argument} must be a checkpoint folder with safetensors files; got {name}.")
     return folder

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from proxsparse.kernels.eager import round_stochastically
 from proxsparse.sharding import local, settled
@@ -26,14 +27,17 @@ class _Stochastic(torch.optim.Optimizer):
 
     def _number_weights(self, seed: int, stochastic: bool = True) -> None:
         self.seed, self.stochastic = seed, stochastic
-        self._places: dict[Tensor, int] = {}
+        self._places, self._numbered = WeakTensorKeyDictionary(), 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._place(parameter)
 
     def _place(self, parameter: Tensor) -> int:
-        """Number of a weight; FSDP2 brings new ones in the place of the old."""
-        return self._places.setdefault(parameter, len(self._places) + 1)
+        """Number of a weight; FSDP2 brings new ones in the place of the old, which must be free to go."""
+        if parameter not in self._places:
+            self._numbered += 1
+            self._places[parameter] = self._numbered
+        return self._places[parameter]
 
     def _store(self, value: Tensor, parameter: Tensor, step: int) -> None:
         """Write a float32 value into a weight: bfloat16 is rounded stochastically, others to nearest."""

@@ -37,7 +37,8 @@ OPTIMIZER_BYTES = {
     "sgd": (0.0, 0.0),
 }
 STOCHASTIC_BYTES = 6.0  # bfloat16 first moment, float32 second
-STOCHASTIC_COPIES = 6  # float32 copies of one weight while it is stepped and rounded
+# Float32 copies of one weight while it is stepped: rounded stochastically, or by Adafactor in float32.
+STOCHASTIC_COPIES, ADAFACTOR_COPIES = 6, 3
 PROCESS_BYTES = 64 * 2**20  # what the libraries allocate while they train, measured on tiny models
 
 # Dimensions of the models that the recipes name, from their published config.json files: a plan needs no network.
@@ -158,8 +159,7 @@ def plan_learning(
     parts["gradients or activations"] = max(gradients, activations + logits)
     if config.gradient_accumulation_steps > 1:
         parts["gradients or activations"] = gradients + activations + logits
-    stochastic = _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES
-    parts["working memory"] = PROCESS_BYTES + 4 * largest * STOCHASTIC_COPIES * stochastic
+    parts["working memory"] = PROCESS_BYTES + 4 * largest * _step_copies(config, dtype) / parts_of
     if sharded:
         # The block at work, the next one, and the gradient of one; what is not in blocks stays gathered.
         parts["gathered weights"] = (3 * block + sum(embeddings.values())) * compute.itemsize
@@ -175,15 +175,21 @@ def _ends(model: PreTrainedModel) -> list:
 
 
 def _optimizer_bytes(config: ProxSparseConfig, dtype: torch.dtype) -> float:
-    name = str(getattr(config.optim, "value", config.optim))
-    if (
-        dtype == torch.bfloat16
-        and config.rounding == "stochastic"
-        and name.startswith("adamw_torch")
-        and "bit" not in name
-    ):
+    name = _optimizer(config)
+    if dtype == torch.bfloat16 and config.rounding == "stochastic" and name in ("adamw_torch", "adamw_torch_fused"):
         return STOCHASTIC_BYTES
     return OPTIMIZER_BYTES.get(name, OPTIMIZER_BYTES["adamw_torch"])[dtype != torch.float32]
+
+
+def _step_copies(config: ProxSparseConfig, dtype: torch.dtype) -> int:
+    name = _optimizer(config)
+    if dtype == torch.bfloat16 and (name == "adafactor" or _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES):
+        return STOCHASTIC_COPIES
+    return ADAFACTOR_COPIES if name == "adafactor" else 0
+
+
+def _optimizer(config: ProxSparseConfig) -> str:
+    return str(getattr(config.optim, "value", config.optim))
 
 
 def _activations(

@@ -4,6 +4,8 @@ FSDP2 splits a weight along its first dimension, so a process holds whole rows o
 row more, or none at all), and the operator needs no communication. Everything here does nothing to a plain tensor.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -13,6 +15,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor stored in this process: the tensor itself, or the local shard of a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_number(weight: Tensor) -> int:
+    """Which part of a weight this process stores: 0 of a plain tensor; replicas of a part have its number."""
+    number = 0
+    if isinstance(weight, DTensor):
+        places: Sequence[int] = weight.device_mesh.get_coordinate() or ()
+        for dim, (place, sharding) in enumerate(zip(places, weight.placements, strict=True)):
+            number = number * weight.device_mesh.size(dim) + place if sharding.is_shard() else number
+    return number
 
 
 def total(values: Tensor, weight: Tensor) -> Tensor:

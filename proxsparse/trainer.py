@@ -40,7 +40,7 @@ from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, read_json, write_json
 from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
-from proxsparse.sharding import local, matching_part, reshard, total
+from proxsparse.sharding import local, matching_part, reshard, shard_number, total
 
 logger = logging.getLogger(__name__)
 NORMS_FILE = "input_norms.safetensors"
@@ -108,8 +108,6 @@ class ProxSparseTrainer(SFTTrainer):
             self._measure_original()
         self.add_callback(ProxCallback(self._proximal_step))
         complete_checkpoints(self, self._add_to_checkpoint)
-        prox_op_(self.targets[0].weight.detach().flatten()[:4].clone(), 1.0)  # compile now, not in the first step
-        logger.info("proximal operator: kernel '%s', %d weights", kernel_for(self.targets[0].weight), len(self.targets))
 
     def mask(self) -> Mask:
         """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
@@ -133,7 +131,7 @@ class ProxSparseTrainer(SFTTrainer):
                     self._strength(target, step, max_steps),
                     scale=None if self.norms is None else self.norms[target.name],
                     stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
-                    seed=noise_seed(self.args.seed + 1 + self.args.process_index, step, place),
+                    seed=noise_seed(self.args.seed + 1 + shard_number(target.weight), step, place),
                 )
             except ValueError as error:
                 raise RunError(f"{target.name} at step {step + 1}: {error} {self._last_checkpoint()}") from error
@@ -349,21 +347,27 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _refuse_unsupported(self) -> None:
         args = self.args
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self.is_deepspeed_enabled:
             raise UsageError(
                 "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks "
                 "of four. Use FSDP2: accelerate launch --config_file script/accelerate/fsdp2.yaml ..."
             )
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
             raise UsageError(
                 "FSDP1 flattens weights, so that rows are cut through; set fsdp_version: 2, as in "
                 "script/accelerate/fsdp2.yaml."
             )
         if self.is_fsdp_enabled and args.keep_base == "checkpoint":
             raise UsageError("--keep_base checkpoint reads whole weights; under FSDP use device or cpu.")
-        if args.optim_in_backward and args.world_size > 1:
+        if args.optim_in_backward and (args.world_size > 1 or self.is_fsdp_enabled):
             raise UsageError(
-                "--optim_in_backward steps before gradients of several processes are averaged; use one process."
+                "--optim_in_backward steps before gradients of several processes are averaged; use one process, and no "
+                "FSDP."
+            )
+        if plugin is not None and args.project_lambda2 and not plugin.reshard_after_forward:
+            raise UsageError(
+                "--project_lambda2 1 needs the shards while the loss is computed: set fsdp_reshard_after_forward: true."
             )
 
     def _measure_original(self) -> None:
@@ -387,6 +391,9 @@ class ProxSparseTrainer(SFTTrainer):
             self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms, args.offload_learned)
         if args.relative or args.auto_lambda:
             self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
+        weight = self.targets[0].stored
+        prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
+        logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
         if args.auto_lambda:
             self.controllers = {t.name: ShareController(args.target_share) for t in self.targets}
 

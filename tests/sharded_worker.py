@@ -5,6 +5,7 @@
 accelerate enables FSDP on accelerators only; here it is told that it has one. All else is what users run.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ plain_init = AcceleratorState.__init__
 
 
 def init(self, *args, **kwargs):
-    if not AcceleratorState._shared_state and PartialState._shared_state:
+    if "ACCELERATE_USE_FSDP" in os.environ and not AcceleratorState._shared_state and PartialState._shared_state:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plain_init(self, *args, **kwargs)
 
@@ -28,12 +29,24 @@ from proxsparse.commands import learn  # noqa: E402
 plain_measure = trainer.ProxSparseTrainer._measure_original
 
 
+plain_mask = trainer.ProxSparseTrainer.mask
+
+
 def measure(self):
     plain_measure(self)
-    assert type(self.targets[0].weight).__name__ == "DTensor"  # or the test would compare two ordinary runs
+    sharded = "ACCELERATE_USE_FSDP" in os.environ
+    assert (type(self.targets[0].weight).__name__ == "DTensor") == sharded  # or the test would compare ordinary runs
+
+
+def mask(self):
+    digest = hashlib.sha256(b"".join(t.stored.float().numpy().tobytes() for t in self.targets)).hexdigest()
+    sys.stdout.write(f"WEIGHTS {os.environ['RANK']} {digest}\n")
+    sys.stdout.flush()
+    return plain_mask(self)
 
 
 trainer.ProxSparseTrainer._measure_original = measure
+trainer.ProxSparseTrainer.mask = mask
 for flags in json.loads(sys.argv[1]):
     code = learn.main(flags)
     if os.environ["RANK"] == "0":

@@ -339,6 +339,11 @@ def test_evaluation_measures_the_masked_original_weights(tmp_path, tokenizer):
             "--gradient_accumulation_steps must be 1; got 2",
         ),
         ({"optim_in_backward": True, "fp16": True}, "use --bf16 true in place of --fp16 true"),
+        ({"optim_in_backward": True, "max_grad_norm": 0.5}, "--max_grad_norm must be 0; got 0.5"),
+        (
+            {"optim_in_backward": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "leave use_reentrant out",
+        ),
         ({"method": "paper", "distill": 1.0}, "--distill needs the dense model.*give --train_only_pruned true too"),
         ({"norm_samples": 0}, "--norm_samples must be at least 1; got 0"),
         ({"include": "("}, "--include must be a regular expression, got '\\('"),

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.form == "mask":
         write_mask(mask, to)
     elif args.form == "npz":
-        save_npz(mask, targets_of(args.model, args.trust_remote_code), to)
+        save_npz(mask, targets_of(args.model, args.trust_remote_code, args.revision), to)
     elif args.form != "dense" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         model, tokenizer = load_model(args.model, **options), load_tokenizer(args.model, **options)

@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     checkpoint, run = locate(args.checkpoint)
     settings = read_json(run / "run.json")["settings"] if (run / "run.json").is_file() else {}
-    if (checkpoint / ZEROS_FILE).is_file():  # of a sharded run, which has taken the mask from its shards itself
+    sharded = (checkpoint / ZEROS_FILE).is_file()
+    if sharded and (args.include or args.exclude):
+        raise UsageError(
+            "--include and --exclude: the mask of a sharded run is extracted while it learns; give them there."
+        )
+    if sharded:  # the run has taken the mask from its shards itself
         mask, shares = load_mask(checkpoint / MASK_FILE), read_json(checkpoint / ZEROS_FILE)
     else:
         include, exclude = args.include or settings.get("include"), args.exclude or settings.get("exclude")
@@ -76,7 +81,7 @@ def extract(
 def locate(folder: str) -> tuple[Path, Path]:
     """(checkpoint, folder of its run) of either."""
     path = existing_folder(folder, "checkpoint")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ZEROS_FILE).is_file():
         return path, path.parent if (path.parent / "run.json").is_file() else path
     checkpoint = last_complete_checkpoint(path)
     if checkpoint is None:

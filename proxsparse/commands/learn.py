@@ -191,7 +191,7 @@ def build(run: LearnArguments, config: ProxSparseConfig):
         trust_remote_code=config.trust_remote_code,
     )
     if model.dtype == torch.float16:
-        logger.info("float16 weights are learned in bfloat16: AdamW's second moments underflow in float16")
+        logger.info("float16 weights are learned in bfloat16: second moments underflow in float16")
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     check_ctx_len(run.ctx_len, model.config)
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
@@ -233,10 +233,11 @@ def refuse_another_run(out: Path, record: dict) -> None:
     if not (out / "run.json").is_file():
         return
     decisive = [f.name for f in dataclasses.fields(LearnArguments)]
-    decisive += [name for name in ProxSparseConfig.__annotations__ if not name.startswith("logging")]
+    where = ("keep_base", "offload_learned")  # a run that ran out of memory goes on with others
+    decisive += [n for n in ProxSparseConfig.__annotations__ if not n.startswith("logging") and n not in where]
     decisive += ["learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps"]
     before, now = read_json(out / "run.json")["settings"], record["settings"]
-    changed = [n for n in decisive if before.get(n) != now[n]]
+    changed = [n for n in decisive if n in before and before[n] != now[n]]
     if changed:
         n = changed[0]
         raise UsageError(

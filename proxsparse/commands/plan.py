@@ -93,7 +93,7 @@ def compare_with_this_machine(plan: Plan, on_cpu: bool) -> None:
         print(
             f"note: {device} has {available / GIB:.1f} GiB, less than this needs. What helps, in this order: "
             "--activation_checkpointing true, --dtype bfloat16, --keep_base checkpoint, --optim_in_backward true, "
-            "--optim adamw_bnb_8bit (with bitsandbytes) or adafactor, a shorter --ctx_len, several GPUs with FSDP2."
+            "--optim adafactor (which masked has by default), a shorter --ctx_len, several GPUs with FSDP2."
         )
 
 
