@@ -1,4 +1,4 @@
-"""One process of sharded runs on the CPU: end-to-end/main.py's command under torchrun, once for each list of flags.
+"""One process of runs in several processes on the CPU: end-to-end/main.py's command, once for each list of flags.
 
     torchrun --nproc_per_node 2 sharded_worker.py '[["--model", ...], ...]'
 
@@ -12,43 +12,48 @@ import sys
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-plain_init = AcceleratorState.__init__
+from proxsparse.commands import learn
+from proxsparse.trainer import ProxSparseTrainer
+
+SHARDED = "ACCELERATE_USE_FSDP" in os.environ
 
 
-def init(self, *args, **kwargs):
-    if "ACCELERATE_USE_FSDP" in os.environ and not AcceleratorState._shared_state and PartialState._shared_state:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    plain_init(self, *args, **kwargs)
-
-
-AcceleratorState.__init__ = init
-
-from proxsparse import trainer  # noqa: E402
-from proxsparse.commands import learn  # noqa: E402
-
-plain_measure = trainer.ProxSparseTrainer._measure_original
-
-
-plain_mask = trainer.ProxSparseTrainer.mask
-
-
-def measure(self):
-    plain_measure(self)
-    sharded = "ACCELERATE_USE_FSDP" in os.environ
-    assert (type(self.targets[0].weight).__name__ == "DTensor") == sharded  # or the test would compare ordinary runs
-
-
-def mask(self):
-    digest = hashlib.sha256(b"".join(t.stored.float().numpy().tobytes() for t in self.targets)).hexdigest()
-    sys.stdout.write(f"WEIGHTS {os.environ['RANK']} {digest}\n")
+def say(line):
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-    return plain_mask(self)
 
 
-trainer.ProxSparseTrainer._measure_original = measure
-trainer.ProxSparseTrainer.mask = mask
-for flags in json.loads(sys.argv[1]):
-    code = learn.main(flags)
-    if os.environ["RANK"] == "0":
-        sys.stdout.write(f"EXIT {code}\n")
-        sys.stdout.flush()
+def allow_fsdp_on_the_cpu():
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        if SHARDED and not AcceleratorState._shared_state and PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        plain(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = init
+
+
+def watch_the_trainer():
+    """Make sure that weights are sharded, or the test would compare ordinary runs; and say what each process holds."""
+    measure_original, mask = ProxSparseTrainer._measure_original, ProxSparseTrainer.mask
+
+    def measure_and_check(self):
+        measure_original(self)
+        assert (type(self.targets[0].weight).__name__ == "DTensor") == SHARDED
+
+    def mask_and_say(self):
+        weights = b"".join(t.stored.float().numpy().tobytes() for t in self.targets)
+        say(f"WEIGHTS {os.environ['RANK']} {hashlib.sha256(weights).hexdigest()}")
+        return mask(self)
+
+    ProxSparseTrainer._measure_original, ProxSparseTrainer.mask = measure_and_check, mask_and_say
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_the_cpu()
+    watch_the_trainer()
+    for flags in json.loads(sys.argv[1]):
+        code = learn.main(flags)
+        if os.environ["RANK"] == "0":
+            say(f"EXIT {code}")
