@@ -6,6 +6,7 @@ The paper's method and this project's default differ only in the values of these
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from proxsparse.errors import UsageError
@@ -67,7 +68,9 @@ class ProxSparseConfig(SFTConfig):
     save_total_limit: int | None = 2
     seed: int = 42
     learning_rate: float = field(default=UNSET, metadata={"help": "the peak learning rate"})
-    optim: str = field(default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"})
+    optim: OptimizerNames | str = field(
+        default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"}
+    )
     adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
 
