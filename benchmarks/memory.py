@@ -4,7 +4,7 @@
     python benchmarks/memory.py --hidden_size 1024   larger
 
 A Llama of random weights, windows of 32 tokens, three steps; every row in a process of its own. Counted is anonymous
-memory above what the process holds before it loads the model, sampled every 2 ms: pages of files that are mapped
+memory above what the process holds before it loads the model, sampled every ms: pages of files that are mapped
 (--keep_base checkpoint reads weights from them) can be dropped at any time, and are given in a column of their own.
 glibc is told to give every freed block back (MALLOC_MMAP_THRESHOLD_), or its heap's holes would be counted too.
 """
@@ -14,11 +14,9 @@ import ctypes
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -35,6 +33,9 @@ from proxsparse.plan import plan_learning
 from proxsparse.prunable import find_prunable
 from proxsparse.record import git_commit, versions, write_json
 from proxsparse.trainer import ProxSparseTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from peaks import Sampler, status
 
 CTX_LEN, STEPS = 32, 3
 PLAIN = "plain loop"
@@ -155,35 +156,6 @@ def tokenizer():
 
     words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
-
-
-class Sampler(threading.Thread):
-    """Peaks of anonymous and of mapped memory of this process while the block runs."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.anonymous = self.files = 0
-        self._stop_sampling = threading.Event()
-
-    def run(self):
-        while not self._stop_sampling.wait(0.002):
-            self.anonymous = max(self.anonymous, status("RssAnon"))
-            self.files = max(self.files, status("RssFile"))
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *error):
-        self._stop_sampling.set()
-        self.join()
-
-
-def status(field: str) -> int:
-    """Bytes of one field of /proc/self/status."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def show(rows: list[dict]) -> None:

@@ -5,19 +5,26 @@ Shapes: I = in_features; E = experts; T = tokens.
 """
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.prunable import Prunable
+from proxsparse.record import atomic_path
 from proxsparse.sharding import reshard
 
+NORMS_FILE = "input_norms.safetensors"
 Visit = Callable[[Prunable, int | None, Tensor], None]
 
 
@@ -126,3 +133,32 @@ def input_norms(
     reshard(model)
     model.train(training)
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
+
+
+def stored_norms(
+    path: Path, model: PreTrainedModel, targets: list[Prunable], windows: Tensor, *, first: bool = True
+) -> dict[str, Tensor]:
+    """Input norms that are measured once and kept in a file, so that a resumed run has the same.
+
+    Args:
+        path: of the file; it is read where it exists.
+        first: whether this process is the one that shows progress and writes.
+
+    Raises:
+        UsageError: the file was measured on another model or text.
+    """
+    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    origin = {"model": str(model.config._name_or_path), "text": text}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("origin", "{}"))
+        if found != origin:
+            what = "text" if found.get("model") == origin["model"] else "model"
+            raise UsageError(f"{path} was measured on another {what}: give another --output_dir, or delete it.")
+        return load_file(path)
+    norms = input_norms(model, targets, windows, progress="input norms" if first else None)
+    if first:
+        with atomic_path(path) as scratch:
+            # One entry: safetensors writes several in random order.
+            save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
+    return norms

@@ -84,18 +84,33 @@ def save_compact(
         state[f"{target.name}.values"] = values.contiguous()
         state[f"{target.name}.positions"] = pack_positions(positions).contiguous()
         shapes[target.name] = {"rows": list(rows.shape), "in_dim": target.in_dim}
-    for tied in model.all_tied_weights_keys or {}:
-        state.pop(tied, None)
-    with quiet_bars(), atomic_path(folder) as scratch:
-        scratch.mkdir()
-        save_torch_state_dict(
-            state, scratch, filename_pattern="compact{suffix}.safetensors", max_shard_size=max_shard_size
-        )
-        model.config.save_pretrained(scratch)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    with atomic_path(folder) as scratch:
+        save_tensors(state, model, tokenizer, scratch, "compact", max_shard_size)
         write_json(scratch / INDEX, {"format": FORMAT, "weights": shapes, "versions": versions()})
+
+
+def save_tensors(
+    state: dict[str, Tensor],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    stem: str = "model",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a new folder: tensors in shards STEM*.safetensors, and the model's configurations and tokenizer.
+
+    Args:
+        state: name -> tensor; tied weights are left out.
+    """
+    folder.mkdir()
+    state = {name: tensor for name, tensor in state.items() if name not in (model.all_tied_weights_keys or {})}
+    with quiet_bars():
+        pattern = stem + "{suffix}.safetensors"
+        save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def is_compact(folder: Path | str) -> bool:

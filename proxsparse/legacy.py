@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from proxsparse.compact import save_tensors
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, crowded
-from proxsparse.progress import quiet_bars
 from proxsparse.prox_op import top2_mask
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import atomic_path, read_json, write_json
@@ -44,8 +43,6 @@ def save_sparse24(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         state[f"{prefix}.bitmask"] = torch.from_numpy(bits)
         state[f"{prefix}.shape"] = torch.tensor(rows.shape).view(-1, 1)
         pruned.add(prefix)
-    for tied in model.all_tied_weights_keys or {}:
-        state.pop(tied, None)
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in pruned]
     sparsity = {
         "format": "sparse-24-bitmask",
@@ -55,16 +52,11 @@ def save_sparse24(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         "ignore": others,
         "registry_requires_subclass": False,
     }
-    with quiet_bars(), atomic_path(folder) as scratch:
-        scratch.mkdir()
-        save_torch_state_dict(state, scratch, filename_pattern="model{suffix}.safetensors")
-        model.config.save_pretrained(scratch)
+    with atomic_path(folder) as scratch:
+        save_tensors(state, model, tokenizer, scratch)
         settings = read_json(scratch / "config.json")
         settings["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
         write_json(scratch / "config.json", settings)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
 
 
 def save_npz(mask: Mask, targets: dict[str, Prunable], folder: Path | str) -> None:

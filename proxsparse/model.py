@@ -78,7 +78,9 @@ def model_source(name: str) -> tuple[str, dict]:
             raise UsageError(f"--model: the folder {name} has no config.json, so it is not a checkpoint.")
         _refuse_escaping_shards(path)
         return name, {}
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    # A name below a folder that is there is a path, mistyped; asking the Hub would take long and explain nothing.
+    below = len(path.parts) > 1 and path.parent.is_dir()
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or below:
         raise UsageError(f"--model: there is no folder {name}.")
     return name, {}
 
@@ -188,9 +190,13 @@ class _clear_errors:
     def __init__(self, name: str):
         self.name = name
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        self.hub = logging.getLogger("huggingface_hub")
+        self.level = self.hub.level
+        self.hub.setLevel(logging.ERROR)  # it would tell of every attempt to connect; one sentence follows anyway
 
     def __exit__(self, kind, error, trace) -> None:
+        self.hub.setLevel(self.level)
         if error is None or isinstance(error, (UsageError, RunError)):
             return
         chain: list[BaseException] = []

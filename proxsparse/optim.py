@@ -1,8 +1,8 @@
 """Optimizer steps: bfloat16 weights that learn, and gradients that never exist all at once.
 
-Stochastic optimizers compute the update in float32 and round it stochastically. bfloat16 has eight significant bits, so
-a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it, every time.
-Rounded stochastically it survives on average, at no extra memory.
+Updates are computed in float32, and what goes into bfloat16 is rounded stochastically. bfloat16 has eight significant
+bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it,
+every time. Rounded stochastically it survives on average, at no extra memory.
 """
 
 import contextlib
@@ -18,14 +18,18 @@ from proxsparse.kernels.eager import round_stochastically
 from proxsparse.sharding import local, settled
 
 
-class _Stochastic(torch.optim.Optimizer):
-    """What the stochastic optimizers share. The noise of a step depends on the seed, the step and the weight's place
-    only, so that a resumed run repeats it."""
+class _Rounded(torch.optim.Optimizer):
+    """Steps weights one by one in float32, and rounds what is stored in bfloat16.
 
-    seed: int
-    stochastic: bool
+    Args:
+        params, defaults: as in torch.optim.Optimizer.
+        seed: of the rounding noise. The noise of a step depends on the seed, the step and the weight's place only, so
+            that a resumed run repeats it.
+        stochastic: False rounds to nearest.
+    """
 
-    def _number_weights(self, seed: int, stochastic: bool = True) -> None:
+    def __init__(self, params, defaults: dict, seed: int, stochastic: bool):
+        super().__init__(params, defaults)
         self.seed, self.stochastic = seed, stochastic
         self._places, self._numbered = WeakTensorKeyDictionary(), 0
         for group in self.param_groups:
@@ -75,7 +79,7 @@ class _Stochastic(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
 
-class StochasticAdamW(_Stochastic):
+class StochasticAdamW(_Rounded):
     """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
 
     The first moment is kept in the weights' dtype. The second is float32: its steps are a thousandth of it, which
@@ -89,8 +93,8 @@ class StochasticAdamW(_Stochastic):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self._number_weights(seed)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, seed, stochastic=True)
 
     def _step_one(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -111,12 +115,12 @@ class StochasticAdamW(_Stochastic):
         self._store(value, parameter, step)
 
 
-class StochasticAdafactor(_Stochastic):
-    """Adafactor without momentum and with a given learning rate, with stochastic rounding of bfloat16 weights.
+class Adafactor(_Rounded):
+    """Adafactor without momentum and with a given learning rate; bfloat16 weights are rounded stochastically.
 
     As transformers' with ``scale_parameter=False, relative_step=False``, which it equals on float32 weights; this one
     takes shards (DTensor) too. A weight's second moments are one number a row and one a column, so that it costs no
-    memory.
+    memory. A float32 gradient is used up: the update is made in its place.
 
     Args:
         params, lr, weight_decay: as in torch.optim.AdamW.
@@ -129,8 +133,7 @@ class StochasticAdafactor(_Stochastic):
     DECAY, CLIP, EPSILON = -0.8, 1.0, 1e-30
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, seed: int = 0, stochastic: bool = True):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self._number_weights(seed, stochastic)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed, stochastic)
 
     def _step_one(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -149,7 +152,8 @@ class StochasticAdafactor(_Stochastic):
         size = settled(update.square().mean()).sqrt()
         update.mul_(group["lr"] / (size / self.CLIP).clamp(min=1.0))
         value = parameter.float()
-        value = value.mul(1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else value
+        if group["weight_decay"]:
+            value = value * (1 - group["lr"] * group["weight_decay"])
         self._store(value - update, parameter, step)
 
     @staticmethod

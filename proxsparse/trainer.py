@@ -10,40 +10,34 @@ Three things are added, none by copying the Trainer: a callback applies the oper
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from proxsparse.activations import input_norms
+from proxsparse.activations import NORMS_FILE, stored_norms
 from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.feedback import ShareController
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask, save_mask, sparsity_by_kind
-from proxsparse.masked import WeightSwaps
 from proxsparse.model import load_model
-from proxsparse.optim import StochasticAdafactor, StochasticAdamW, noise_seed, step_in_backward
+from proxsparse.optim import Adafactor, StochasticAdamW, noise_seed, step_in_backward
 from proxsparse.original import OriginalWeights
 from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
 from proxsparse.prunable import Prunable, find_prunable
-from proxsparse.record import atomic_path, read_json, write_json
+from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
 from proxsparse.sharding import local, matching_part, reshard, shard_number, total
+from proxsparse.swaps import WeightSwaps
 
 logger = logging.getLogger(__name__)
-NORMS_FILE = "input_norms.safetensors"
 MASK_FILE, ZEROS_FILE = "mask.safetensors", "zeros.json"  # in checkpoints of sharded runs
 CONTROLLERS_FILE = "auto_lambda.json"
 
@@ -98,8 +92,7 @@ class ProxSparseTrainer(SFTTrainer):
         self._rms: dict[str, tuple[float, float]] = {}
         self._measured = self._scaled = False
         self._prox_seconds = self._step_seconds = 0.0
-        self._blocks_24 = self._blocks = 0
-        self._shares: list[float | None] = []  # of 2:4 blocks, by decoder block
+        self._counts: Tensor | None = None  # (weights, 2): 2:4 blocks and blocks of each, after the last step
         self._teacher_logits: Tensor | None = None
         self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
@@ -120,7 +113,7 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _proximal_step(self, step: int, max_steps: int) -> None:
         start = time.perf_counter()
-        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)  # 2:4 blocks and blocks of every weight
+        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)
         for place, target in enumerate(self.targets):
             weight = target.stored
             if not weight.numel():  # an empty shard
@@ -140,10 +133,7 @@ class ProxSparseTrainer(SFTTrainer):
         for target, (blocks_24, blocks) in zip(self.targets, counts.tolist(), strict=True):
             if self.controllers:
                 self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
-        self._blocks_24, self._blocks = counts.sum(0).tolist()
-        by_layer = counts.new_zeros(self.targets[-1].block + 1, 2)
-        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets], device=counts.device), counts)
-        self._shares = [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
+        self._counts = counts
         self._prox_seconds += time.perf_counter() - start
 
     def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
@@ -158,9 +148,12 @@ class ProxSparseTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
-        if self.args.distill:
-            self._teacher_logits = self._dense_logits(model, inputs)
-        with self._masked():
+        with self.swaps.away() if self.swaps else contextlib.nullcontext():
+            if self.swaps and self.args.distill:
+                self.swaps.put_original()
+                self._teacher_logits = self._logits(model, inputs)
+            if self.swaps:
+                (self.swaps.put_masked if self.args.masked_forward else self.swaps.put_learned)()
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._teacher_logits = None
         self._step_seconds += time.perf_counter() - start
@@ -214,11 +207,10 @@ class ProxSparseTrainer(SFTTrainer):
         return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
 
     @torch.no_grad()
-    def _dense_logits(self, model, inputs) -> Tensor:
-        """Logits of the original weights for the same batch, on (B * (T - 1), V)."""
+    def _logits(self, model, inputs) -> Tensor:
+        """Logits of the weights as they are for the same batch, on (B * (T - 1), V)."""
         inputs = self._prepare_inputs(inputs)
-        assert self.swaps is not None
-        with self.swaps.dense(), self.compute_loss_context_manager():
+        with self.compute_loss_context_manager():
             model.eval()
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
             model.train()
@@ -226,22 +218,27 @@ class ProxSparseTrainer(SFTTrainer):
 
     # Evaluation, logging, checkpoints
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's would call the run a fine-tuned model. The product is a mask; exports have a card of their own."""
+
     def evaluate(self, *args, **kwargs):
         """Evaluate what will be deployed: the original weights under the current mask, where they are at hand."""
-        try:
-            with self._masked():
-                return super().evaluate(*args, **kwargs)
-        finally:
-            reshard(self.model)
+        masked = self.swaps if self.args.masked_forward else None
+        with masked.away() if masked else contextlib.nullcontext():
+            if masked:
+                masked.put_masked()
+            found = super().evaluate(*args, **kwargs)
+        reshard(self.model)
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        learning = self.model.training and "loss" in logs and self._blocks
-        if learning:
-            logs.update(self._progress())
+        counts = self._counts if self.model.training and "loss" in logs else None
+        if counts is not None:
+            logs.update(self._progress(counts))
         super().log(logs, start_time)
-        if learning:  # into the history only: reporters take no lists
+        if counts is not None:  # into the history only: reporters take no lists
             entry: dict = self.state.log_history[-1]
-            entry["share_24_by_layer"] = self._shares
+            entry["share_24_by_layer"] = self._share_by_layer(counts)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -293,14 +290,14 @@ class ProxSparseTrainer(SFTTrainer):
         stochastic = low_precision and args.rounding == "stochastic"
         options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
         if name == "adafactor":
-            self.optimizer_cls_and_kwargs = (StochasticAdafactor, options | {"stochastic": stochastic})
+            self.optimizer_cls_and_kwargs = (Adafactor, options | {"stochastic": stochastic})
         elif stochastic and name in ("adamw_torch", "adamw_torch_fused"):
             options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
             self.optimizer_cls_and_kwargs = (StochasticAdamW, options)
         elif stochastic:
             logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", name)
 
-    def _progress(self) -> dict[str, float]:
+    def _progress(self, counts: Tensor) -> dict[str, float]:
         """What the log shows beside the loss."""
         changed, penalty, entries = 0, 0.0, 0
         for target in self.targets:
@@ -311,22 +308,24 @@ class ProxSparseTrainer(SFTTrainer):
             codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
             moved, value = survey_(rows, codes, None if self.norms is None else self.norms[target.name])
             changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
+        blocks_24, blocks = counts.sum(0).tolist()
         changed, penalty, entries = self._total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
         elapsed = self._step_seconds + self._prox_seconds
         seconds, share = self._prox_seconds, self._prox_seconds / elapsed if elapsed else 0.0
         self._prox_seconds = self._step_seconds = 0.0
         return {
-            "share_24": self._blocks_24 / self._blocks,
+            "share_24": blocks_24 / blocks,
             "mask_churn": changed / entries,
             "regularizer": penalty,
             "prox_seconds": seconds,
             "prox_share": share,
         }
 
-    @contextlib.contextmanager
-    def _masked(self) -> Iterator[None]:
-        with self.swaps.masked() if self.swaps and self.args.masked_forward else contextlib.nullcontext():
-            yield
+    def _share_by_layer(self, counts: Tensor) -> list[float | None]:
+        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned."""
+        by_layer = counts.new_zeros(self.targets[-1].block + 1, 2)
+        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets], device=counts.device), counts)
+        return [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
 
     def _learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
         """Inside, a parameter holds what it learns, not what the forward pass saw."""
@@ -379,8 +378,12 @@ class ProxSparseTrainer(SFTTrainer):
                     f"{target.name} is sharded along its inputs, which cuts through blocks of four: FSDP splits the "
                     "first dimension, and this layer (Conv1D, as in GPT-2) has its inputs there. Learn it with DDP."
                 )
-        norms = self._input_norms()
-        self.norms = norms and {t.name: matching_part(norms[t.name], t.weight) for t in self.targets}
+        if args.score == "activation" and self.norms is None:
+            windows = torch.tensor(cast(Any, self.train_dataset)[: args.norm_samples]["input_ids"])
+            path = Path(str(args.output_dir)) / NORMS_FILE
+            self.norms = stored_norms(path, self.model, self.targets, windows, first=self.is_world_process_zero())
+        if self.norms is not None:
+            self.norms = {t.name: matching_part(self.norms[t.name], t.weight) for t in self.targets}
         swaps = args.masked_forward or args.distill
         if swaps or args.project_lambda2:
             config = self.model.config
@@ -396,28 +399,6 @@ class ProxSparseTrainer(SFTTrainer):
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
         if args.auto_lambda:
             self.controllers = {t.name: ShareController(args.target_share) for t in self.targets}
-
-    def _input_norms(self) -> dict[str, Tensor] | None:
-        """Norms of the inputs, measured once per run: a resumed run reads them back."""
-        args, model, dataset = self.args, self.model, cast(Any, self.train_dataset)
-        if args.score != "activation" or self.norms is not None:
-            return self.norms
-        path, windows = Path(str(args.output_dir)) / NORMS_FILE, torch.tensor(dataset[: args.norm_samples]["input_ids"])
-        text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        origin = {"model": str(model.config._name_or_path), "text": text}
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {}).get("origin", "{}"))
-            if found != origin:
-                what = "text" if found.get("model") == origin["model"] else "model"
-                raise UsageError(f"{path} was measured on another {what}: give another --output_dir, or delete it.")
-            return load_file(path)
-        norms = input_norms(model, self.targets, windows, progress="input norms" if args.process_index == 0 else None)
-        if self.is_world_process_zero():
-            with atomic_path(path) as scratch:
-                # One entry: safetensors writes several in random order.
-                save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
-        return norms
 
     def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
         """Of the original weight, and of its scores: the units of learning rate and lambda."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,26 +143,16 @@ def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
 
 
 STREAM = """
-import sys, threading, time
-from pathlib import Path
+import sys
 from proxsparse.export import stream_pruned
 from proxsparse.mask import load_mask
+sys.path.insert(0, sys.argv[1])
+from peaks import Sampler, status
 
-def anonymous():
-    (size,) = [x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
-    return int(size) * 1024
-
-def watch():
-    while True:
-        peaks.append(anonymous())
-        time.sleep(0.001)
-
-base, mask, out = sys.argv[1:]
-mask, peaks = load_mask(mask), []
-before = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-assert stream_pruned(base, mask, out)
-print(max(peaks) - before)
+mask, before = load_mask(sys.argv[3]), status("RssAnon")
+with Sampler() as peaks:
+    assert stream_pruned(sys.argv[2], mask, sys.argv[4])
+print(peaks.anonymous - before)
 """
 
 
@@ -172,7 +163,8 @@ def test_streaming_holds_about_one_shard(tokenizer, tmp_path):
     save_mask(Mask({t.name: top2_mask(t.rows(t.weight.detach())) for t in find_prunable(model)}), tmp_path / "mask")
     sizes = [shard.stat().st_size for shard in (tmp_path / "base").glob("*.safetensors")]
     assert len(sizes) > 6
-    command = [sys.executable, "-c", STREAM, str(tmp_path / "base"), str(tmp_path / "mask"), str(tmp_path / "out")]
+    folders = [Path(__file__).parent, *(tmp_path / name for name in ("base", "mask", "out"))]
+    command = [sys.executable, "-c", STREAM, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 2 * max(sizes)

@@ -10,7 +10,7 @@ from test_trainer import trainer
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
-from proxsparse.optim import StochasticAdafactor
+from proxsparse import optim
 from proxsparse.original import OriginalWeights
 from proxsparse.prunable import find_prunable
 
@@ -47,7 +47,7 @@ def test_adafactor_is_that_of_transformers(decay):
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     fixed = {"scale_parameter": False, "relative_step": False}
-    pair = StochasticAdafactor(ours, 0.05, weight_decay=decay), Adafactor(theirs, 0.05, weight_decay=decay, **fixed)
+    pair = optim.Adafactor(ours, 0.05, weight_decay=decay), Adafactor(theirs, 0.05, weight_decay=decay, **fixed)
     for _ in range(20):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn_like(mine) * torch.rand_like(mine)

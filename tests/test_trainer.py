@@ -147,22 +147,31 @@ def test_masked_forward_computes_with_the_masked_original_weights(tmp_path, toke
     moved = 0.0
     for target in runs.targets:
         moved += (target.weight.detach() - original[target.name]).abs().sum().item()
-        with runs.swaps.masked():
+        with runs.swaps.away():
+            runs.swaps.put_masked()
             seen = target.weight.detach().clone()
         assert torch.equal(seen, original[target.name] * mask.tensors[target.name])
-        with runs.swaps.dense():
+        with runs.swaps.away():
+            runs.swaps.put_original()
             assert torch.equal(target.weight.detach(), original[target.name])
     assert moved > 0
 
 
 def test_without_the_masked_forward_the_teacher_is_the_dense_model_too(tmp_path, tokenizer):
     changes = {"method": "paper", "distill": 1.0, "train_only_pruned": True, "learning_rate": 1e-2, "lambda_value": 0.1}
-    runs = trainer(tmp_path, tokenizer, **changes)
-    batch = {"input_ids": torch.tensor(data()["input_ids"][:1])}
-    dense = tiny_llama()(**batch).logits[:, :-1].flatten(0, 1)
+    runs, teacher = trainer(tmp_path, tokenizer, **changes), []
+    plain = runs._logits
+
+    def logits(model, inputs):
+        teacher.append((inputs["input_ids"], plain(model, inputs)))
+        return teacher[-1][1]
+
+    runs._logits = logits
     runs.train()
-    assert torch.allclose(runs._dense_logits(runs.model, batch), dense, atol=1e-5)
-    assert not torch.allclose(runs.model(**batch).logits[:, :-1].flatten(0, 1), dense, atol=1e-2)
+    dense = tiny_llama()
+    assert len(teacher) == STEPS
+    for ids, found in teacher:
+        assert torch.allclose(found, dense(input_ids=ids).logits[:, :-1].flatten(0, 1), atol=1e-5)
     assert runs.state.log_history[-2]["kl"] > 1e-3
 
 
@@ -180,9 +189,11 @@ def test_learning_lowers_the_divergence_from_the_dense_model(tmp_path, tokenizer
 
     @torch.no_grad()
     def divergence():
-        with runs.swaps.dense():
+        with runs.swaps.away():
+            runs.swaps.put_original()
             dense = runs.model(input_ids=ids).logits.flatten(0, 1)
-        with runs.swaps.masked():
+        with runs.swaps.away():
+            runs.swaps.put_masked()
             return (distillation_loss(runs.model(input_ids=ids).logits.flatten(0, 1), dense) / dense.shape[0]).item()
 
     before = divergence()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from proxsparse.activations import NORMS_FILE
 from proxsparse.commands.common import Parser, existing_folder, print_json
 from proxsparse.errors import UsageError, command
 from proxsparse.mask import Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
@@ -21,7 +22,7 @@ from proxsparse.model import load_model
 from proxsparse.prunable import find_prunable
 from proxsparse.record import read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
-from proxsparse.trainer import MASK_FILE, NORMS_FILE, ZEROS_FILE
+from proxsparse.trainer import MASK_FILE, ZEROS_FILE
 
 
 @command

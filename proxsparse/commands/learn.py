@@ -8,10 +8,13 @@ Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The
 settings), checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
 """
 
+import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -78,13 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(
-    argv: list[str], documentation: str | None = __doc__, planning: bool = False
+    argv: list[str],
+    documentation: str | None = __doc__,
+    planning: bool = False,
+    defaults: dict[str, str] | None = None,
 ) -> tuple[LearnArguments, ProxSparseConfig]:
     """Arguments of a run.
 
     Args:
         documentation: shown above the flags by --help.
         planning: only look; several GPUs and one process are then no mistake.
+        defaults: name -> value where the user gives none; None: what suits this machine.
 
     Raises:
         UsageError: names the flag, what was found and what is accepted.
@@ -100,7 +107,8 @@ def parse_arguments(
 
     parser.add_argument("--help_all", action="help", help="show this message")
     parser.error = refuse  # type: ignore[method-assign]
-    argv = [*argv, *_defaults_of_this_machine(argv)]
+    defaults = _defaults_of_this_machine(argv) if defaults is None else defaults
+    argv = [*argv, *(w for n, value in defaults.items() if _option(argv, n) is None for w in (f"--{n}", value))]
     named = _option(argv, "output_dir") is not None
     if not named:
         argv = [*argv, "--output_dir", "runs"]
@@ -111,6 +119,9 @@ def parse_arguments(
         except UsageError:
             raise
         except ValueError as error:
+            unknown = re.search(r"not used by the HfArgumentParser: \['--([^']+)'", str(error))
+            if unknown:
+                raise UsageError(_unknown_flag(unknown[1], parser)) from error
             raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
     if ":" in resolve_device(run.device):
         raise UsageError(
@@ -135,6 +146,12 @@ def parse_arguments(
     return run, config
 
 
+def _unknown_flag(name: str, parser: argparse.ArgumentParser) -> str:
+    known = [option.lstrip("-").replace("-", "_") for option in parser._option_string_actions]
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [n for n in known if n.startswith(name[:4])][:1]
+    return f"There is no flag --{name}{f'; did you mean --{alike[0]}?' if alike else '.'} (see --help)"
+
+
 def short_help(documentation: str | None) -> None:
     """Print the flags of this project and leave; those of SFTConfig are two hundred more."""
     own = {f.name: f for f in dataclasses.fields(ProxSparseConfig) if f.name in ProxSparseConfig.__annotations__}
@@ -152,13 +169,12 @@ def short_help(documentation: str | None) -> None:
     raise SystemExit(0)
 
 
-def _defaults_of_this_machine(argv: list[str]) -> list[str]:
-    """Flags that suit the CPU, where the user gave none: the Trainer's own defaults assume a GPU."""
+def _defaults_of_this_machine(argv: list[str]) -> dict[str, str]:
+    """Flags that suit the CPU: the Trainer's own defaults assume a GPU."""
     if _option(argv, "device") != "cpu" and resolve_device("auto") != "cpu":
-        return []
+        return {}
     bf16 = "true" if native_bf16("cpu") else "false"
-    wanted = {"use_cpu": "true", "activation_checkpointing": "false", "bf16": bf16}
-    return [w for name, value in wanted.items() if _option(argv, name) is None for w in (f"--{name}", value)]
+    return {"use_cpu": "true", "activation_checkpointing": "false", "bf16": bf16}
 
 
 def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:

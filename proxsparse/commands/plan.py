@@ -35,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--gpus", type=int, default=None, help="devices to plan for")
     own.add_argument("--sharded", action="store_true", help="FSDP2 over the devices")
     planned, rest = own.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    if planned.gpus is not None:  # a GPU's defaults, wherever the plan is made
-        given = {word.partition("=")[0].replace("-", "_") for word in rest}
-        defaults = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
-        rest += [w for name, value in defaults.items() if f"__{name}" not in given for w in (f"--{name}", value)]
-    run, config = parse_arguments(rest, documentation=__doc__, planning=True)
+    # A GPU's defaults, wherever the plan is made; use_cpu only lets the flags be read where there is none.
+    gpu = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
+    defaults = None if planned.gpus is None else gpu
+    run, config = parse_arguments(rest, documentation=__doc__, planning=True, defaults=defaults)
     found, note = dimensions(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     check_ctx_len(run.ctx_len, found)
     dtype = resolve_dtype(run.dtype)

@@ -1,4 +1,4 @@
-"""Masked weights for the forward pass: the loss sees W0 under the current mask, the optimizer moves the scores.
+"""What parameters hold: the loss sees W0 under the current mask, the teacher W0, the optimizer the learned weights.
 
 While the model computes, each pruned parameter holds W0 * mask(W); before the optimizer step it holds the learned W
 again. The gradient that reaches W is the one of the masked weight, dropped entries included (straight-through):
@@ -19,6 +19,10 @@ from proxsparse.sharding import reshard
 
 class WeightSwaps:
     """The swap between the learned weights of a model, its original ones and the masked ones.
+
+        with swaps.away():
+            swaps.put_masked()
+            ...  # compute with them
 
     Args:
         model: whose weights they are.
@@ -42,55 +46,56 @@ class WeightSwaps:
         self.norms = norms
         self.offload = offload
         self._learned: dict[str | None, Tensor] = {}
-        self._inside = False
+        self._away = False
 
     @contextlib.contextmanager
-    def masked(self) -> Iterator[None]:
-        """Parameters hold W0 * top2(learned scores) inside the block."""
-        with self._swapped():
-            for target in self.targets:
-                out = target.stored
-                learned = self._learned[target.name].to(out.device)
-                scale = None if self.norms is None else self.norms[target.name]
-                base = self.original.of(target)
-                top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
-            yield
-
-    @contextlib.contextmanager
-    def dense(self) -> Iterator[None]:
-        """Parameters hold W0 inside the block."""
-        with self._swapped():
-            for target in self.targets:
-                target.stored.copy_(self.original.of(target))
-            yield
-
-    @contextlib.contextmanager
-    def learned(self, parameter: nn.Parameter) -> Iterator[None]:
-        """Inside masked(), once the backward pass is through with a parameter: it holds its learned weight, to move."""
-        name = next((t.name for t in self.targets if t.weight is parameter), None)
-        buffer = self._learned.get(name) if self._inside else None
-        if buffer is not None:
-            parameter.detach().copy_(buffer)
-        yield
-        if buffer is not None:
-            buffer.copy_(parameter.detach())
-
-    @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
+    def away(self) -> Iterator[None]:
+        """Learned weights wait inside the block, and are back after it; what parameters hold is to be put there."""
         reshard(self.model)
         for target in self.targets:
             weight = target.stored
             if target.name not in self._learned:
                 self._learned[target.name] = self._buffer(weight)
             self._learned[target.name].copy_(weight)
-        self._inside = True
+        self._away = True
         try:
             yield
         finally:
-            self._inside = False
-            reshard(self.model)
-            for target in self.targets:
-                target.stored.copy_(self._learned[target.name])
+            self._away = False
+            self.put_learned()
+
+    def put_masked(self) -> None:
+        """Parameters hold W0 * top2(learned scores) from here on."""
+        reshard(self.model)
+        for target in self.targets:
+            out = target.stored
+            learned = self._learned[target.name].to(out.device)
+            scale = None if self.norms is None else self.norms[target.name]
+            base = self.original.of(target)
+            top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
+
+    def put_original(self) -> None:
+        """Parameters hold W0 from here on."""
+        reshard(self.model)
+        for target in self.targets:
+            target.stored.copy_(self.original.of(target))
+
+    def put_learned(self) -> None:
+        """Parameters hold the learned weights from here on."""
+        reshard(self.model)
+        for target in self.targets:
+            target.stored.copy_(self._learned[target.name])
+
+    @contextlib.contextmanager
+    def learned(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Once the backward pass is through with a parameter: it holds its learned weight inside the block, to move."""
+        name = next((t.name for t in self.targets if t.weight is parameter), None)
+        buffer = self._learned.get(name) if self._away else None
+        if buffer is not None:
+            parameter.detach().copy_(buffer)
+        yield
+        if buffer is not None:
+            buffer.copy_(parameter.detach())
 
     def _buffer(self, weight: Tensor) -> Tensor:
         """Room for a learned weight: pinned where it is copied to and from an accelerator."""
