@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from test_compact import prune
+from test_export import damage, export, first_zero, logits, multiply_npz, read_sparse24
+from transformers import AutoModelForCausalLM
 
+import proxsparse
+from proxsparse.__main__ import main as console
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.embedded import package_file
 from proxsparse.errors import RunError
+from proxsparse.mask import apply_mask, load_mask
 from proxsparse.model import EMBEDDED, load_model, load_tokenizer
 from proxsparse.perplexity import perplexity
 from proxsparse.prox_op import prox_op_
@@ -59,3 +65,58 @@ def test_the_operator_makes_real_weights_24_and_leaves_24_weights_alone(model):
     kept = (before.view(-1, 4).count_nonzero(-1) <= 2)[:, None].expand(-1, 4).reshape(before.shape)
     prox_op_(weight, strong)
     assert torch.equal(weight[kept], before[kept])
+
+
+def as_dense(folder, base):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def as_mask(folder, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    apply_mask(model, load_mask(folder))
+    return model
+
+
+def as_compact(folder, base):
+    return proxsparse.load(str(folder))
+
+
+def as_sparse24(folder, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_state_dict(read_sparse24(folder), strict=False)
+    return model
+
+
+def as_npz(folder, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    multiply_npz(folder, model.state_dict())
+    return model
+
+
+READERS = {"dense": as_dense, "mask": as_mask, "compact": as_compact, "sparse24": as_sparse24, "npz": as_npz}
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """Folder with the model as a checkpoint, its magnitude mask, and the logits of the pruned model."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = load_model(EMBEDDED, dtype=torch.float32)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    command = ["prune", "--model", folder / "base", "--prune_method", "magnitude", "--save", folder / "mask"]
+    assert console([str(word) for word in command]) == 0
+    return folder, logits(prune(model).eval())
+
+
+@pytest.mark.parametrize("form", READERS)
+def test_exports_of_every_form_load_back_with_equal_logits(form, exported, tmp_path):
+    folder, wanted = exported
+    base, to = folder / "base", tmp_path / form
+    assert export("--model", base, "--mask", folder / "mask", "--form", form, "--to", to) == 0
+    assert torch.equal(logits(READERS[form](to, base).eval()), wanted)
+    if form == "compact":
+        torch.testing.assert_close(logits(proxsparse.load(str(to), sparse=True)), wanted, rtol=1e-3, atol=1e-3)
+    if form == "dense":
+        assert console(["check", "--model", str(to), "--base", str(base)]) == 0
+        damage(to, "model.layers.29.mlp.down_proj.weight", lambda w: w.__setitem__(first_zero(w), 1e-3))
+        assert console(["check", "--model", str(to), "--base", str(base)]) == 1

@@ -95,17 +95,22 @@ def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
     assert console(["check", "--model", str(tmp_path / "dense"), "--base", checkpoint]) == 0
 
 
-def test_sparse24_is_read_by_compressed_tensors(checkpoint, mask, tmp_path):
+def read_sparse24(folder):
+    """The tensors as compressed-tensors reads them; skips the test where it is not installed."""
     module = "compressed_tensors.compressors.sparse_compressors"
     reader = pytest.importorskip(module, reason="needs compressed-tensors <= 0.14")
     from compressed_tensors.compressors import ModelCompressor
 
-    assert export("--model", checkpoint, "--mask", mask, "--form", "sparse24", "--to", tmp_path / "packed") == 0
-    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "dense") == 0
-    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     sparsity = ModelCompressor.parse_sparsity_config(settings)
     compressor = reader.Sparse24BitMaskCompressor(SimpleNamespace(**sparsity))
-    found = dict(compressor.decompress(str(tmp_path / "packed")))
+    return dict(compressor.decompress(str(folder)))
+
+
+def test_sparse24_is_read_by_compressed_tensors(checkpoint, mask, tmp_path):
+    assert export("--model", checkpoint, "--mask", mask, "--form", "sparse24", "--to", tmp_path / "packed") == 0
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "dense") == 0
+    found = read_sparse24(tmp_path / "packed")
     wanted = load_file(tmp_path / "dense" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in wanted.items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -124,6 +129,13 @@ def test_sparse24_refuses_what_it_can_not_hold(tokenizer, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def multiply_npz(folder, state):
+    """Prune the weights in place as MaskLLM's loader does."""
+    for key, bits in np.load(folder / "mask_compressed.npz").items():
+        weight = state[key.replace(".mask", "")]
+        weight *= torch.from_numpy(np.unpackbits(bits)).float().view(*weight.shape)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
     model = build(family)
@@ -135,9 +147,7 @@ def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
         export("--model", tmp_path / "base", "--mask", tmp_path / "mask", "--form", "npz", "--to", tmp_path / "o") == 0
     )
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for key, bits in np.load(tmp_path / "o" / "mask_compressed.npz").items():
-        name = key.replace(".mask", "")
-        state[name] *= torch.from_numpy(np.unpackbits(bits)).float().view(*state[name].shape)
+    multiply_npz(tmp_path / "o", state)
     pruned = prune(model).state_dict()
     assert [name for name in pruned if not torch.equal(state[name], pruned[name])] == []
 
