@@ -12,4 +12,6 @@ case ${1:-} in
 '') set -- -m "not slow" ;;
 --all) shift ;;
 esac
-exec .venv/bin/python -m pytest "$@"
+# Two workers of one thread: the models are small, and most of the time goes into starting processes.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
