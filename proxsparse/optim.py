@@ -6,16 +6,21 @@ every time. Rounded stochastically it survives on average, at no extra memory.
 """
 
 import contextlib
+import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import TrainingArguments
 
 from proxsparse.kernels.eager import round_stochastically
 from proxsparse.sharding import local, settled
+
+logger = logging.getLogger(__name__)
 
 
 class _Rounded(torch.optim.Optimizer):
@@ -171,6 +176,41 @@ def noise_seed(seed: int, step: int, place: int) -> int:
     mixed ^= mixed >> 15
     mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF
     return mixed ^ (mixed >> 13)
+
+
+def own_optimizer(
+    args: TrainingArguments, model: nn.Module, stochastic: bool
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Class and options of the optimizer where it is one of ours: Adafactor, and AdamW with stochastic rounding.
+
+    Args:
+        stochastic: round bfloat16 weights stochastically, if there are any.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    stochastic = stochastic and any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
+    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+    if name == "adafactor":
+        return Adafactor, options | {"stochastic": stochastic}
+    if stochastic and name in ("adamw_torch", "adamw_torch_fused"):
+        return StochasticAdamW, options | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if stochastic:
+        logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", name)
+    return None
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
+    """Give every listed weight a group of its own, whose learning rate is the common one times its factor.
+
+    Args:
+        factors: id of a parameter -> its factor.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        rest = [p for p in group["params"] if id(p) not in factors]
+        own = [p for p in group["params"] if id(p) in factors]
+        groups += [{**group, "params": rest}] if rest else []
+        groups += [{**group, "params": [p], "lr": group["lr"] * factors[id(p)]} for p in own]
+    optimizer.param_groups[:] = groups
 
 
 @contextlib.contextmanager

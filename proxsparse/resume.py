@@ -70,6 +70,12 @@ def last_complete_checkpoint(output_dir: Path | str) -> str | None:
     return None
 
 
+def last_good(output_dir: Path | str) -> str:
+    """A sentence for who has lost a run: which checkpoint to go on from."""
+    folder = last_complete_checkpoint(output_dir)
+    return f"The last good checkpoint is {folder}." if folder else "No checkpoint had been written yet."
+
+
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None where every file is there with its size and checksum."""
     if not (folder / MARKER).is_file():

@@ -18,47 +18,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from proxsparse.activations import NORMS_FILE, stored_norms
 from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
-from proxsparse.feedback import ShareController
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.mask import Mask, extract_mask, save_mask, sparsity_by_kind
 from proxsparse.model import load_model
-from proxsparse.optim import Adafactor, StochasticAdamW, noise_seed, step_in_backward
+from proxsparse.optim import own_optimizer, scale_learning_rates, step_in_backward
 from proxsparse.original import OriginalWeights
-from proxsparse.prox_op import expand_scale, kernel_for, prox_op_, survey_
+from proxsparse.prox_op import kernel_for, prox_op_
+from proxsparse.proximal import ProxCallback, ProximalStep
 from proxsparse.prunable import Prunable, find_prunable
-from proxsparse.record import read_json, write_json
-from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
-from proxsparse.sharding import local, matching_part, reshard, shard_number, total
+from proxsparse.record import write_json
+from proxsparse.resume import complete_checkpoints, last_good
+from proxsparse.sharding import local, matching_part, reshard
 from proxsparse.swaps import WeightSwaps
 
 logger = logging.getLogger(__name__)
 MASK_FILE, ZEROS_FILE = "mask.safetensors", "zeros.json"  # in checkpoints of sharded runs
-CONTROLLERS_FILE = "auto_lambda.json"
-
-
-class ProxCallback(TrainerCallback):
-    """Calls ``proximal_step(step, max_steps)`` once after each optimizer step that was not skipped."""
-
-    def __init__(self, proximal_step):
-        self.proximal_step = proximal_step
-        self._scale = None
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        scaler = getattr(optimizer, "scaler", None)
-        self._scale = scaler.get_scale() if scaler is not None else None
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        # After an overflow the fused optimizers do not report the step as skipped, but the loss scale falls.
-        scaler = getattr(optimizer, "scaler", None)
-        overflowed = scaler is not None and scaler.get_scale() < self._scale
-        if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
-            self.proximal_step(state.global_step, state.max_steps)
 
 
 class ProxSparseTrainer(SFTTrainer):
@@ -88,13 +68,10 @@ class ProxSparseTrainer(SFTTrainer):
         self.norms = norms
         self.swaps: WeightSwaps | None = None
         self.original: OriginalWeights | None = None
-        self.controllers: dict[str, ShareController] = {}
-        self._rms: dict[str, tuple[float, float]] = {}
-        self._measured = self._scaled = False
-        self._prox_seconds = self._step_seconds = 0.0
-        self._counts: Tensor | None = None  # (weights, 2): 2:4 blocks and blocks of each, after the last step
+        self.proximal: ProximalStep | None = None
+        self._scaled = False
+        self._step_seconds = 0.0
         self._teacher_logits: Tensor | None = None
-        self._codes: dict[str, Tensor] = {}
         super().__init__(model, args, **kwargs)
         self._refuse_unsupported()
         if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
@@ -109,40 +86,9 @@ class ProxSparseTrainer(SFTTrainer):
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
 
-    # The proximal step
-
     def _proximal_step(self, step: int, max_steps: int) -> None:
-        start = time.perf_counter()
-        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)
-        for place, target in enumerate(self.targets):
-            weight = target.stored
-            if not weight.numel():  # an empty shard
-                continue
-            try:
-                stats = prox_op_(
-                    target.rows(weight),
-                    self._strength(target, step, max_steps),
-                    scale=None if self.norms is None else self.norms[target.name],
-                    stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
-                    seed=noise_seed(self.args.seed + 1 + shard_number(target.weight), step, place),
-                )
-            except ValueError as error:
-                raise RunError(f"{target.name} at step {step + 1}: {error} {self._last_checkpoint()}") from error
-            counts[place] = torch.tensor([stats.blocks_24, stats.blocks])
-        counts = self._total(counts)
-        for target, (blocks_24, blocks) in zip(self.targets, counts.tolist(), strict=True):
-            if self.controllers:
-                self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
-        self._counts = counts
-        self._prox_seconds += time.perf_counter() - start
-
-    def _strength(self, target: Prunable, step: int, max_steps: int) -> float:
-        """lambda1 of one weight in this step."""
-        if self.controllers:
-            return self.controllers[target.name].strength() / self._rms[target.name][1]
-        ramp = self.args.lambda_ramp * max_steps
-        strength = float(self.args.lambda_value) * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
-        return strength / self._rms[target.name][1] if self.args.relative else strength
+        assert self.proximal is not None
+        self.proximal(step, max_steps)
 
     # The loss
 
@@ -160,7 +106,7 @@ class ProxSparseTrainer(SFTTrainer):
         if not loss.isfinite():
             raise RunError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. "
-                f"Lower --learning_rate or --lambda_value. {self._last_checkpoint()}"
+                f"Lower --learning_rate or --lambda_value. {last_good(str(self.args.output_dir))}"
             )
         return loss
 
@@ -196,13 +142,14 @@ class ProxSparseTrainer(SFTTrainer):
         if not self.args.project_lambda2:
             return 0.0
         assert self.original is not None
+        assert self.proximal is not None
         penalty = torch.zeros((), device=self.args.device)
         for target in self.targets:
             # Of a shard, its rows: gradients of rows elsewhere are made where they are.
             base = self.original.of(target)
             penalty = penalty + frozen_weight_penalty(local(target.weight), base, self.args.epsilon)
         term = self.args.lambda2_value * penalty
-        self._record("lambda2_loss", self._total(term.detach()))
+        self._record("lambda2_loss", self.proximal.total(term.detach()))
         # With num_items_in_batch the Trainer leaves the division by the accumulation steps to the loss.
         return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
 
@@ -232,17 +179,21 @@ class ProxSparseTrainer(SFTTrainer):
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        counts = self._counts if self.model.training and "loss" in logs else None
-        if counts is not None:
-            logs.update(self._progress(counts))
-        super().log(logs, start_time)
-        if counts is not None:  # into the history only: reporters take no lists
+        proximal = self.proximal if self.model.training and "loss" in logs else None
+        if proximal is not None and (blocks := proximal.progress()):
+            elapsed, self._step_seconds = self._step_seconds + blocks["prox_seconds"], 0.0
+            logs |= blocks | {"prox_share": blocks["prox_seconds"] / elapsed if elapsed else 0.0}
+            super().log(logs, start_time)
             entry: dict = self.state.log_history[-1]
-            entry["share_24_by_layer"] = self._share_by_layer(counts)
+            entry["share_24_by_layer"] = proximal.share_by_layer()  # not in logs: reporters take no lists
+        else:
+            super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self._choose_optimizer()
+            own = own_optimizer(self.args, self.model, self.args.rounding == "stochastic")
+            if own is not None:
+                self.optimizer_cls_and_kwargs = own
             optimizer = super().create_optimizer(model)
             if self.args.optim_in_backward:
                 step_in_backward(optimizer, self._learned)
@@ -250,11 +201,12 @@ class ProxSparseTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         # The model is where it will be trained by now, and under FSDP2 no checkpoint has been loaded yet.
-        if not self._measured:
+        if self.proximal is None:
             self._measure_original()
         if self.args.relative and not self._scaled:
             assert self.optimizer is not None
-            _scale_learning_rates(self.optimizer, {id(t.weight): self._rms[t.name][0] for t in self.targets})
+            assert self.proximal is not None
+            scale_learning_rates(self.optimizer, {id(t.weight): self.proximal.rms[t.name][0] for t in self.targets})
             self._scaled = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -267,8 +219,8 @@ class ProxSparseTrainer(SFTTrainer):
         if mask:
             save_mask(mask, folder / MASK_FILE)
             write_json(folder / ZEROS_FILE, zeros)
-        if self.controllers:
-            write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
+        assert self.proximal is not None
+        self.proximal.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -278,69 +230,15 @@ class ProxSparseTrainer(SFTTrainer):
             trusted = self.args.trust_remote_code
             stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
             self.model.load_state_dict(stored.state_dict())
-        if self.controllers:
-            for name, state in read_json(Path(resume_from_checkpoint) / CONTROLLERS_FILE).items():
-                self.controllers[name].restore(state)
-
-    def _choose_optimizer(self) -> None:
-        """Adafactor is our own, and so is AdamW where bfloat16 weights are rounded stochastically."""
-        args = self.args
-        name = str(getattr(args.optim, "value", args.optim))
-        low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in self.model.parameters())
-        stochastic = low_precision and args.rounding == "stochastic"
-        options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
-        if name == "adafactor":
-            self.optimizer_cls_and_kwargs = (Adafactor, options | {"stochastic": stochastic})
-        elif stochastic and name in ("adamw_torch", "adamw_torch_fused"):
-            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            self.optimizer_cls_and_kwargs = (StochasticAdamW, options)
-        elif stochastic:
-            logger.warning("--optim %s rounds bfloat16 weights its own way; --rounding does not reach it", name)
-
-    def _progress(self, counts: Tensor) -> dict[str, float]:
-        """What the log shows beside the loss."""
-        changed, penalty, entries = 0, 0.0, 0
-        for target in self.targets:
-            rows = target.rows(target.stored)
-            if not rows.numel():
-                continue
-            fresh = target.name not in self._codes
-            codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
-            moved, value = survey_(rows, codes, None if self.norms is None else self.norms[target.name])
-            changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
-        blocks_24, blocks = counts.sum(0).tolist()
-        changed, penalty, entries = self._total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
-        elapsed = self._step_seconds + self._prox_seconds
-        seconds, share = self._prox_seconds, self._prox_seconds / elapsed if elapsed else 0.0
-        self._prox_seconds = self._step_seconds = 0.0
-        return {
-            "share_24": blocks_24 / blocks,
-            "mask_churn": changed / entries,
-            "regularizer": penalty,
-            "prox_seconds": seconds,
-            "prox_share": share,
-        }
-
-    def _share_by_layer(self, counts: Tensor) -> list[float | None]:
-        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned."""
-        by_layer = counts.new_zeros(self.targets[-1].block + 1, 2)
-        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets], device=counts.device), counts)
-        return [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
+        assert self.proximal is not None
+        self.proximal.restore(Path(resume_from_checkpoint))
 
     def _learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
         """Inside, a parameter holds what it learns, not what the forward pass saw."""
         return self.swaps.learned(parameter) if self.swaps else contextlib.nullcontext()
 
-    def _total(self, values: Tensor) -> Tensor:
-        """Sum over the processes that share the weights."""
-        return total(values.to(self.args.device), self.targets[0].weight) if self.is_fsdp_enabled else values
-
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train"][name].append(value.detach().item())
-
-    def _last_checkpoint(self) -> str:
-        folder = last_complete_checkpoint(str(self.args.output_dir))
-        return f"The last good checkpoint is {folder}." if folder else "No checkpoint had been written yet."
 
     # Set-up
 
@@ -371,7 +269,7 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _measure_original(self) -> None:
         """What is taken from the weights while they are the original ones: W0, input norms and scales."""
-        args, self._measured = self.args, True
+        args = self.args
         for target in self.targets:
             if any(place.is_shard(target.in_dim) for place in getattr(target.weight, "placements", ())):
                 raise UsageError(
@@ -392,31 +290,7 @@ class ProxSparseTrainer(SFTTrainer):
         if swaps:
             assert self.original is not None
             self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms, args.offload_learned)
-        if args.relative or args.auto_lambda:
-            self._rms = {t.name: self._root_mean_square(t) for t in self.targets}
+        self.proximal = ProximalStep(self.targets, args, self.norms)
         weight = self.targets[0].stored
         prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
-        if args.auto_lambda:
-            self.controllers = {t.name: ShareController(args.target_share) for t in self.targets}
-
-    def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
-        """Of the original weight, and of its scores: the units of learning rate and lambda."""
-        rows = target.rows(target.stored).float()
-        scores = rows if self.norms is None else rows * expand_scale(self.norms[target.name], rows)
-        squares = self._total(torch.stack([rows.square().sum(), scores.square().sum()]))
-        plain, scored = (squares / target.weight.numel()).sqrt().tolist()
-        if not plain > 0 or not scored > 0:
-            raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with --exclude.")
-        return plain, scored
-
-
-def _scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
-    """Give every listed weight a group of its own, whose learning rate is the common one times its factor."""
-    groups = []
-    for group in optimizer.param_groups:
-        rest = [p for p in group["params"] if id(p) not in factors]
-        own = [p for p in group["params"] if id(p) in factors]
-        groups += [{**group, "params": rest}] if rest else []
-        groups += [{**group, "params": [p], "lr": group["lr"] * factors[id(p)]} for p in own]
-    optimizer.param_groups[:] = groups

@@ -13,8 +13,9 @@ from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.prox_op import prox_op
+from proxsparse.proximal import ProxCallback
 from proxsparse.resume import last_complete_checkpoint
-from proxsparse.trainer import ProxCallback, ProxSparseTrainer
+from proxsparse.trainer import ProxSparseTrainer
 
 STEPS = 6
 
