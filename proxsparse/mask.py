@@ -201,7 +201,7 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     for target in targets:
         weight = weights[target.name]
         zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, 4)).sum(-1)
-        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight).cpu()
+        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight, zeros.device).cpu()
         counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
     counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}

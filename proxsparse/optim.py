@@ -1,4 +1,4 @@
-"""Optimizer steps: bfloat16 weights that learn, and gradients that never exist all at once.
+"""Optimizers: bfloat16 weights that learn, relative learning rates, and gradients that never exist all at once.
 
 Updates are computed in float32, and what goes into bfloat16 is rounded stochastically. bfloat16 has eight significant
 bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it,

@@ -143,7 +143,7 @@ class ProximalStep:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes that share the weights."""
-        return total(values.to(self.args.device), self.targets[0].weight)
+        return total(values, self.targets[0].weight, self.args.device)
 
     def _scale(self, target: Prunable) -> Tensor | None:
         return None if self.norms is None else self.norms[target.name]

@@ -27,12 +27,16 @@ def shard_number(weight: Tensor) -> int:
     return number
 
 
-def total(values: Tensor, weight: Tensor) -> Tensor:
-    """Sum of ``values`` over the processes that share the weight; each replica counts once."""
+def total(values: Tensor, weight: Tensor, device: torch.device) -> Tensor:
+    """Sum of ``values`` over the processes that share the weight; each replica counts once.
+
+    Args:
+        device: where the processes communicate; values of plain tensors stay where they are.
+    """
     if not isinstance(weight, DTensor):
         return values
     places = [Partial() if place.is_shard() else Replicate() for place in weight.placements]
-    return DTensor.from_local(values, weight.device_mesh, places, run_check=False).full_tensor()
+    return DTensor.from_local(values.to(device), weight.device_mesh, places, run_check=False).full_tensor()
 
 
 def settled(tensor: Tensor) -> Tensor:

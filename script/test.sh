@@ -4,7 +4,7 @@
 #   bash script/test.sh          the fast ones, some minutes
 #   bash script/test.sh --all    the slow ones too: every recipe start to end, twenty kills, the real model
 #
-# Other arguments go to pytest as they are.
+# Other arguments go to pytest as they are; -n 0 puts everything into one process, for --pdb or -s.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash script/setup.sh
@@ -12,6 +12,7 @@ case ${1:-} in
 '') set -- -m "not slow" ;;
 --all) shift ;;
 esac
-# Two workers of one thread: the models are small, and most of the time goes into starting processes.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+# Two processes that share the cores: the models are small, and most of the time goes into starting programs.
+cores=$(.venv/bin/python -c 'import os; print(os.cpu_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

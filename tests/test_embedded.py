@@ -17,6 +17,7 @@ from proxsparse.model import EMBEDDED, load_model, load_tokenizer
 from proxsparse.perplexity import perplexity
 from proxsparse.prox_op import prox_op_
 from proxsparse.prunable import find_prunable
+from proxsparse.sparse import CompactLinear
 from proxsparse.text import calibration_windows, evaluation_windows
 
 try:
@@ -115,7 +116,9 @@ def test_exports_of_every_form_load_back_with_equal_logits(form, exported, tmp_p
     assert export("--model", base, "--mask", folder / "mask", "--form", form, "--to", to) == 0
     assert torch.equal(logits(READERS[form](to, base).eval()), wanted)
     if form == "compact":
-        torch.testing.assert_close(logits(proxsparse.load(str(to), sparse=True)), wanted, rtol=1e-3, atol=1e-3)
+        sparse = proxsparse.load(str(to), sparse=True)
+        assert sum(isinstance(module, CompactLinear) for module in sparse.modules()) == 210
+        torch.testing.assert_close(logits(sparse), wanted, rtol=1e-3, atol=1e-3)
     if form == "dense":
         assert console(["check", "--model", str(to), "--base", str(base)]) == 0
         damage(to, "model.layers.29.mlp.down_proj.weight", lambda w: w.__setitem__(first_zero(w), 1e-3))

@@ -46,6 +46,22 @@ def test_it_is_homogeneous_so_that_scale_does_not_matter(kernel, scale, lam):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(blocks).max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype):
+    weight, threads = torch.tensor(hard_blocks(20_000)).to(dtype), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            moved, codes = weight.clone(), torch.zeros(len(weight), dtype=torch.uint8)
+            prox_op_(moved, 0.3, kernel="cpu", stochastic=dtype == torch.bfloat16, seed=5)
+            survey_(moved, codes)
+            found.append((moved, codes))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_change_of_regime_is_exact_where_two_weights_are_fixed(kernel):
     # With w1 = w2 >> w3 a third weight survives exactly where lam * w1 * w2 < w3.

@@ -335,9 +335,11 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
         (2,) int64: blocks that are 2:4 afterwards, blocks with a non-finite entry (left as they were).
     """
     blocks = weight.size // 4
+    # Sweeps end with the last block of a tile, so whole tiles are shared out: the threads' number changes no bit.
+    tiles = (blocks + TILE - 1) // TILE
     counts = np.zeros((parts, 2), np.int64)
     for part in numba.prange(parts):
-        first, last = part * blocks // parts, (part + 1) * blocks // parts
+        first, last = part * tiles // parts * TILE, min(blocks, (part + 1) * tiles // parts * TILE)
         bits = np.empty((4, TILE), np.uint32)
         tile = bits.view(np.float32)
         own_bits = np.empty((4, TILE), np.uint32)
