@@ -233,8 +233,10 @@ def draw(record: dict, path: Path) -> None:
     """Picture of the table: perplexity by method, a logarithmic axis, one bar a text."""
     texts = [k for k, v in record["rows"][0].items() if isinstance(v, dict)]
     groups: dict[str, list[dict]] = {}
+    several = len({row["samples"] for row in record["rows"]}) > 1
     for row in record["rows"]:
-        groups.setdefault(f"{row['row']}{', weights updated' if row['updated'] else ''}", []).append(row)
+        budget = f", {row['samples']} samples" if several else ""
+        groups.setdefault(f"{row['row']}{', weights updated' if row['updated'] else ''}{budget}", []).append(row)
     order = sorted(groups, key=lambda name: _mean(m[texts[0]]["perplexity"] for m in groups[name]))
     figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(order)), layout="constrained")
     height = 0.8 / len(texts)

@@ -127,7 +127,7 @@ def load_mask(path: Path | str) -> Mask:
     if path.is_dir():
         path = path / "mask.safetensors"
     if not path.is_file():
-        raise UsageError(f"--mask: there is no file {path}.")
+        raise UsageError(f"--mask: there is no file {path}; give a mask file, or the folder of a run.")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
@@ -201,7 +201,7 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     for target in targets:
         weight = weights[target.name]
         zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, 4)).sum(-1)
-        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight, zeros.device).cpu()
+        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight).cpu()
         counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
     counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import TrainingArguments
 
+from proxsparse.config import ProxSparseConfig
 from proxsparse.kernels.eager import round_stochastically
 from proxsparse.sharding import local, settled
 
@@ -179,15 +179,12 @@ def noise_seed(seed: int, step: int, place: int) -> int:
 
 
 def own_optimizer(
-    args: TrainingArguments, model: nn.Module, stochastic: bool
+    args: ProxSparseConfig, model: nn.Module
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Class and options of the optimizer where it is one of ours: Adafactor, and AdamW with stochastic rounding.
-
-    Args:
-        stochastic: round bfloat16 weights stochastically, if there are any.
-    """
+    """Class and options of the optimizer where it is one of ours: Adafactor, and AdamW with stochastic rounding."""
     name = str(getattr(args.optim, "value", args.optim))
-    stochastic = stochastic and any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
+    low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
+    stochastic = low_precision and args.rounding == "stochastic"
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     if name == "adafactor":
         return Adafactor, options | {"stochastic": stochastic}

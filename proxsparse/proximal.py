@@ -14,7 +14,7 @@ from proxsparse.optim import noise_seed
 from proxsparse.prox_op import expand_scale, prox_op_, survey_
 from proxsparse.prunable import Prunable
 from proxsparse.record import read_json, write_json
-from proxsparse.resume import last_good
+from proxsparse.resume import resume_hint
 from proxsparse.sharding import shard_number, total
 
 CONTROLLERS_FILE = "auto_lambda.json"
@@ -63,7 +63,8 @@ class ProximalStep:
         self.rms = {t.name: self._root_mean_square(t) for t in targets} if relative else {}
         self.controllers = {t.name: ShareController(args.target_share) for t in targets} if args.auto_lambda else {}
         self.seconds = 0.0
-        self._counts: Tensor | None = None  # (weights, 2): 2:4 blocks and blocks of each, after the last step
+        # (weights, 2): 2:4 blocks and blocks of each, after the last step; zeros before the first
+        self._counts = torch.zeros(len(targets), 2, dtype=torch.int64)
         self._codes: dict[str, Tensor] = {}  # the pattern of every block when it was last looked at
 
     def __call__(self, step: int, max_steps: int) -> None:
@@ -84,10 +85,10 @@ class ProximalStep:
                 )
             except ValueError as error:
                 raise RunError(
-                    f"{target.name} at step {step + 1}: {error} {last_good(str(self.args.output_dir))}"
+                    f"{target.name} at step {step + 1}: {error} {resume_hint(str(self.args.output_dir))}"
                 ) from error
             counts[place] = torch.tensor([stats.blocks_24, stats.blocks])
-        self._counts = self.total(counts)
+        self._counts = self.total(counts).cpu()
         for target, (blocks_24, blocks) in zip(self.targets, self._counts.tolist(), strict=True):
             if self.controllers:
                 self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
@@ -103,7 +104,8 @@ class ProximalStep:
 
     def progress(self) -> dict[str, float]:
         """What the log shows of the blocks; empty before the first step. Every process calls this."""
-        if self._counts is None:
+        blocks_24, blocks = self._counts.sum(0).tolist()
+        if not blocks:
             return {}
         changed, penalty, entries = 0, 0.0, 0
         for target in self.targets:
@@ -114,7 +116,6 @@ class ProximalStep:
             codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
             moved, value = survey_(rows, codes, self._scale(target))
             changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
-        blocks_24, blocks = self._counts.sum(0).tolist()
         changed, penalty, entries = self.total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
         seconds, self.seconds = self.seconds, 0.0
         return {
@@ -125,10 +126,9 @@ class ProximalStep:
         }
 
     def share_by_layer(self) -> list[float | None]:
-        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned, or no step was made."""
+        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned."""
         by_layer = torch.zeros(self.targets[-1].block + 1, 2, dtype=torch.int64)
-        if self._counts is not None:
-            by_layer.index_add_(0, torch.tensor([t.block for t in self.targets]), self._counts.cpu())
+        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets]), self._counts)
         return [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
 
     def save(self, folder: Path) -> None:
@@ -143,7 +143,7 @@ class ProximalStep:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes that share the weights."""
-        return total(values, self.targets[0].weight, self.args.device)
+        return total(values, self.targets[0].weight)
 
     def _scale(self, target: Prunable) -> Tensor | None:
         return None if self.norms is None else self.norms[target.name]

@@ -70,8 +70,8 @@ def last_complete_checkpoint(output_dir: Path | str) -> str | None:
     return None
 
 
-def last_good(output_dir: Path | str) -> str:
-    """A sentence for who has lost a run: which checkpoint to go on from."""
+def resume_hint(output_dir: Path | str) -> str:
+    """The sentence that ends a failed run's error: which checkpoint to go on from."""
     folder = last_complete_checkpoint(output_dir)
     return f"The last good checkpoint is {folder}." if folder else "No checkpoint had been written yet."
 

@@ -27,16 +27,14 @@ def shard_number(weight: Tensor) -> int:
     return number
 
 
-def total(values: Tensor, weight: Tensor, device: torch.device) -> Tensor:
-    """Sum of ``values`` over the processes that share the weight; each replica counts once.
-
-    Args:
-        device: where the processes communicate; values of plain tensors stay where they are.
-    """
+def total(values: Tensor, weight: Tensor) -> Tensor:
+    """Sum of ``values`` over the processes that share the weight; each replica counts once."""
     if not isinstance(weight, DTensor):
         return values
     places = [Partial() if place.is_shard() else Replicate() for place in weight.placements]
-    return DTensor.from_local(values.to(device), weight.device_mesh, places, run_check=False).full_tensor()
+    # Offloaded shards lie on the CPU, but the processes talk on the mesh's device.
+    values = values.to(weight.device_mesh.device_type)
+    return DTensor.from_local(values, weight.device_mesh, places, run_check=False).full_tensor()
 
 
 def settled(tensor: Tensor) -> Tensor:

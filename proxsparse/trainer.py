@@ -33,7 +33,7 @@ from proxsparse.prox_op import kernel_for, prox_op_
 from proxsparse.proximal import ProxCallback, ProximalStep
 from proxsparse.prunable import Prunable, find_prunable
 from proxsparse.record import write_json
-from proxsparse.resume import complete_checkpoints, last_good
+from proxsparse.resume import complete_checkpoints, resume_hint
 from proxsparse.sharding import local, matching_part, reshard
 from proxsparse.swaps import WeightSwaps
 
@@ -56,6 +56,7 @@ class ProxSparseTrainer(SFTTrainer):
 
     args: ProxSparseConfig
     model: PreTrainedModel
+    proximal: ProximalStep  # once the weights are where they will be trained
 
     def __init__(
         self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs: Any
@@ -68,15 +69,13 @@ class ProxSparseTrainer(SFTTrainer):
         self.norms = norms
         self.swaps: WeightSwaps | None = None
         self.original: OriginalWeights | None = None
-        self.proximal: ProximalStep | None = None
-        self._scaled = False
+        self._measured = self._scaled = False
         self._step_seconds = 0.0
         self._teacher_logits: Tensor | None = None
         super().__init__(model, args, **kwargs)
         self._refuse_unsupported()
         if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
             self._measure_original()
-        self.add_callback(ProxCallback(self._proximal_step))
         complete_checkpoints(self, self._add_to_checkpoint)
 
     def mask(self) -> Mask:
@@ -85,10 +84,6 @@ class ProxSparseTrainer(SFTTrainer):
         mask.base_model = self.model.config._name_or_path
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
-
-    def _proximal_step(self, step: int, max_steps: int) -> None:
-        assert self.proximal is not None
-        self.proximal(step, max_steps)
 
     # The loss
 
@@ -106,7 +101,7 @@ class ProxSparseTrainer(SFTTrainer):
         if not loss.isfinite():
             raise RunError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. "
-                f"Lower --learning_rate or --lambda_value. {last_good(str(self.args.output_dir))}"
+                f"Lower --learning_rate or --lambda_value. {resume_hint(str(self.args.output_dir))}"
             )
         return loss
 
@@ -142,7 +137,6 @@ class ProxSparseTrainer(SFTTrainer):
         if not self.args.project_lambda2:
             return 0.0
         assert self.original is not None
-        assert self.proximal is not None
         penalty = torch.zeros((), device=self.args.device)
         for target in self.targets:
             # Of a shard, its rows: gradients of rows elsewhere are made where they are.
@@ -179,19 +173,18 @@ class ProxSparseTrainer(SFTTrainer):
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        proximal = self.proximal if self.model.training and "loss" in logs else None
-        if proximal is not None and (blocks := proximal.progress()):
+        if self.model.training and "loss" in logs and (blocks := self.proximal.progress()):
             elapsed, self._step_seconds = self._step_seconds + blocks["prox_seconds"], 0.0
             logs |= blocks | {"prox_share": blocks["prox_seconds"] / elapsed if elapsed else 0.0}
             super().log(logs, start_time)
             entry: dict = self.state.log_history[-1]
-            entry["share_24_by_layer"] = proximal.share_by_layer()  # not in logs: reporters take no lists
+            entry["share_24_by_layer"] = self.proximal.share_by_layer()  # not in logs: reporters take no lists
         else:
             super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            own = own_optimizer(self.args, self.model, self.args.rounding == "stochastic")
+            own = own_optimizer(self.args, self.model)
             if own is not None:
                 self.optimizer_cls_and_kwargs = own
             optimizer = super().create_optimizer(model)
@@ -201,11 +194,10 @@ class ProxSparseTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         # The model is where it will be trained by now, and under FSDP2 no checkpoint has been loaded yet.
-        if self.proximal is None:
+        if not self._measured:
             self._measure_original()
         if self.args.relative and not self._scaled:
             assert self.optimizer is not None
-            assert self.proximal is not None
             scale_learning_rates(self.optimizer, {id(t.weight): self.proximal.rms[t.name][0] for t in self.targets})
             self._scaled = True
         return super().create_scheduler(num_training_steps, optimizer)
@@ -219,7 +211,6 @@ class ProxSparseTrainer(SFTTrainer):
         if mask:
             save_mask(mask, folder / MASK_FILE)
             write_json(folder / ZEROS_FILE, zeros)
-        assert self.proximal is not None
         self.proximal.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -230,7 +221,6 @@ class ProxSparseTrainer(SFTTrainer):
             trusted = self.args.trust_remote_code
             stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
             self.model.load_state_dict(stored.state_dict())
-        assert self.proximal is not None
         self.proximal.restore(Path(resume_from_checkpoint))
 
     def _learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
@@ -269,7 +259,7 @@ class ProxSparseTrainer(SFTTrainer):
 
     def _measure_original(self) -> None:
         """What is taken from the weights while they are the original ones: W0, input norms and scales."""
-        args = self.args
+        args, self._measured = self.args, True
         for target in self.targets:
             if any(place.is_shard(target.in_dim) for place in getattr(target.weight, "placements", ())):
                 raise UsageError(
@@ -291,6 +281,7 @@ class ProxSparseTrainer(SFTTrainer):
             assert self.original is not None
             self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms, args.offload_learned)
         self.proximal = ProximalStep(self.targets, args, self.norms)
+        self.add_callback(ProxCallback(self.proximal))
         weight = self.targets[0].stored
         prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))

@@ -12,7 +12,7 @@ case ${1:-} in
 '') set -- -m "not slow" ;;
 --all) shift ;;
 esac
-# Two processes that share the cores: the models are small, and most of the time goes into starting programs.
-cores=$(.venv/bin/python -c 'import os; print(os.cpu_count())')
+# Two processes that share the cores: the models are too small to use them all in one.
+cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

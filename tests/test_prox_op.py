@@ -1,5 +1,6 @@
 """The operator against a float64 search, on every kernel, and its properties."""
 
+import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -46,6 +47,7 @@ def test_it_is_homogeneous_so_that_scale_does_not_matter(kernel, scale, lam):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(blocks).max())
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(dtype):
     weight, threads = torch.tensor(hard_blocks(20_000)).to(dtype), torch.get_num_threads()

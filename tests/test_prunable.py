@@ -1,8 +1,12 @@
 """The one rule of what is pruned, on every architecture."""
 
+import re
+
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from proxsparse.errors import UsageError
 from proxsparse.prunable import find_prunable
@@ -97,6 +101,38 @@ def test_include_and_exclude_select():
     assert {t.kind for t in find_prunable(model, include="mlp", exclude="gate")} == {"mlp.up_proj", "mlp.down_proj"}
     with pytest.raises(UsageError, match="No weight of LlamaForCausalLM is left to prune"):
         find_prunable(model, include="nothing")
+
+
+def linears_of_blocks(model):
+    """Names by a rule of its own: weights of nn.Linear below model.layers.N."""
+    modules = dict(model.named_modules()).items()
+    return {
+        f"{n}.weight" for n, m in modules if isinstance(m, torch.nn.Linear) and re.match(r"model\.layers\.\d+\.", n)
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([8, 12, 16]),
+    width=st.integers(2, 9).map(lambda n: 4 * n),
+    tied=st.booleans(),
+    biased=st.booleans(),
+    kinds=st.sets(st.sampled_from(sorted(SEVEN)), min_size=1, max_size=6),
+)
+def test_selected_and_left_out_are_all_linears_of_the_blocks(layers, heads, head_dim, width, tied, biased, kinds):
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 1}
+    sizes |= {"head_dim": head_dim, "intermediate_size": width, "tie_word_embeddings": tied}
+    sizes |= {"attention_bias": biased, "mlp_bias": biased}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | sizes)))
+    pattern = rf"\.({'|'.join(sorted(kinds))})\."
+    everything, selected, rest = (
+        [t.name for t in find_prunable(model, **choice)] for choice in ({}, {"include": pattern}, {"exclude": pattern})
+    )
+    assert set(everything) == linears_of_blocks(model)
+    assert [n for n in everything if n.split(".")[-2] in kinds] == selected
+    assert [n for n in everything if n.split(".")[-2] not in kinds] == rest
 
 
 def test_a_model_without_decoder_blocks_is_refused():

@@ -13,7 +13,7 @@ from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
 from proxsparse.losses import distillation_loss, frozen_weight_penalty
 from proxsparse.prox_op import prox_op
-from proxsparse.proximal import ProxCallback
+from proxsparse.proximal import ProxCallback, ProximalStep
 from proxsparse.resume import last_complete_checkpoint
 from proxsparse.trainer import ProxSparseTrainer
 
@@ -59,10 +59,7 @@ class CountSteps(TrainerCallback):
 def test_the_operator_runs_once_per_optimizer_step(tmp_path, tokenizer, method, accumulation, monkeypatch):
     runs = trainer(tmp_path, tokenizer, method=method, gradient_accumulation_steps=accumulation)
     calls = []
-    monkeypatch.setattr(runs, "_proximal_step", lambda *args: calls.append(args))
-    runs.callback_handler.callbacks = [
-        ProxCallback(runs._proximal_step) if isinstance(c, ProxCallback) else c for c in runs.callback_handler.callbacks
-    ]
+    monkeypatch.setattr(ProximalStep, "__call__", lambda step, *args: calls.append(args))
     runs.train()
     assert len(calls) == runs.state.global_step == STEPS // accumulation
 

@@ -1,0 +1,87 @@
+"""Size of SmolLM2-135M in every form of ``proxsparse export``, and how long our own forms take to load.
+
+    python benchmarks/exports.py
+
+The mask is magnitude's: sizes do not depend on which weights are kept. Loading is the best of three, files in the
+operating system's cache, until a model with every weight in memory is there. sparse24 and npz are read by other
+programs. Writes benchmarks/results/exports.json.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import proxsparse
+from proxsparse.__main__ import main as console
+from proxsparse.mask import apply_mask, load_mask
+from proxsparse.model import EMBEDDED, load_model, load_tokenizer
+from proxsparse.record import git_commit, versions, write_json
+
+REPEAT = 3
+
+
+def main() -> int:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        base, mask = Path(name, "base"), Path(name, "magnitude")
+        load_model(EMBEDDED, dtype=torch.float32).save_pretrained(base)
+        load_tokenizer(EMBEDDED).save_pretrained(base)
+        run("prune", "--model", base, "--prune_method", "magnitude", "--save", mask)
+        loaders: dict[str, Callable[[Path], nn.Module] | None] = {
+            "dense": lambda folder: load_model(str(folder)),
+            "compact": lambda folder: proxsparse.load(str(folder)),
+            "compact, sparse modules": lambda folder: proxsparse.load(str(folder), sparse=True),
+            "mask": partial(under_mask, base),
+            "sparse24": None,
+            "npz": None,
+        }
+        for form, loader in loaders.items():
+            form, _, how = form.partition(", ")
+            folder = Path(name, form)
+            if not folder.exists():
+                run("export", "--model", base, "--mask", mask, "--form", form, "--to", folder)
+            row = {"form": form, "loaded": how or "dense", "bytes": sum(f.stat().st_size for f in folder.iterdir())}
+            rows.append(row | {"seconds": best_time(loader, folder) if loader else None})
+    table = Table(title="SmolLM2-135M, float32")
+    for head in ("form", "loaded as", "MB", "load, s"):
+        table.add_column(head, justify="left" if head == "form" else "right")
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        table.add_row(row["form"], row["loaded"] if seconds else "", f"{row['bytes'] / 1e6:.1f}", seconds)
+    Console().print(table)
+    write_json("benchmarks/results/exports.json", {"rows": rows, "versions": versions(), "commit": git_commit()})
+    return 0
+
+
+def run(*words: object) -> None:
+    if console([str(word) for word in words]):
+        raise SystemExit(1)
+
+
+def under_mask(base: Path, folder: Path) -> nn.Module:
+    model = load_model(str(base))
+    apply_mask(model, load_mask(folder))
+    return model
+
+
+def best_time(loader: Callable[[Path], nn.Module], folder: Path) -> float:
+    """Seconds to load, and to touch every weight: mapped files are read only then."""
+    found = []
+    for _ in range(REPEAT):
+        start = time.perf_counter()
+        for weight in loader(folder).state_dict().values():
+            weight.float().sum()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
