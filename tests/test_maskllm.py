@@ -119,8 +119,8 @@ def test_the_gradient_of_the_logits_is_autograds(tmp_path):
     for place, target in enumerate(trainer.targets):
         noise = trainer._choice(place, target).log()  # softmax of (kappa p + g) / tau up to a constant
         fixed = noise - trainer.args.kappa[0] / trainer.args.tau[0] * trainer.logits(target).detach()
-        choice = (fixed + trainer.args.kappa[0] / trainer.args.tau[0] * logits[target.name]).softmax(-1)
-        weights[target.name] = trainer.base[target.name] * (choice @ MASKS).flatten(-2)
+        choice = (fixed + trainer.args.kappa[0] / trainer.args.tau[0] * logits[target.name]).softmax(0)
+        weights[target.name] = trainer.base[target.name] * torch.einsum("koi,kj->oij", choice, MASKS).flatten(-2)
         penalty = penalty + weights[target.name].square().sum()
     for target in trainer.targets:
         delattr(target.module, _attribute(target))
