@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from oracle import coordinate_descent, global_minimum, hard_blocks, objective
@@ -85,6 +85,7 @@ def test_it_beats_the_original_solver_where_that_one_is_stuck(kernel):
     arrays(np.float32, (16, 4), elements=st.floats(-1e4, 1e4, width=32)),
     st.floats(0, 1e4, width=32),
 )
+@example(np.tile(np.float32([1, 0.25, 0.25, 0.25]), (16, 1)), 1.0)  # equal weights, slow to settle
 @settings(max_examples=60, deadline=None)
 def test_no_entry_grows_or_changes_sign_and_the_top_two_stay(kernel, blocks, lam):
     found = run(kernel, blocks, float(lam))
@@ -92,8 +93,9 @@ def test_no_entry_grows_or_changes_sign_and_the_top_two_stay(kernel, blocks, lam
     assert (found * blocks >= 0).all()
     order = np.argsort(-np.abs(blocks), axis=1, kind="stable")
     ranked = np.abs(np.take_along_axis(found, order, 1))
-    # float32 rounding may swap entries that are equal to within a unit in the last place.
-    assert (ranked[:, :-1] >= ranked[:, 1:] * (1 - 1e-6)).all()
+    # Equal weights may end a little apart: where the minimiser changes its support the objective is flat, and float32
+    # resolves the lowest point to about the root of its precision.
+    assert (ranked[:, :-1] >= ranked[:, 1:] - 3e-4 * ranked[:, :1]).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
