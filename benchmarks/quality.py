@@ -115,12 +115,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(done.stderr[-3000:], file=sys.stderr)
                 return 1
             record["rows"].append(key | json.loads(done.stdout.splitlines()[-1]))
-            record |= {
-                "model": args.model,
-                "text": args.text,
-                "versions": versions(),
-                "threads": torch.get_num_threads(),
-            }
+            record |= {"model": args.model, "text": args.text, "versions": versions()}
             write_json(output, record)
             print(summary(record["rows"][-1]), file=sys.stderr, flush=True)
     show(record)
@@ -164,6 +159,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         "tokens": tokens,
         "seconds": seconds,
         "peak_gib": peak,
+        "threads": torch.get_num_threads(),
         "commit": git_commit(),
     } | extra
     dense = load_model(args.model, dtype=torch.float32)
