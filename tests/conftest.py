@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# The same examples every time, so that no one's build fails by chance; HYPOTHESIS_PROFILE=default draws new ones.
+# The same examples every time, so that no one's build fails by chance; --hypothesis-profile default draws new ones.
 settings.register_profile("repeatable", derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+settings.load_profile("repeatable")
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. A journey of a thousand miles begins with a single step. "

@@ -172,14 +172,16 @@ def _gentle(z, lam_block, x, count):
             cd = c * d
             b = max(z2 - lam * (cd + a * (c + d)), ZERO)
             a = max(ONE - lam * (cd + b * (c + d)), ZERO)
-            old, ab = c, a * b
+            old_a, old_b, old_c, ab = a, b, c, a * b
             d = max(z4 - lam * (ab + c * (a + b)), ZERO)
             c = max(z3 - lam * (ab + d * (a + b)), ZERO)
             cd = c * d
             b = max(z2 - lam * (cd + a * (c + d)), ZERO)
             a = max(ONE - lam * (cd + b * (c + d)), ZERO)
             x[0, j], x[1, j], x[2, j], x[3, j] = a, b, c, d
-            moving += SOME if abs(c - old) > SWEEP_SETTLED else NONE
+            # Of one entry alone the movement may vanish as it turns round, with the others still on their way.
+            moved = max(max(abs(a - old_a), abs(b - old_b)), abs(c - old_c))
+            moving += SOME if moved > SWEEP_SETTLED else NONE
         if moving == NONE:
             break
 

@@ -17,11 +17,13 @@ def _gentle(z: Tensor, lam: Tensor) -> Tensor:
     """Minimiser where the problem is convex, by coordinate descent: (4, G)."""
     a, b, c, d = z
     for _ in range(MAX_STEPS):
+        before = a, b, c
         d = (z[3] - lam * (a * b + c * (a + b))).clamp_min(0)
-        before, c = c, (z[2] - lam * (a * b + d * (a + b))).clamp_min(0)
+        c = (z[2] - lam * (a * b + d * (a + b))).clamp_min(0)
         b = (z[1] - lam * (c * d + a * (c + d))).clamp_min(0)
         a = (z[0] - lam * (c * d + b * (c + d))).clamp_min(0)
-        if not torch.any((before - c).abs() > SETTLED):
+        # Of one entry alone the movement may vanish as it turns round, with the others still on their way.
+        if not any(torch.any((old - new).abs() > SETTLED) for old, new in zip(before, (a, b, c), strict=True)):
             break
     return torch.stack((a, b, c, d))
 
