@@ -12,7 +12,8 @@ case ${1:-} in
 '') set -- -m "not slow" ;;
 --all) shift ;;
 esac
-# Two processes that share the cores: the models are too small to use them all in one.
+# Two processes that share the cores: the models are too small to use them all in one. One that is done takes over tests
+# of the other.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
 exec .venv/bin/python -m pytest -n 2 --dist worksteal --durations 10 "$@"

@@ -172,7 +172,7 @@ class MaskLLMTrainer(SFTTrainer):
         progress = step / self.state.max_steps
         logits = self.logits(target).detach()
         generator = torch.Generator(logits.device).manual_seed(noise_seed(self.args.seed, step, place))
-        # Gumbel noise by inversion: torch's exponential_ takes six times as long on CPUs.
+        # Gumbel noise by inversion: on CPUs torch's exponential_ takes longer than all of this.
         noise = torch.empty_like(logits).uniform_(generator=generator).log_().neg_().log_().neg_()
         scaled = noise.add_(logits, alpha=_line(self.args.kappa, progress))
         return scaled.div_(_line(self.args.tau, progress)).softmax(0)
