@@ -74,8 +74,13 @@ BASELINES = {
     "sparsegpt": ("sparsegpt", True),
     "admm": ("admm", True),
 }
-# MaskLLM: name -> changes to its settings. With the paper's learning rate its masks hardly move in so few steps.
-MASKLLM: dict[str, dict] = {"maskllm": {}, "maskllm-lr10": {"learning_rate": 5e-3}}
+# MaskLLM: name -> changes to its settings, which are the paper's.
+MASKLLM: dict[str, dict] = {
+    "maskllm": {},
+    "maskllm-lr/2": {"learning_rate": 2.5e-4},
+    "maskllm-lr2": {"learning_rate": 1e-3},
+    "maskllm-lr10": {"learning_rate": 5e-3},
+}
 DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
 
 
