@@ -55,13 +55,12 @@ print("RESULT", kills, writing, resumed)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # a busy machine takes twice as long, and twenty runs add up
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_mask(checkpoint, corpus, tmp_path):
-    flags = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "samples": 40, "save_steps": 2, "bf16": "false"}
+    flags = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "samples": 60, "save_steps": 2, "bf16": "false"}
     flags |= {"logging_steps": 5, "use_cpu": "true", "save_total_limit": 2, "lambda_value": "auto"}
     words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
     command = [sys.executable, "-c", ATTEMPTS, str(tmp_path / "whole"), str(tmp_path / "broken"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, _, resumed = map(int, done.stdout.split("RESULT")[-1].split())
     assert kills == KILLS
