@@ -35,13 +35,15 @@ length = time.monotonic() - began
 rng, kills, writing, resumed = random.Random(0), 0, 0, 0
 while kills < KILLS:
     fresh, pause = not broken.exists(), rng.uniform(0.05, 1.0) * length
-    child = start(broken)
-    time.sleep(pause)
-    before = list(broken.glob("checkpoint-*"))
-    if os.waitpid(child, os.WNOHANG)[0]:
+    began, child, ended = time.monotonic(), start(broken), False
+    while not ended and time.monotonic() - began < pause:
+        time.sleep(0.01)
+        ended = os.waitpid(child, os.WNOHANG)[0] == child
+    if ended:
         shutil.rmtree(broken)  # it was faster; this moment does not count
-        length = pause if fresh else length  # the first run may have been slow
+        length = time.monotonic() - began if fresh else length  # the first run may have been slow
         continue
+    before = list(broken.glob("checkpoint-*"))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     kills += 1
