@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from proxsparse.compact import as_numpy, compress
 from proxsparse.errors import RunError, UsageError
 from proxsparse.kernels import decode
+from proxsparse.kernels.threads import match_torch
 from proxsparse.mask import crowded
 from proxsparse.model import load_model
 from proxsparse.prunable import Prunable, find_prunable
@@ -77,6 +78,7 @@ class CompactLinear(nn.Module):
     def dense(self) -> Tensor:
         """(O, I) dense weight, made afresh."""
         out = torch.zeros(self.out_features, self.in_features, dtype=self.dtype)
+        match_torch()
         decode.expand(self.values, self.codes, as_numpy(out))
         return out
 
@@ -87,6 +89,7 @@ class CompactLinear(nn.Module):
         padded = np.zeros((len(flat), 8 * self.codes.shape[1]), np.float32)
         padded[:, : self.in_features] = flat.detach().float().numpy()
         out = np.empty((len(flat), len(self.codes) * decode.PANEL), np.float32)
+        match_torch()
         decode.multiply(self.values, self.codes, padded, out)
         result = torch.from_numpy(out)[:, : self.out_features].to(inputs.dtype)
         result = result if self.bias is None else result + self.bias

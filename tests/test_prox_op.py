@@ -1,6 +1,8 @@
 """The operator against a float64 search, on every kernel, and its properties."""
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -62,6 +64,31 @@ def test_threads_do_not_change_a_bit(dtype):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+FIRST_USE = {
+    "operator": "prox_op_(torch.randn(64, 64), 0.1)",
+    "compact": "CompactLinear(layer)(torch.randn(2, 64))",
+    "expanded": "CompactLinear(layer).dense()",
+}
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+@pytest.mark.parametrize("use", FIRST_USE.values(), ids=FIRST_USE)
+def test_the_first_use_leaves_torch_its_number_of_threads(use):
+    # In a new process: numba starts its threads once.
+    script = f"""
+import numba, torch
+from proxsparse import prox_op_, top2_mask
+from proxsparse.sparse import CompactLinear
+layer = torch.nn.Linear(64, 64)
+layer.weight.data *= top2_mask(layer.weight.data)
+{use}
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["1", "1"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

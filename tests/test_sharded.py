@@ -65,7 +65,7 @@ def sharded(processes, runs, fsdp=True, **changes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / "tests" / "sharded_worker.py"), json.dumps(runs)]
     environment = os.environ | (settings(**changes) if fsdp else {}) | {"PYTHONPATH": str(ROOT)}
-    environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     # Processes share the output: what one says may stand in the middle of another's line.

@@ -16,6 +16,8 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from proxsparse.kernels.threads import match_torch
+
 TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
 MAX_STEPS = 32
 # Reassociation and reciprocals would overflow on huge and denormal weights.
@@ -438,9 +440,7 @@ def survey_(weight, scale, codes, parts):
 
 def parts() -> int:
     """Parts to share a weight out in: several for each of torch's threads, for balance."""
-    count = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(count)
-    return 8 * count
+    return 8 * match_torch()
 
 
 def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, seed: int) -> tuple[int, int]:
