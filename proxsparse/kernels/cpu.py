@@ -107,11 +107,13 @@ def _times(tile, scale, out, column, count):
     """Scale every weight of the tile by its input's factor; ``column`` is the first block's place in its row."""
     start = 0
     while start < count:  # as many pieces as the tile has rows
-        stop = min(count, start + scale.shape[1] - column)
+        width = min(count - start, scale.shape[1] - column)
         for k in range(4):
-            for j in range(start, stop):
-                out[k, j] = tile[k, j] * scale[k, column + j - start]
-        start, column = stop, 0
+            # Slices, since an index that might be negative keeps the loop from becoming SIMD instructions.
+            piece, factor, scaled = tile[k, start : start + width], scale[k, column : column + width], out[k, start:]
+            for j in range(width):
+                scaled[j] = piece[j] * factor[j]
+        start, column = start + width, 0
 
 
 @_inline
@@ -119,13 +121,14 @@ def _divide_back(tile, scale, solved, column, count):
     """Shrink the weights of the tile as their scaled values were shrunk; where those kept their bits, so do these."""
     start = 0
     while start < count:
-        stop = min(count, start + scale.shape[1] - column)
+        width = min(count - start, scale.shape[1] - column)
         for k in range(4):
-            for j in range(start, stop):
-                before = tile[k, j] * scale[k, column + j - start]
-                ratio = solved[k, j] / (before if before != ZERO else ONE)
-                tile[k, j] = tile[k, j] * (ratio if before != ZERO else ONE)
-        start, column = stop, 0
+            piece, factor, shrunk = tile[k, start : start + width], scale[k, column : column + width], solved[k, start:]
+            for j in range(width):
+                before = piece[j] * factor[j]
+                ratio = shrunk[j] / (before if before != ZERO else ONE)
+                piece[j] = piece[j] * (ratio if before != ZERO else ONE)
+        start, column = start + width, 0
 
 
 @_inline
