@@ -59,16 +59,17 @@ def _load_overload(weight, start, count, tile, tile_bits):
     if weight.dtype == numba.float32:
 
         def load(weight, start, count, tile, tile_bits):
+            piece = weight[start : start + 4 * count]
             for j in range(count):
-                b = start + 4 * j
-                tile[0, j], tile[1, j] = weight[b], weight[b + 1]
-                tile[2, j], tile[3, j] = weight[b + 2], weight[b + 3]
+                tile[0, j], tile[1, j] = piece[4 * j], piece[4 * j + 1]
+                tile[2, j], tile[3, j] = piece[4 * j + 2], piece[4 * j + 3]
     else:
 
         def load(weight, start, count, tile, tile_bits):
+            piece = weight[start : start + 4 * count]
             for j in range(count):
                 for k in range(4):
-                    tile_bits[k, j] = np.uint32(weight[start + 4 * j + k]) << np.uint32(16)
+                    tile_bits[k, j] = np.uint32(piece[4 * j + k]) << np.uint32(16)
 
     return load
 
@@ -82,22 +83,22 @@ def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed):
     if weight.dtype == numba.float32:
 
         def store(weight, start, count, tile, tile_bits, stochastic, seed):
+            piece = weight[start : start + 4 * count]
             for j in range(count):
-                b = start + 4 * j
-                weight[b], weight[b + 1] = tile[0, j], tile[1, j]
-                weight[b + 2], weight[b + 3] = tile[2, j], tile[3, j]
+                piece[4 * j], piece[4 * j + 1] = tile[0, j], tile[1, j]
+                piece[4 * j + 2], piece[4 * j + 3] = tile[2, j], tile[3, j]
     else:
 
         def store(weight, start, count, tile, tile_bits, stochastic, seed):
+            piece = weight[start : start + 4 * count]
             for j in range(count):
                 for k in range(4):
-                    i = start + 4 * j + k
                     bits = tile_bits[k, j]
                     if stochastic:
-                        noise = _hash(np.uint32(i) ^ seed) & np.uint32(0xFFFF)
+                        noise = _hash(np.uint32(start + 4 * j + k) ^ seed) & np.uint32(0xFFFF)
                     else:
                         noise = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                    weight[i] = _bfloat16_bits(bits, noise)
+                    piece[4 * j + k] = _bfloat16_bits(bits, noise)
 
     return store
 
