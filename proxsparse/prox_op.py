@@ -210,7 +210,7 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
         t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)
     ):
         flat = [t.view(-1).numpy() for t in (out, base, learned)]
-        cpu.top2_product_(*flat, cpu.factors(scale), cpu.parts())  # type: ignore[call-arg]
+        cpu.top2_product_(*flat, cpu.columns(scale), cpu.parts())  # type: ignore[call-arg]
         return
     out.copy_(base * top2_mask(learned if scale is None else learned.float() * scale.to(learned.device)))
 
@@ -232,7 +232,7 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> tuple
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
     if kernel_for(weight) == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
         memory = codes.view(-1).numpy()
-        changed, penalty = cpu.survey_(weight.view(-1).numpy(), cpu.factors(scale), memory, cpu.parts())
+        changed, penalty = cpu.survey_(weight.view(-1).numpy(), cpu.columns(scale), memory, cpu.parts())
         return int(changed), float(penalty)
     scored = weight.float() if scale is None else weight.float() * scale.to(weight.device)
     bits = top2_mask(scored).unflatten(-1, (-1, 4)).to(torch.uint8)

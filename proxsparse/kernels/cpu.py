@@ -24,7 +24,7 @@ MAX_STEPS = 32
 _FAST = {"contract", "nsz", "nnan"}
 _inline = numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 
-F = np.float32
+F, U8 = np.float32, np.uint8
 ZERO, HALF, ONE, TWO, THREE, FOUR = F(0), F(0.5), F(1), F(2), F(3), F(4)
 ONE_HALF, TWO_HALF = F(1.5), F(2.5)
 TINY, HUGE, SETTLED, STRONGEST = F(1e-30), F(3.4028235e38), F(1e-7), F(3)
@@ -380,29 +380,43 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
     return counts.sum(axis=0)
 
 
+@numba.njit(error_model="numpy", cache=True)
+def _pattern(measured, code, count):
+    """The mask of every block of the tile as four bits: bit k is set where entry k is kept."""
+    for j in range(count):
+        a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
+        # Kept where fewer than two others are larger; ties go to the earlier entry, as in top2_mask.
+        bits = U8((b > a) + (c > a) + (d > a) < 2)
+        bits |= U8((a >= b) + (c > b) + (d > b) < 2) << U8(1)
+        bits |= U8((a >= c) + (b >= c) + (d > c) < 2) << U8(2)
+        bits |= U8((a >= d) + (b >= d) + (c >= d) < 2) << U8(3)
+        code[j] = bits
+
+
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def top2_product_(out, base, learned, scale, parts):
     """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
 
     Args:
         out, base, learned: (N,) float32 contiguous, N a multiple of 4; ``out`` is overwritten.
-        scale: (I,) float32, I the length of a row and a multiple of 4, or (0,) for ones.
-        parts: number of contiguous parts shared out among the threads.
+        scale, parts: as in prox_flat_.
     """
     blocks = learned.size // 4
     scaled = scale.size > 0
     for part in numba.prange(parts):
-        for block in range(part * blocks // parts, (part + 1) * blocks // parts):
-            i = 4 * block
-            a, b, c, d = abs(learned[i]), abs(learned[i + 1]), abs(learned[i + 2]), abs(learned[i + 3])
+        bits, code = np.empty((4, TILE), np.uint32), np.empty(TILE, np.uint8)
+        tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
+        last = (part + 1) * blocks // parts
+        for start in range(part * blocks // parts, last, TILE):
+            count = min(TILE, last - start)
+            _load(learned, 4 * start, count, tile, bits)
             if scaled:
-                k = i % scale.size
-                a, b, c, d = a * scale[k], b * scale[k + 1], c * scale[k + 2], d * scale[k + 3]
-            # Kept where fewer than two others are larger; ties go to the earlier entry, as in top2_mask.
-            out[i] = base[i] if (b > a) + (c > a) + (d > a) < 2 else ZERO
-            out[i + 1] = base[i + 1] if (a >= b) + (c > b) + (d > b) < 2 else ZERO
-            out[i + 2] = base[i + 2] if (a >= c) + (b >= c) + (d > c) < 2 else ZERO
-            out[i + 3] = base[i + 3] if (a >= d) + (b >= d) + (c >= d) < 2 else ZERO
+                _times(tile, scale, own, start % scale.shape[1], count)
+            _pattern(own if scaled else tile, code, count)
+            kept, masked = base[4 * start : 4 * (start + count)], out[4 * start : 4 * (start + count)]
+            for j in range(count):
+                for k in range(4):
+                    masked[4 * j + k] = kept[4 * j + k] if code[j] >> U8(k) & U8(1) else ZERO
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
@@ -411,9 +425,8 @@ def survey_(weight, scale, codes, parts):
 
     Args:
         weight: (N,) float32 contiguous, N a multiple of 4.
-        scale: (I,) float32 or (0,), as in top2_product_.
         codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
-        parts: number of contiguous parts shared out among the threads.
+        scale, parts: as in prox_flat_.
 
     Returns:
         (2,) float64: changed entries, sum of R(weight * scale).
@@ -422,22 +435,25 @@ def survey_(weight, scale, codes, parts):
     scaled = scale.size > 0
     found = np.zeros((parts, 2), np.float64)
     for part in numba.prange(parts):
+        bits, code = np.empty((4, TILE), np.uint32), np.empty(TILE, np.uint8)
+        tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
         changed, penalty = 0, 0.0
-        for block in range(part * blocks // parts, (part + 1) * blocks // parts):
-            i = 4 * block
-            a, b, c, d = abs(weight[i]), abs(weight[i + 1]), abs(weight[i + 2]), abs(weight[i + 3])
+        last = (part + 1) * blocks // parts
+        for start in range(part * blocks // parts, last, TILE):
+            count = min(TILE, last - start)
+            _load(weight, 4 * start, count, tile, bits)
             if scaled:
-                k = i % scale.size
-                a, b, c, d = a * scale[k], b * scale[k + 1], c * scale[k + 2], d * scale[k + 3]
-            penalty += a * b * (c + d) + c * d * (a + b)
-            code = (b > a) + (c > a) + (d > a) < 2
-            code |= ((a >= b) + (c > b) + (d > b) < 2) << 1
-            code |= ((a >= c) + (b >= c) + (d > c) < 2) << 2
-            code |= ((a >= d) + (b >= d) + (c >= d) < 2) << 3
-            # Both codes have two bits set, so entries change in pairs: one leaves, one comes.
-            difference = code ^ codes[block]
-            changed += (difference & 1) + (difference >> 1 & 1) + (difference >> 2 & 1) + (difference >> 3)
-            codes[block] = code
+                _times(tile, scale, own, start % scale.shape[1], count)
+            measured = own if scaled else tile
+            _pattern(measured, code, count)
+            before = codes[start : start + count]
+            for j in range(count):
+                a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
+                penalty += a * b * (c + d) + c * d * (a + b)
+                # Both codes have two bits set, so entries change in pairs: one leaves, one comes.
+                difference = code[j] ^ before[j]
+                changed += (difference & 1) + (difference >> 1 & 1) + (difference >> 2 & 1) + (difference >> 3)
+                before[j] = code[j]
         found[part, 0], found[part, 1] = changed, penalty
     return found.sum(axis=0)
 
@@ -458,12 +474,14 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, se
         (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
     """
     bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
-    strength, columns = F(min(lam, float(HUGE))), np.ascontiguousarray(factors(scale).reshape(-1, 4).T)
+    strength = F(min(lam, float(HUGE)))
     noise = np.uint32(seed & 0xFFFFFFFF)
-    sparse, bad = prox_flat_(bits.view(-1).numpy(), columns, strength, stochastic, noise, parts())
+    sparse, bad = prox_flat_(bits.view(-1).numpy(), columns(scale), strength, stochastic, noise, parts())
     return int(sparse), int(bad)
 
 
-def factors(scale: Tensor | None) -> np.ndarray:
-    """A scale as the kernels take it: (I,) float32, or (0,) for ones."""
-    return np.empty(0, np.float32) if scale is None else scale.detach().to("cpu", torch.float32).contiguous().numpy()
+def columns(scale: Tensor | None) -> np.ndarray:
+    """A scale (I,) as the kernels take it: (4, I / 4) float32, or (4, 0) for ones."""
+    if scale is None:
+        return np.empty((4, 0), np.float32)
+    return np.ascontiguousarray(scale.detach().to("cpu", torch.float32).numpy().reshape(-1, 4).T)

@@ -14,8 +14,9 @@ def match_torch() -> int:
     count = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     numba.set_num_threads(count)
     # The first call starts numba's threads, and that sets OpenMP's count, which torch reads, to the number of cores
-    # (numba/numba#9387). Without this, every process of `OMP_NUM_THREADS=1 torchrun ...` would go on with as many threads as the machine
-    # has cores. They spin while they wait for each other, and a step takes up to 60 times as long.
+    # (numba/numba#9387). Without this, every process of `OMP_NUM_THREADS=1 torchrun ...` would go on with as many
+    # threads as the machine has cores. They spin while they wait for each other, and a step takes up to 60 times as
+    # long.
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return count
