@@ -2,8 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-POSITIONS_AT_ONCE = 512  # float32 copies of the logits of this many positions exist at a time
+# float32 copies of the logits of this many positions exist at a time; of more, every one would be new memory, whose
+# pages take longer to come than the loss takes.
+POSITIONS_AT_ONCE = 64
 
 
 class _FrozenWeightPenalty(torch.autograd.Function):
@@ -57,8 +60,8 @@ class _Distillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         for start in range(0, student.shape[0], POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
-            log_p = (teacher[part].float() / temperature).log_softmax(-1)
-            log_q = (student[part].float() / temperature).log_softmax(-1)
+            log_p = _soften(teacher[part].float(), temperature).log_softmax(-1)
+            log_q = _soften(student[part].float(), temperature).log_softmax(-1)
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum() * temperature**2
             gradient[part] = log_q.exp_().sub_(p).mul_(temperature)
@@ -69,6 +72,10 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (saved,) = ctx.saved_tensors
         return (saved * gradient).to(saved.dtype), None, None
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -85,3 +92,18 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     Source: Hinton, Vinyals and Dean, https://arxiv.org/abs/1503.02531.
     """
     return _Distillation.apply(student, teacher, temperature)
+
+
+@torch.no_grad()
+def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over positions of the language-model loss, to be shown: no gradient, a few positions at a time.
+
+    Args:
+        logits: (T, V).
+        targets: (T,) token ids.
+
+    Returns:
+        Scalar in float32, in nats.
+    """
+    parts = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+    return torch.stack([cross_entropy(part.float(), ids, reduction="sum") for part, ids in parts]).sum()

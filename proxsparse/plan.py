@@ -153,7 +153,7 @@ def plan_learning(
         "copies of W0 and of learned weights": prunable * wide * (waiting + kept) / parts_of,
     }
     if config.distill:
-        activations += 3 * logits  # the teacher's, the gradient, and the shifted copy
+        activations += 2 * logits  # the teacher's and the gradient
     gradients = (largest if config.optim_in_backward else trainable) * wide / parts_of
     # Activations are freed while gradients appear, so the worst moment has the larger of the two.
     parts["gradients or activations"] = max(gradients, activations + logits)

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from proxsparse.activations import NORMS_FILE, stored_norms
 from proxsparse.config import ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
-from proxsparse.losses import distillation_loss, frozen_weight_penalty
+from proxsparse.losses import distillation_loss, frozen_weight_penalty, lm_loss
 from proxsparse.mask import Mask, extract_mask, save_mask, sparsity_by_kind
 from proxsparse.model import load_model
 from proxsparse.optim import own_optimizer, scale_learning_rates, step_in_backward
@@ -117,12 +117,14 @@ class ProxSparseTrainer(SFTTrainer):
             return (loss, out[1]) if return_outputs else loss
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
         logits, targets = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        teacher, self._teacher_logits = self._teacher_logits, None  # not kept through the backward pass
         kept = targets != -100
         tokens = kept.sum()
-        distilled = distillation_loss(logits[kept], self._teacher_logits[kept], self.args.temperature)
+        if tokens < len(targets):  # else the logits, large ones, need no copies
+            logits, teacher, targets = logits[kept], teacher[kept], targets[kept]
+        distilled = distillation_loss(logits, teacher, self.args.temperature)
         lm_counts = self.args.distill < 1  # else it is logged only
-        with contextlib.nullcontext() if lm_counts else torch.no_grad():
-            lm = cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
+        lm = cross_entropy(logits.float(), targets, reduction="sum") if lm_counts else lm_loss(logits, targets)
         self._record("kl", distilled / tokens)
         self._record("lm_loss", lm / tokens)
         loss = self.args.distill * distilled + ((1 - self.args.distill) * lm if lm_counts else 0.0)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 
-from proxsparse.losses import distillation_loss
+from proxsparse.losses import distillation_loss, lm_loss
 from proxsparse.optim import StochasticAdamW
 
 
@@ -25,6 +25,12 @@ def test_distillation_is_the_scaled_divergence_with_its_gradient(temperature):
 def test_distillation_is_zero_at_the_teacher():
     logits = torch.randn(5, 7)
     assert distillation_loss(logits, logits).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [0, 1, 64, 700])
+def test_the_loss_that_is_shown_is_the_cross_entropy(positions):
+    logits, targets = torch.randn(positions, 11), torch.randint(11, (positions,))
+    torch.testing.assert_close(lm_loss(logits, targets), cross_entropy(logits, targets, reduction="sum"))
 
 
 def test_in_float32_it_is_adamw():
