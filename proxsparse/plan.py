@@ -152,8 +152,11 @@ def plan_learning(
         "optimizer states": trainable * _optimizer_bytes(config, dtype) / parts_of,
         "copies of W0 and of learned weights": prunable * wide * (waiting + kept) / parts_of,
     }
+    if config.bf16 or config.fp16:
+        logits *= 2  # accelerate hands the model's outputs on in float32
     if config.distill:
-        activations += 2 * logits  # the teacher's and the gradient
+        # The teacher's and the gradient; the shifted copy of a batch; what the language-model loss keeps.
+        activations += (2 + (batch_size > 1) + (config.distill < 1)) * logits
     gradients = (largest if config.optim_in_backward else trainable) * wide / parts_of
     # Activations are freed while gradients appear, so the worst moment has the larger of the two.
     parts["gradients or activations"] = max(gradients, activations + logits)
