@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from oracle import coordinate_descent, global_minimum, hard_blocks, objective
 
 from proxsparse.kernels.eager import round_stochastically
-from proxsparse.prox_op import nm_mask, prox_op, prox_op_, regularizer, survey_, top2_mask
+from proxsparse.prox_op import nm_mask, prox_op, prox_op_, regularizer, survey_, top2_mask, top2_product_
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 KERNELS = ["cpu", "eager", TRITON]
@@ -307,6 +307,25 @@ def test_top2_mask_keeps_exactly_two_even_under_ties_and_zeros(blocks):
 
 def test_ties_go_to_the_earlier_entry():
     assert top2_mask(torch.zeros(1, 8)).int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
+
+
+# Rows shorter and longer than the kernel's tile, and weights that end in the middle of one.
+@pytest.mark.parametrize("shape", [(3, 4), (37, 20), (9, 516), (5, 1100)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_masked_product_and_the_survey_follow_the_mask(shape, scaled):
+    generator = torch.Generator().manual_seed(0)
+    base, learned = (torch.randn(shape, generator=generator) for _ in range(2))
+    learned[0, :4] = 1.0  # ties
+    scale = torch.rand(shape[1], generator=generator) + 0.1 if scaled else None
+    scored = learned * scale if scaled else learned
+    out, codes = torch.empty(shape), torch.zeros(learned.numel() // 4, dtype=torch.uint8)
+    top2_product_(out, base, learned, scale)
+    changed, penalty = survey_(learned, codes, scale)
+    mask = top2_mask(scored)
+    assert torch.equal(out, torch.where(mask, base, 0.0))
+    assert torch.equal(codes, (mask.reshape(-1, 4) * torch.tensor([1, 2, 4, 8])).sum(1).to(torch.uint8))
+    assert changed == learned.numel() // 2
+    assert penalty == pytest.approx(regularizer(scored.double()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the fused and the plain way
