@@ -120,7 +120,7 @@ class ProxSparseTrainer(SFTTrainer):
         teacher, self._teacher_logits = self._teacher_logits, None  # not kept through the backward pass
         kept = targets != -100
         tokens = kept.sum()
-        if tokens < len(targets):  # else the logits, large ones, need no copies
+        if tokens < len(targets):  # else selecting them would only copy the logits, which are large
             logits, teacher, targets = logits[kept], teacher[kept], targets[kept]
         distilled = distillation_loss(logits, teacher, self.args.temperature)
         lm_counts = self.args.distill < 1  # else it is logged only

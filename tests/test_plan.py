@@ -72,7 +72,7 @@ def test_the_memory_planned_is_the_memory_taken(flags):
     assert done.returncode == 0, done.stderr
     used, planned = map(float, done.stdout.splitlines()[-1].split())
     # What the libraries take once is taken in part before the measurement.
-    assert planned == pytest.approx(used, rel=0.15, abs=PROCESS_BYTES)
+    assert planned - PROCESS_BYTES <= used <= 1.05 * planned
 
 
 def plan_of(name, **flags):

@@ -380,7 +380,7 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
     return counts.sum(axis=0)
 
 
-@numba.njit(error_model="numpy", cache=True)
+@numba.njit(error_model="numpy", cache=True)  # no fast-math, under which a NaN may compare in any way
 def _pattern(measured, code, count):
     """The mask of every block of the tile as four bits: bit k is set where entry k is kept."""
     for j in range(count):
