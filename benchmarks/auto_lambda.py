@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from proxsparse.config import ProxSparseConfig
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer, native_bf16
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer, native_bf16
 from proxsparse.record import git_commit, versions, write_json
 from proxsparse.text import calibration_windows
-from proxsparse.trainer import ProxSparseTrainer
 
 FACTOR = 30.0
 SETTINGS = {

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from proxsparse.prox_op import top2_mask
+from proxsparse.deploy.sparse import CompactLinear, seconds
+from proxsparse.operator.prox import top2_mask
 from proxsparse.record import git_commit, versions, write_json
-from proxsparse.sparse import CompactLinear, seconds
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
 

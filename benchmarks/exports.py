@@ -22,7 +22,7 @@ from torch import nn
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.mask import apply_mask, load_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
 from proxsparse.record import git_commit, versions, write_json
 
 REPEAT = 3
@@ -40,7 +40,6 @@ def main() -> int:
             "compact": lambda folder: proxsparse.load(str(folder)),
             "compact, sparse modules": lambda folder: proxsparse.load(str(folder), sparse=True),
             "mask": partial(under_mask, base),
-            "sparse24": None,
             "npz": None,
         }
         for form, loader in loaders.items():

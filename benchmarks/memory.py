@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from proxsparse.config import ProxSparseConfig
-from proxsparse.model import load_model
-from proxsparse.plan import plan_learning
-from proxsparse.prunable import find_prunable
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.plan import plan_learning
+from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.model.loading import load_model
+from proxsparse.model.prunable import find_prunable
 from proxsparse.record import git_commit, versions, write_json
-from proxsparse.trainer import ProxSparseTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from peaks import Sampler, status

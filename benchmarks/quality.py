@@ -30,9 +30,9 @@ from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
 from proxsparse.commands.learn import build, parse_arguments
+from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.mask import apply_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer
-from proxsparse.perplexity import perplexity
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
 from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
 from proxsparse.text import calibration_windows, evaluation_windows
 

@@ -6,7 +6,7 @@ See ``proxsparse/commands/operator.py``, or --help.
 import sys
 
 from proxsparse.commands.operator import main
-from proxsparse.prox_op import prox_op, prox_op_, regularizer, top2_mask
+from proxsparse.operator.prox import prox_op, prox_op_, regularizer, top2_mask
 
 __all__ = ["prox_op", "prox_op_", "regularizer", "top2_mask"]
 

@@ -1,8 +1,8 @@
-"""See ``proxsparse/commands/mask_ppl.py``, or --help."""
+"""See ``proxsparse/commands/apply.py``, or --help."""
 
 import sys
 
-from proxsparse.commands.mask_ppl import main
+from proxsparse.commands.apply import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""See ``proxsparse/commands/ppl.py``, or --help."""
+"""See ``proxsparse/commands/eval.py``, or --help."""
 
 import sys
 
-from proxsparse.commands.ppl import main
+from proxsparse.commands.eval import main
 
 if __name__ == "__main__":
     sys.exit(main())

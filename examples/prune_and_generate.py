@@ -13,14 +13,14 @@ import time
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from proxsparse.config import ProxSparseConfig
+from proxsparse.deploy.sparse import use_compact
+from proxsparse.evaluation.perplexity import perplexity
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.progress import show_progress
+from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import apply_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer, native_bf16
-from proxsparse.perplexity import perplexity
-from proxsparse.progress import show_progress
-from proxsparse.sparse import use_compact
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer, native_bf16
 from proxsparse.text import calibration_windows, evaluation_windows
-from proxsparse.trainer import ProxSparseTrainer
 
 SAMPLES, CTX_LEN = 24, 512
 PROMPT = "The first railway in the country was built"

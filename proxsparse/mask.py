@@ -8,7 +8,6 @@ Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.prox_op import expand_scale, top2_mask
-from proxsparse.prunable import Prunable, find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.sharding import gather, local, total
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.operator.prox import expand_scale, top2_mask
 from proxsparse.record import atomic_path, versions
-from proxsparse.sharding import gather, local, total
 
 FORMAT = "proxsparse-mask-1"
+MASK_FILE = "mask.safetensors"
 
 
 @dataclass
@@ -36,33 +37,23 @@ class Mask:
 
     Attributes:
         tensors: name of the weight -> bool tensor with the input dimension last, True = keep.
-        pattern: 'N:M', 'unstructured', or 'mixed N:M' where weights differ in N.
+        pattern: which every weight's mask has; text is parsed.
         base_model: the model it was made for.
         info: everything else worth keeping: method, settings, versions.
     """
 
     tensors: dict[str, Tensor]
-    pattern: str = "2:4"
+    pattern: Pattern = TWO_OF_FOUR
     base_model: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, str):
+            self.pattern = Pattern.parse(self.pattern)
 
     def density(self) -> float:
         """Share of weights kept."""
         return sum(int(m.sum()) for m in self.tensors.values()) / sum(m.numel() for m in self.tensors.values())
-
-
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """(n, m) of 'N:M' (n kept of m), or None for 'unstructured'.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if pattern == "unstructured":
-        return None
-    n, colon, m = pattern.partition(":")
-    if colon and n.isdigit() and m.isdigit() and 1 <= int(n) < int(m):
-        return int(n), int(m)
-    raise UsageError(f"The pattern must be N:M with N < M, as 2:4, or 'unstructured'; got {pattern!r}.")
 
 
 def extract_mask(
@@ -99,14 +90,14 @@ def save_mask(mask: Mask, path: Path | str) -> None:
     """
     packed, shapes = {}, {}
     for name, tensor in mask.tensors.items():
-        _check_pattern(name, tensor, mask.pattern)
+        mask.pattern.check(tensor, name)
         # Contiguous, because safetensors writes memory as it lies, and masks of Conv1D weights are transposed views.
         packed[name] = np.ascontiguousarray(np.packbits(tensor.numpy(), axis=-1, bitorder="little"))
         shapes[name] = list(tensor.shape)
     # One entry: safetensors writes several in random order, and the same mask should be the same bytes.
     metadata = {
         "format": FORMAT,
-        "pattern": mask.pattern,
+        "pattern": str(mask.pattern),
         "base_model": mask.base_model,
         "shapes": shapes,
         "info": mask.info,
@@ -125,16 +116,16 @@ def load_mask(path: Path | str) -> Mask:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "mask.safetensors"
+        path = path / MASK_FILE
     if not path.is_file():
-        raise UsageError(f"--mask: there is no file {path}; give a mask file, or the folder of a run.")
+        raise UsageError(f"There is no file {path}; give a mask file, or the folder of a run.", "mask")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
             if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-                raise UsageError(f"--mask: {path} is a safetensors file, but not a mask written by proxsparse.")
+                raise UsageError(f"{path} is a safetensors file, but not a mask written by proxsparse.", "mask")
             shapes, info = dict(metadata["shapes"]), dict(metadata["info"])
-            pattern, base_model = str(metadata["pattern"]), str(metadata["base_model"])
+            pattern, base_model = Pattern.parse(str(metadata["pattern"])), str(metadata["base_model"])
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except UsageError:
         raise
@@ -156,7 +147,7 @@ def load_mask(path: Path | str) -> Mask:
             raise RunError(f"The mask file {path} is damaged: {name} is not packed as its shape {shape} says.")
         unpacked = np.unpackbits(bits, axis=-1, count=shape[-1], bitorder="little").astype(bool)
         tensors[name] = torch.from_numpy(unpacked)
-        _check_pattern(name, tensors[name], pattern)
+        pattern.check(tensors[name], name)
     return Mask(tensors, pattern, base_model, info)
 
 
@@ -186,11 +177,6 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
     return list(targets.values())
 
 
-def crowded(rows: Tensor) -> Tensor:
-    """Blocks with more than two non-zeros: (..., I) -> (..., I / 4) bool, none of a 2:4 weight."""
-    return (rows.unflatten(-1, (-1, 4)) != 0).sum(-1) > 2
-
-
 def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> dict[str, list[float]]:
     """Share of blocks with 0, 1, 2, 3 and 4 zeros, by layer kind and over 'all'.
 
@@ -205,27 +191,3 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
         counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
     counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}
-
-
-def _check_pattern(name: str, mask: Tensor, pattern: str) -> None:
-    """Every block of a mask keeps exactly n of m.
-
-    Raises:
-        RunError: names the first weight and block that do not.
-    """
-    mixed = re.fullmatch(r"mixed N:(\d+)", pattern)
-    nm = (None, int(mixed[1])) if mixed else parse_pattern(pattern)
-    if nm is None:
-        return
-    n, m = nm
-    if mask.shape[-1] % m:
-        raise RunError(
-            f"The mask of {name} has width {mask.shape[-1]}, which has no blocks of {m}; it is not {pattern}."
-        )
-    kept = mask.unflatten(-1, (-1, m)).sum(-1).flatten()
-    wrong = kept != (kept[0] if n is None else n)  # of a mixed pattern, every weight has its own n
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise RunError(
-            f"The mask of {name} is not {pattern}: {int(wrong.sum())} blocks differ, the first is block {first}."
-        )

@@ -3,7 +3,7 @@
     wikitext2          wikitext-2-raw-v1 from the Hub: train split to calibrate, test split to evaluate
     c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
     c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
-    wiki, news         the embedded corpora (see ``proxsparse/embedded.py``): every eighth document is held out
+    wiki, news         the embedded corpora (see ``proxsparse/model/embedded.py``): every eighth document is held out
     path               a .txt, .jsonl, .json.gz or .parquet file, or a folder of them
 
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse import embedded
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model import embedded
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -53,7 +53,9 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
         return _from_hub(C4[0], data_files=C4[1 if split == "calibration" else 2], split="train")
     path = Path(name)
     if not path.exists():
-        raise UsageError(f"--dataset must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.")
+        raise UsageError(
+            f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
+        )
     return _take(_read_local(path), split)
 
 
@@ -84,7 +86,7 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: 
     if len(stream) < need:
         raise UsageError(
             f"The calibration text {name} has {len(stream):,} tokens, enough for {len(stream) // ctx_len} samples of "
-            f"--ctx_len {ctx_len}, but --samples is {samples}. Lower one of them or give more text."
+            f"`ctx_len={ctx_len}`, but `samples` is {samples}. Lower one of them or give more text."
         )
     windows = torch.tensor(stream[:need]).view(samples, ctx_len)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
@@ -117,7 +119,7 @@ def evaluation_windows(
             ids = tokenizer("\n\n".join(documents)).input_ids
         count = len(ids) // ctx_len
         if not count:
-            raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of --ctx_len {ctx_len}.")
+            raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
         windows = torch.tensor(ids[: count * ctx_len]).view(count, ctx_len)
     return windows if limit is None else windows[:: max(1, len(windows) // limit)][:limit]
 
@@ -130,7 +132,7 @@ def check_ctx_len(ctx_len: int, config) -> None:
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or ctx_len
     if not 8 <= ctx_len <= longest:
-        raise UsageError(f"--ctx_len must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
+        raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 
 
 def _random_c4_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> Tensor:
@@ -146,7 +148,7 @@ def _random_c4_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerB
         windows.append(ids[start : start + ctx_len])
         if len(windows) == C4_WINDOWS:
             return torch.tensor(windows)
-    raise UsageError(f"The c4 validation text has too few documents of --ctx_len {ctx_len} tokens; use c4_new.")
+    raise UsageError(f"The c4 validation text has too few documents of `ctx_len={ctx_len}` tokens; use c4_new.")
 
 
 def _take(documents: Sequence[str], split: str) -> Sequence[str]:
@@ -175,7 +177,7 @@ def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[
     except (ConnectionError, OSError, ValueError) as error:
         raise RunError(
             f"The dataset {repository} can't be loaded from the Hub ({type(error).__name__}). "
-            f"Give a local file, or one of the embedded texts: --dataset {' or '.join(EMBEDDED)}."
+            f"Give a local file, or one of the embedded texts: {' or '.join(EMBEDDED)}."
         ) from error
 
 
@@ -183,10 +185,10 @@ def _read_local(path: Path) -> list[str]:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     readable = [p for p in files if p.name.endswith((".txt", ".parquet", *JSON_SUFFIXES))]
     if not readable:
-        raise UsageError(f"--dataset: {path} has no .txt, .jsonl, .json.gz or .parquet file.")
+        raise UsageError(f"{path} has no .txt, .jsonl, .json.gz or .parquet file.", "dataset")
     documents = [d for file in readable for d in _read_file(file) if d.strip()]
     if not documents:
-        raise UsageError(f"--dataset: there is no text in {path}.")
+        raise UsageError(f"There is no text in {path}.", "dataset")
     return documents
 
 
@@ -196,10 +198,10 @@ def _read_file(path: Path) -> Iterable[str]:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UsageError(
-                f"--dataset: {path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv."
+                f"{path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv.", "dataset"
             ) from error
         if "\0" in text:
-            raise UsageError(f"--dataset: {path} is a binary file, not text.")
+            raise UsageError(f"{path} is a binary file, not text.", "dataset")
         return [text]
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -211,9 +213,9 @@ def _read_file(path: Path) -> Iterable[str]:
     try:
         table = load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-        raise UsageError(f"--dataset: {path} is not a readable {kind} file ({error.__cause__ or error}).") from error
+        raise UsageError(f"{path} is not a readable {kind} file ({error.__cause__ or error}).", "dataset") from error
     finally:
         set_verbosity(verbosity)
     if "text" not in table.column_names:
-        raise UsageError(f"--dataset: {path} needs a column 'text', and has {', '.join(table.column_names)}.")
+        raise UsageError(f"{path} needs a column 'text', and has {', '.join(table.column_names)}.", "dataset")
     return [row for row in table["text"] if isinstance(row, str)]

@@ -46,7 +46,12 @@ def models(folder: Path) -> dict[str, Path]:
     torch.manual_seed(1)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=128))
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 128}
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 128,
+    }
     mixtral = MixtralForCausalLM(MixtralConfig(**sizes, eos_token_id=0, pad_token_id=0, bos_token_id=None))
     made = {"llama": tiny_llama(), "gpt2": gpt2, "mixtral": mixtral}
     for name, model in made.items():

@@ -13,7 +13,7 @@ import sys
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from proxsparse.commands import learn
-from proxsparse.trainer import ProxSparseTrainer
+from proxsparse.learning.trainer import ProxSparseTrainer
 
 SHARDED = "ACCELERATE_USE_FSDP" in os.environ
 

@@ -5,14 +5,14 @@ import torch
 from conftest import tiny_llama
 from test_prunable import FAMILIES, build
 
-from proxsparse.activations import NormStatistic, listen
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.hessian import GramStatistic, invert
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.errors import RunError, UsageError
-from proxsparse.prunable import find_prunable
+from proxsparse.model.inputs import NormStatistic, listen
+from proxsparse.model.prunable import find_prunable
 
 TWO_FOUR = Pattern.parse("2:4")
 

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from test_prunable import FAMILIES, build
 from torch import nn
 
-from proxsparse.compact import (
+from proxsparse.deploy import decode
+from proxsparse.deploy.sparse import CompactLinear, use_compact
+from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import Mask, apply_mask
+from proxsparse.model.compact import (
     compress,
     decompress,
     load_compact,
@@ -19,12 +23,8 @@ from proxsparse.compact import (
     save_compact,
     unpack_positions,
 )
-from proxsparse.errors import RunError, UsageError
-from proxsparse.kernels import decode
-from proxsparse.mask import Mask, apply_mask
-from proxsparse.prox_op import top2_mask
-from proxsparse.prunable import find_prunable
-from proxsparse.sparse import CompactLinear, use_compact
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import top2_mask
 
 
 def prune(model):

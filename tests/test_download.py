@@ -7,7 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from proxsparse.commands import download
 from proxsparse.commands.download import RELEASED, main
-from proxsparse.errors import UNREACHABLE
+from proxsparse.model.hub_errors import UNREACHABLE
 
 SIZE = 1000
 NO_RESPONSE = SimpleNamespace(headers={}, request=None)

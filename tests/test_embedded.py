@@ -3,21 +3,21 @@
 import pytest
 import torch
 from test_compact import prune
-from test_export import damage, export, first_zero, logits, multiply_npz, read_sparse24
+from test_export import damage, export, first_zero, logits, multiply_npz
 from transformers import AutoModelForCausalLM
 
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.embedded import package_file
+from proxsparse.deploy.sparse import CompactLinear
 from proxsparse.errors import RunError
+from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.mask import apply_mask, load_mask
-from proxsparse.model import EMBEDDED, load_model, load_tokenizer
-from proxsparse.perplexity import perplexity
-from proxsparse.prox_op import prox_op_
-from proxsparse.prunable import find_prunable
-from proxsparse.sparse import CompactLinear
+from proxsparse.model.embedded import package_file
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import prox_op_
 from proxsparse.text import calibration_windows, evaluation_windows
 
 try:
@@ -82,19 +82,13 @@ def as_compact(folder, base):
     return proxsparse.load(str(folder))
 
 
-def as_sparse24(folder, base):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.load_state_dict(read_sparse24(folder), strict=False)
-    return model
-
-
 def as_npz(folder, base):
     model = AutoModelForCausalLM.from_pretrained(base)
     multiply_npz(folder, model.state_dict())
     return model
 
 
-READERS = {"dense": as_dense, "mask": as_mask, "compact": as_compact, "sparse24": as_sparse24, "npz": as_npz}
+READERS = {"dense": as_dense, "mask": as_mask, "compact": as_compact, "npz": as_npz}
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.commands import export as export_command
-from proxsparse.export import check_sparsity, save_pruned, stream_pruned
+from proxsparse.deploy.dense import check_sparsity, save_pruned, stream_pruned
+from proxsparse.deploy.sparse import CompactLinear
 from proxsparse.mask import Mask, load_mask, save_mask
-from proxsparse.prox_op import top2_mask
-from proxsparse.prunable import find_prunable
-from proxsparse.sparse import CompactLinear
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import top2_mask
 
 
 def logits(model):
@@ -95,40 +95,6 @@ def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
     assert console(["check", "--model", str(tmp_path / "dense"), "--base", checkpoint]) == 0
 
 
-def read_sparse24(folder):
-    """The tensors as compressed-tensors reads them; skips the test where it is not installed."""
-    module = "compressed_tensors.compressors.sparse_compressors"
-    reader = pytest.importorskip(module, reason="needs compressed-tensors <= 0.14")
-    from compressed_tensors.compressors import ModelCompressor
-
-    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    sparsity = ModelCompressor.parse_sparsity_config(settings)
-    compressor = reader.Sparse24BitMaskCompressor(SimpleNamespace(**sparsity))
-    return dict(compressor.decompress(str(folder)))
-
-
-def test_sparse24_is_read_by_compressed_tensors(checkpoint, mask, tmp_path):
-    assert export("--model", checkpoint, "--mask", mask, "--form", "sparse24", "--to", tmp_path / "packed") == 0
-    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "dense") == 0
-    found = read_sparse24(tmp_path / "packed")
-    wanted = load_file(tmp_path / "dense" / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in wanted.items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    packed = (tmp_path / "packed" / "model.safetensors").stat().st_size
-    assert packed < (tmp_path / "dense" / "model.safetensors").stat().st_size
-
-
-def test_sparse24_refuses_what_it_can_not_hold(tokenizer, tmp_path, capsys):
-    prune(build("gpt2")).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    flags = ["--model", str(tmp_path / "base"), "--prune_method", "magnitude", "--save", str(tmp_path / "mask")]
-    assert console(["prune", *flags]) == 0
-    flags = ["--model", tmp_path / "base", "--mask", tmp_path / "mask", "--form", "sparse24", "--to", tmp_path / "out"]
-    assert export(*flags) == 2
-    assert "--form sparse24 holds weights of nn.Linear" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def multiply_npz(folder, state):
     """Prune the weights in place as MaskLLM's loader does."""
     for key, bits in np.load(folder / "mask_compressed.npz").items():
@@ -154,7 +120,7 @@ def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
 
 STREAM = """
 import sys
-from proxsparse.export import stream_pruned
+from proxsparse.deploy.dense import stream_pruned
 from proxsparse.mask import load_mask
 sys.path.insert(0, sys.argv[1])
 from peaks import Sampler, status
@@ -289,7 +255,7 @@ def test_the_bench_prints_dense_beside_sparse(pruned, capsys):
 def test_semi_structured_tensors_give_the_same_logits(tokenizer, tmp_path, monkeypatch):
     from conftest import tiny_llama
 
-    from proxsparse import sparse as module
+    from proxsparse.deploy import sparse as module
 
     monkeypatch.setattr(module, "WORTHWHILE", 0.0)  # convert everything, faster or not
 

@@ -5,9 +5,9 @@ import torch
 from conftest import TEXT, byte_tokenizer, tiny_llama
 from datasets import Dataset
 
-from proxsparse.config import ProxSparseConfig
-from proxsparse.feedback import RANGE, ShareController
-from proxsparse.trainer import ProxSparseTrainer
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.feedback import RANGE, ShareController
+from proxsparse.learning.trainer import ProxSparseTrainer
 
 BAND = (0.9, 0.985)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from proxsparse.losses import distillation_loss, lm_loss
-from proxsparse.optim import StochasticAdamW
+from proxsparse.learning.losses import distillation_loss, lm_loss
+from proxsparse.learning.optim import StochasticAdamW
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -22,7 +22,7 @@ from proxsparse.baselines.maskllm import (
 )
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.errors import UsageError
-from proxsparse.prunable import find_prunable
+from proxsparse.model.prunable import find_prunable
 
 
 def windows(count=8, length=16):

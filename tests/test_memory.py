@@ -10,9 +10,9 @@ from test_trainer import trainer
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
-from proxsparse import optim
-from proxsparse.original import OriginalWeights
-from proxsparse.prunable import find_prunable
+from proxsparse.learning import optim
+from proxsparse.learning.original import OriginalWeights
+from proxsparse.model.prunable import find_prunable
 
 
 def masks(folder, tokenizer, model=None, **changes):

@@ -9,7 +9,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model import load_model, load_tokenizer, resolve_device, resolve_dtype
+from proxsparse.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 
 
 def test_a_folder_loads_with_its_dtype_and_name(checkpoint):

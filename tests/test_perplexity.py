@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_llama
 
 from proxsparse.errors import RunError
-from proxsparse.perplexity import perplexity
+from proxsparse.evaluation.perplexity import perplexity
 
 
 @pytest.fixture

@@ -141,9 +141,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(learned, checkpoint, cor
 
 
 def test_masks_agree_with_themselves_and_by_half_with_chance():
+    from proxsparse.evaluation.report import agreement_by_kind
     from proxsparse.mask import Mask
-    from proxsparse.prox_op import top2_mask
-    from proxsparse.report import agreement_by_kind
+    from proxsparse.operator.prox import top2_mask
 
     torch.manual_seed(0)
     names = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "h.0.attn.c_attn.weight"]
@@ -254,8 +254,8 @@ def test_a_mistake_gives_one_sentence_and_its_exit_code(
         "end-to-end/main.py": "learn",
         "end-to-end/mask_op.py": "extract",
         "end-to-end/prox_op.py": "operator",
-        "eval/ppl.py": "ppl",
-        "eval/eval_mask_ppl.py": "mask_ppl",
+        "eval/ppl.py": "eval",
+        "eval/eval_mask_ppl.py": "apply",
         "eval/report.py": "report",
         "eval/zero_shot.py": "zero_shot",
         "baseline/main.py": "prune",
@@ -263,7 +263,7 @@ def test_a_mistake_gives_one_sentence_and_its_exit_code(
     defaults = {}
     if module == "zero_shot":
         defaults |= {"--model": checkpoint}
-    if module in ("learn", "ppl", "mask_ppl", "prune"):
+    if module in ("learn", "eval", "apply", "prune"):
         defaults |= {"--model": checkpoint, "--dataset": corpus, "--ctx_len": "32"}
     if module == "learn":
         defaults |= {"--output_dir": str(tmp_path / "out"), "--bf16": "false", "--use_cpu": "true"}
@@ -286,7 +286,7 @@ def test_help_begins_with_commands_to_copy(script):
 
 
 def test_a_full_disk_is_one_sentence(learned, checkpoint, monkeypatch, capsys, tmp_path):
-    from proxsparse.commands import mask_ppl
+    from proxsparse.commands import apply as mask_ppl
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "pruned"))
@@ -301,7 +301,7 @@ def test_a_full_disk_is_one_sentence(learned, checkpoint, monkeypatch, capsys, t
 def test_a_mask_for_another_model_is_one_sentence(learned, capsys, tmp_path, tokenizer):
     from conftest import tiny_llama
 
-    from proxsparse.commands import mask_ppl
+    from proxsparse.commands import apply as mask_ppl
 
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -313,7 +313,7 @@ def test_a_mask_for_another_model_is_one_sentence(learned, capsys, tmp_path, tok
 
 
 def test_a_safetensors_file_that_is_no_mask_is_one_sentence(tmp_path, checkpoint, capsys):
-    from proxsparse.commands import mask_ppl
+    from proxsparse.commands import apply as mask_ppl
 
     save_file({"w": torch.ones(4)}, tmp_path / "w.safetensors")
     assert mask_ppl.main(["--model", checkpoint, "--mask", str(tmp_path / "w.safetensors")]) == 2

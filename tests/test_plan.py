@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxsparse.commands.learn import parse_arguments
+from proxsparse.commands.learn import LearnParser, parse_arguments
 from proxsparse.commands.plan import main as plan_command
-from proxsparse.plan import DIMENSIONS, PROCESS_BYTES, plan_learning
+from proxsparse.learning.plan import DIMENSIONS, PROCESS_BYTES, plan_learning
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = """
@@ -21,7 +21,7 @@ from pathlib import Path
 from conftest import TEXT, byte_tokenizer, tiny_llama
 from peaks import status
 from proxsparse.commands.learn import build, parse_arguments
-from proxsparse.plan import plan_learning
+from proxsparse.learning.plan import plan_learning
 
 folder = Path(tempfile.mkdtemp())
 (folder / "text").mkdir()
@@ -79,7 +79,7 @@ def plan_of(name, **flags):
     argv = [
         w for k, v in ({"output_dir": "none", "bf16": "true", "use_cpu": "true"} | flags).items() for w in (f"--{k}", v)
     ]
-    run, config = parse_arguments(argv, planning=True)
+    run, config = parse_arguments(argv, LearnParser(planning=True))
     return plan_learning(DIMENSIONS[name], config, ctx_len=run.ctx_len, samples=400, batch_size=1, dtype=torch.bfloat16)
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from oracle import coordinate_descent, global_minimum, hard_blocks, objective
 
-from proxsparse.kernels.eager import round_stochastically
-from proxsparse.prox_op import nm_mask, prox_op, prox_op_, regularizer, survey_, top2_mask, top2_product_
+from proxsparse.operator.pattern import nm_mask
+from proxsparse.operator.prox import prox_op, prox_op_, regularizer, survey_, top2_mask, top2_product_
+from proxsparse.operator.rounding import round_stochastically
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 KERNELS = ["cpu", "eager", TRITON]
@@ -79,7 +80,7 @@ def test_the_first_use_leaves_torch_its_number_of_threads(use):
     script = f"""
 import numba, torch
 from proxsparse import prox_op_, top2_mask
-from proxsparse.sparse import CompactLinear
+from proxsparse.deploy.sparse import CompactLinear
 layer = torch.nn.Linear(64, 64)
 layer.weight.data *= top2_mask(layer.weight.data)
 {use}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxsparse.errors import UsageError
-from proxsparse.prunable import find_prunable
+from proxsparse.model.prunable import find_prunable
 
 SIZES = {
     "vocab_size": 64,

@@ -18,7 +18,7 @@ ATTEMPTS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from proxsparse.commands import learn
-import proxsparse.trainer, proxsparse.kernels.cpu
+import proxsparse.learning.trainer, proxsparse.kernels.cpu
 
 whole, broken, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 

@@ -9,13 +9,13 @@ from datasets import Dataset
 from test_prunable import build
 from transformers import TrainerCallback
 
-from proxsparse.config import METHODS, ProxSparseConfig
 from proxsparse.errors import RunError, UsageError
-from proxsparse.losses import distillation_loss, frozen_weight_penalty
-from proxsparse.prox_op import prox_op
-from proxsparse.proximal import ProxCallback, ProximalStep
+from proxsparse.learning.config import METHODS, ProxSparseConfig
+from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty
+from proxsparse.learning.proximal import ProxCallback, ProximalStep
+from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.operator.prox import prox_op
 from proxsparse.resume import last_complete_checkpoint
-from proxsparse.trainer import ProxSparseTrainer
 
 STEPS = 6
 

@@ -6,7 +6,7 @@ import pytest
 
 from proxsparse.commands import zero_shot
 from proxsparse.commands.prune import main as prune
-from proxsparse.zero_shot import accuracy
+from proxsparse.evaluation.zero_shot import accuracy
 
 TASK = """
 task: fox_or_dog

@@ -8,9 +8,9 @@ from typing import Any
 
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.magnitude import Magnitude
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.baselines.wanda import Wanda
+from proxsparse.operator.pattern import Pattern
 
 METHODS: dict[str, type[Any]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM}
 

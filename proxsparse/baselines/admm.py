@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.baselines.hessian import GramMethod, invert
-from proxsparse.baselines.pattern import Pattern
+from proxsparse.operator.pattern import Pattern
 
 
 class ADMM(GramMethod):

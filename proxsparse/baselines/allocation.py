@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proxsparse.activations import input_norms
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import UsageError
-from proxsparse.prox_op import expand_scale
-from proxsparse.prunable import find_prunable
+from proxsparse.model.inputs import input_norms
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import Pattern
+from proxsparse.operator.prox import expand_scale
 
 ALLOCATIONS = ("uniform", "owl", "alphapruning")
 SHORTEST_BLOCK = 8  # N:M patterns with shorter blocks leave no room between N-1, N and N+1
@@ -50,7 +50,7 @@ def allocate(
         UsageError: an unknown allocation, or one that the pattern leaves no freedom for.
     """
     if allocation not in ALLOCATIONS:
-        raise UsageError(f"--allocation must be one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
+        raise UsageError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
     targets = find_prunable(model, multiple=pattern.m)
     sizes = torch.zeros(max(t.block for t in targets) + 1, dtype=torch.float64)
     for target in targets:
@@ -71,9 +71,9 @@ def allocate(
 def refuse_without_freedom(pattern: Pattern, allocation: str) -> None:
     if pattern.structured and pattern.m < SHORTEST_BLOCK:
         raise UsageError(
-            f"--allocation {allocation} gives decoder blocks different shares, and {pattern} fixes the share of every "
-            f"one. Use it with --sparsity_type unstructured or an N:8 pattern (the result is then not 2:4), or leave "
-            f"--allocation uniform."
+            f"`allocation={allocation}` gives decoder blocks different shares, and {pattern} fixes the share of every "
+            f"one. Use it with `sparsity_type=unstructured` or an N:8 pattern (the result is then not 2:4), or leave "
+            "`allocation=uniform`."
         )
 
 

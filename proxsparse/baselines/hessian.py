@@ -6,9 +6,9 @@ Shapes: I = in_features; T = tokens.
 import torch
 from torch import Tensor
 
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
-from proxsparse.prunable import Prunable
+from proxsparse.model.prunable import Prunable
+from proxsparse.operator.pattern import Pattern
 
 DAMPING_STEPS = 6
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.activations import Visit, listen
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
-from proxsparse.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.model.inputs import Visit, listen
+from proxsparse.model.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.operator.pattern import Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,9 @@ def prune_layerwise(
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
     model.train(training)
-    kinds = {str(p) for p in patterns.values()}
-    return Mask(masks, kinds.pop() if len(kinds) == 1 else f"mixed N:{width}", model.config._name_or_path)
+    kinds = {str(p): p for p in patterns.values()}
+    common = next(iter(kinds.values())) if len(kinds) == 1 else Pattern(0, width)
+    return Mask(masks, common, model.config._name_or_path)
 
 
 def first_inputs(
@@ -103,7 +104,7 @@ def first_inputs(
     if windows.shape[1] > LONGEST_CONTEXT:
         raise RunError(
             f"Calibration windows of {windows.shape[1]} tokens need too much memory for the hidden states; "
-            f"use at most --ctx_len {LONGEST_CONTEXT}."
+            f"use at most `ctx_len={LONGEST_CONTEXT}`."
         )
     count, most = len(windows), max(1, TOKENS_AT_ONCE // windows.shape[1])
     batches = windows.split(max(size for size in range(1, min(most, count) + 1) if count % size == 0))

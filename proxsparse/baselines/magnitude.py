@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from proxsparse.baselines.pattern import Pattern
-from proxsparse.prunable import Prunable
+from proxsparse.model.prunable import Prunable
+from proxsparse.operator.pattern import Pattern
 
 
 class Magnitude:

@@ -26,12 +26,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.original import copy_of
 from proxsparse.mask import Mask
-from proxsparse.optim import noise_seed
-from proxsparse.original import copy_of
-from proxsparse.prunable import Prunable, find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.operator.pattern import Pattern
+from proxsparse.operator.rounding import noise_seed
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
 

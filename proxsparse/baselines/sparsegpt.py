@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.baselines.hessian import GramMethod, invert
-from proxsparse.baselines.pattern import Pattern
 from proxsparse.errors import RunError
+from proxsparse.operator.pattern import Pattern
 
 
 class SparseGPT(GramMethod):

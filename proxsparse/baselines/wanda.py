@@ -5,10 +5,10 @@ Source: Sun et al., A Simple and Effective Pruning Approach for Large Language M
 
 from torch import Tensor
 
-from proxsparse.activations import NormStatistic
-from proxsparse.baselines.pattern import Pattern
-from proxsparse.prox_op import expand_scale
-from proxsparse.prunable import Prunable
+from proxsparse.model.inputs import NormStatistic
+from proxsparse.model.prunable import Prunable
+from proxsparse.operator.pattern import Pattern
+from proxsparse.operator.prox import expand_scale
 
 
 class Wanda:

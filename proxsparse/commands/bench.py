@@ -7,26 +7,35 @@ On a CPU pruned linears become compact weights; on a GPU torch's semi-structured
 that a shape gains. Both runs are of this process, on the same weights.
 """
 
-from collections.abc import Sequence
+import argparse
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from proxsparse.commands.common import Parser, add_model_arguments, describe_device, load, positive_int, print_json
-from proxsparse.errors import UsageError, command
-from proxsparse.sparse import CompactLinear, seconds, use_compact, use_semi_structured
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    add_model_arguments,
+    describe_device,
+    load,
+    positive_int,
+)
+from proxsparse.deploy.sparse import CompactLinear, seconds, use_compact, use_semi_structured
+from proxsparse.errors import UsageError
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=positive_int, default=256, help="tokens to prefill; default: %(default)s")
     parser.add_argument("--tokens", type=positive_int, default=32, help="tokens to decode; default: %(default)s")
     parser.add_argument("--repeat", type=positive_int, default=5, help="the median counts; default: %(default)s")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     model, _ = load(args)
     model.eval()
     if args.prompt + args.tokens > (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9):

@@ -7,19 +7,22 @@ Every block at most two non-zeros; with --base: kept weights bit-equal to the ba
 code 1 and the first offenders where not: for people who fine-tune or merge after pruning.
 """
 
-from collections.abc import Sequence
+import argparse
 
-from proxsparse.commands.common import Parser, print_json
-from proxsparse.errors import RunError, command
-from proxsparse.export import MOST_OFFENDERS, check_sparsity
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.deploy.dense import MOST_OFFENDERS, check_sparsity
+from proxsparse.errors import RunError
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="pruned checkpoint")
     parser.add_argument("--base", default=None, metavar="FOLDER", help="checkpoint of the original model")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     counts, offenders = check_sparsity(args.model, args.base)
     print(f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not 2:4")
     if offenders:

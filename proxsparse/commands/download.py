@@ -7,9 +7,9 @@
 Started again, it goes on where it stopped. bash script/eval_pruned_prox_model.sh measures their perplexity.
 """
 
+import argparse
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -23,8 +23,9 @@ from huggingface_hub.errors import (
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.commands.common import Parser, print_json
-from proxsparse.errors import UNREACHABLE, RunError, UsageError, command
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.errors import RunError, UsageError
+from proxsparse.model.hub_errors import UNREACHABLE
 
 COMPLETE = ".downloaded"  # written last, in a folder that has all of its files
 REPOSITORY = "aladinggit/proxsparse_models"
@@ -40,14 +41,17 @@ RELEASED = {
 }
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--list", action="store_true", help="show the names and leave; needs no network")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="short names; default: all")
     parser.add_argument("--to", default="pruned_models", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--revision", default=None, help="revision of the repository")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     names = args.only or list(RELEASED)
     for name in names:
         if name not in RELEASED:

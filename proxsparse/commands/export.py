@@ -7,34 +7,37 @@
 dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
 mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
 compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
-sparse24: sparse-24-bitmask of compressed-tensors up to 0.14, which vLLM read up to 0.18. Later releases do not.
 npz:      the mask as MaskLLM's programs read it.
 """
 
-import hashlib
+import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from proxsparse.card import model_card
-from proxsparse.commands.common import Parser, add_mask_argument, add_model_arguments, print_json
-from proxsparse.compact import save_compact
-from proxsparse.errors import UNREACHABLE, RunError, UsageError, command
-from proxsparse.export import save_pruned, stream_pruned, targets_of
-from proxsparse.legacy import save_npz, save_sparse24
-from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
-from proxsparse.model import load_model, load_tokenizer
-from proxsparse.record import read_json, refuse_to_overwrite, versions, write_json
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    add_mask_argument,
+    add_model_arguments,
+)
+from proxsparse.deploy.card import model_card
+from proxsparse.deploy.dense import save_pruned, stream_pruned, targets_of
+from proxsparse.deploy.masks import save_hashed, save_npz
+from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import apply_mask, load_mask
+from proxsparse.model.compact import save_compact
+from proxsparse.model.hub_errors import UNREACHABLE
+from proxsparse.model.loading import load_model, load_tokenizer
+from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.record import read_json, refuse_to_overwrite
 
-SAVE = {"dense": save_pruned, "compact": save_compact, "sparse24": save_sparse24}
+SAVE = {"dense": save_pruned, "compact": save_compact}
 MASKS = ("mask", "npz")  # forms without weights
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     add_model_arguments(parser, computes=False)
     add_mask_argument(parser, required=True)
@@ -47,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="REPO",
         help="upload the folder to this Hub repository, private if it is new",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     mask, to = load_mask(args.mask), Path(args.to)
-    if args.form in ("compact", "sparse24") and mask.pattern != "2:4":
+    if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():
         raise UsageError(f"--results: there is no file {args.results}.")
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
     if args.form == "mask":
-        write_mask(mask, to)
+        save_hashed(mask, to)
     elif args.form == "npz":
         save_npz(mask, targets_of(args.model, args.trust_remote_code, args.revision), to)
     elif args.form != "dense" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
@@ -77,14 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.push_to_hub:
         push(to, args.push_to_hub)
     print_json({"form": args.form, "to": str(to), "bytes": size})
-
-
-def write_mask(mask: Mask, to: Path) -> None:
-    """mask.safetensors, and mask.json with a hash of every weight's mask."""
-    save_mask(mask, to / "mask.safetensors")
-    hashes = {name: hashlib.sha256(kept.numpy().tobytes()).hexdigest() for name, kept in mask.tensors.items()}
-    record = {"pattern": mask.pattern, "base_model": mask.base_model, "info": mask.info, "sha256": hashes}
-    write_json(to / "mask.json", record | {"versions": versions()})
 
 
 def push(folder: Path, repository: str) -> None:

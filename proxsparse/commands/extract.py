@@ -7,26 +7,28 @@ Prints how many zeros the blocks of the learned weights have, by layer kind: the
 the final choice of the mask changes.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from proxsparse.activations import NORMS_FILE
-from proxsparse.commands.common import Parser, existing_folder, print_json
-from proxsparse.errors import UsageError, command
-from proxsparse.mask import Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
-from proxsparse.model import load_model
-from proxsparse.prunable import find_prunable
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    existing_folder,
+)
+from proxsparse.errors import UsageError
+from proxsparse.learning.trainer import ZEROS_FILE
+from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
+from proxsparse.model.inputs import NORMS_FILE
+from proxsparse.model.loading import load_model
+from proxsparse.model.prunable import find_prunable
 from proxsparse.record import read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
-from proxsparse.trainer import MASK_FILE, ZEROS_FILE
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", "--model", required=True, metavar="FOLDER", help="learned checkpoint, or the folder of a run"
@@ -37,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--include", default=None, help="only weights whose name has this expression")
     parser.add_argument("--exclude", default=None, help="leave out weights whose name has this expression")
     parser.add_argument("--record", default=None, metavar="FILE", help="write the shares of zeros as JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     checkpoint, run = locate(args.checkpoint)
     settings = read_json(run / "run.json")["settings"] if (run / "run.json").is_file() else {}
     sharded = (checkpoint / ZEROS_FILE).is_file()
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         k: settings[k] for k in ("method", "lambda_value", "score", "dataset", "samples", "seed") if k in settings
     }
     print_zeros(shares)
-    output = Path(args.output) if args.output else run / "mask.safetensors"
+    output = Path(args.output) if args.output else run / MASK_FILE
     save_mask(mask, output)
     if args.record:
         write_json(args.record, {"checkpoint": str(checkpoint), "zeros": shares, "versions": versions()})

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,11 +24,17 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser, IntervalStrategy, set_seed
 
-from proxsparse.commands.common import MODEL_HELP, TEXT_HELP, print_json
-from proxsparse.config import METHODS, ProxSparseConfig
-from proxsparse.errors import UsageError, command
-from proxsparse.mask import save_mask
-from proxsparse.model import (
+from proxsparse.commands.cli import command, print_json
+from proxsparse.commands.groups import (
+    MODEL_HELP,
+    TEXT_HELP,
+)
+from proxsparse.errors import UsageError
+from proxsparse.learning.config import METHODS, ProxSparseConfig
+from proxsparse.learning.progress import show_progress
+from proxsparse.mask import MASK_FILE, save_mask
+from proxsparse.model.hub_errors import quiet_bars
+from proxsparse.model.loading import (
     EMBEDDED,
     load_model,
     load_tokenizer,
@@ -37,7 +42,6 @@ from proxsparse.model import (
     resolve_device,
     resolve_dtype,
 )
-from proxsparse.progress import quiet_bars, show_progress
 from proxsparse.record import git_commit, read_json, versions, write_json
 from proxsparse.resume import last_complete_checkpoint
 from proxsparse.text import calibration_windows, check_ctx_len
@@ -63,9 +67,32 @@ class LearnArguments:
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub model"})
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    run, config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+class LearnParser(HfArgumentParser):
+    """The flags of LearnArguments and ProxSparseConfig, TrainingArguments' and SFTConfig's among them.
+
+    Args:
+        documentation: shown above the flags by --help.
+        planning: only look; several GPUs and one process are then no mistake.
+        defaults: name -> value where the user gives none; None: what suits this machine.
+    """
+
+    def __init__(self, documentation: str | None = __doc__, planning: bool = False):
+        super().__init__([LearnArguments, ProxSparseConfig], description=documentation, allow_abbrev=False)  # type: ignore
+        self.documentation, self.planning = documentation, planning
+        self.defaults: dict[str, str] | None = None
+        self.formatter_class = _Formatter
+        self.add_argument("--help_all", action="help", help="show this message")
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+    def parse(self, argv: Sequence[str]) -> tuple[LearnArguments, ProxSparseConfig]:
+        return parse_arguments(list(argv), self)
+
+
+@command(LearnParser)
+def main(parsed: tuple[LearnArguments, ProxSparseConfig]) -> None:
+    run, config = parsed
     trainer, checkpoint = build(run, config)
     out = Path(str(config.output_dir))
     with quiet_bars():
@@ -74,40 +101,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     mask.base_model = run.model
     mask.info |= {"dataset": run.dataset, "samples": run.samples, "ctx_len": run.ctx_len, "seed": config.seed}
     if trainer.is_world_process_zero():
-        save_mask(mask, out / "mask.safetensors")
+        save_mask(mask, out / MASK_FILE)
         write_json(out / "history.json", trainer.state.log_history)
         last: dict = next((entry for entry in reversed(trainer.state.log_history) if "share_24" in entry), {})
-        print_json({"mask": str(out / "mask.safetensors"), "share_24": last.get("share_24")})
+        print_json({"mask": str(out / MASK_FILE), "share_24": last.get("share_24")})
 
 
-def parse_arguments(
-    argv: list[str],
-    documentation: str | None = __doc__,
-    planning: bool = False,
-    defaults: dict[str, str] | None = None,
-) -> tuple[LearnArguments, ProxSparseConfig]:
+def parse_arguments(argv: list[str], parser: LearnParser | None = None) -> tuple[LearnArguments, ProxSparseConfig]:
     """Arguments of a run.
-
-    Args:
-        documentation: shown above the flags by --help.
-        planning: only look; several GPUs and one process are then no mistake.
-        defaults: name -> value where the user gives none; None: what suits this machine.
 
     Raises:
         UsageError: names the flag, what was found and what is accepted.
     """
+    parser = parser or LearnParser()
     argv = [_underscored(word) for word in argv]
     if {"-h", "--help"} & set(argv):
-        short_help(documentation)
-    parser = HfArgumentParser([LearnArguments, ProxSparseConfig], description=documentation, allow_abbrev=False)  # type: ignore
-    parser.formatter_class = _Formatter
-
-    def refuse(message: str):
-        raise UsageError(f"{message} (see --help)")
-
-    parser.add_argument("--help_all", action="help", help="show this message")
-    parser.error = refuse  # type: ignore[method-assign]
-    defaults = _defaults_of_this_machine(argv) if defaults is None else defaults
+        short_help(parser.documentation)
+    defaults = _defaults_of_this_machine(argv) if parser.defaults is None else parser.defaults
     argv = [*argv, *(w for n, value in defaults.items() if _option(argv, n) is None for w in (f"--{n}", value))]
     named = _option(argv, "output_dir") is not None
     if not named:
@@ -130,7 +140,7 @@ def parse_arguments(
         )
     if config.eval_strategy == "no" and run.eval_samples:
         config.eval_strategy, config.eval_steps = IntervalStrategy.STEPS, 0.1
-    if not planning and torch.cuda.device_count() > 1 and "RANK" not in os.environ and not config.use_cpu:
+    if not parser.planning and torch.cuda.device_count() > 1 and "RANK" not in os.environ and not config.use_cpu:
         raise UsageError(
             f"There are {torch.cuda.device_count()} GPUs and one process: choose one with CUDA_VISIBLE_DEVICES=0, or "
             "use all with accelerate launch end-to-end/main.py ..."
@@ -188,7 +198,7 @@ def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
 
 def build(run: LearnArguments, config: ProxSparseConfig):
     """Model, data and trainer of a run, and the checkpoint to go on from (None at the start)."""
-    from proxsparse.trainer import ProxSparseTrainer
+    from proxsparse.learning.trainer import ProxSparseTrainer
 
     out = Path(str(config.output_dir))
     record = _record(run, config)

@@ -5,28 +5,34 @@ python end-to-end/prox_op.py 4 3 2 1 --draw path.png            the block's path
 python end-to-end/prox_op.py --check 1000 --lambda_value 0.6    random blocks against many-start descent in float64
 """
 
+import argparse
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from proxsparse.commands.common import Parser, positive_int, print_json
-from proxsparse.errors import RunError, UsageError, command
-from proxsparse.prox_op import prox_op, regularizer
-from proxsparse.report import draw_path
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    positive_int,
+)
+from proxsparse.errors import RunError, UsageError
+from proxsparse.evaluation.report import draw_path
+from proxsparse.operator.prox import prox_op, regularizer
 
 PATH_POINTS = 400
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("block", nargs="*", type=float, metavar="w", help="four weights")
     parser.add_argument("--lambda_value", "--lambda", type=float, default=0.25, help="strength; default: %(default)s")
     parser.add_argument("--check", type=positive_int, default=None, metavar="N", help="check N random blocks")
     parser.add_argument("--draw", default=None, metavar="PNG", help="draw the path of the block over lambda")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.lambda_value) and args.lambda_value >= 0):
         raise UsageError(f"--lambda_value must be a finite number >= 0; got {args.lambda_value}.")
     if args.block and (len(args.block) != 4 or not all(map(math.isfinite, args.block))):

@@ -10,7 +10,6 @@ figures are computed, not measured; tests hold them against tiny runs.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,26 +18,36 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.commands.common import Parser, print_json
-from proxsparse.commands.learn import parse_arguments
-from proxsparse.errors import UsageError, command
-from proxsparse.model import resolve_dtype
-from proxsparse.plan import Plan, dimensions, plan_learning
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.learn import LearnParser, parse_arguments
+from proxsparse.errors import UsageError
+from proxsparse.learning.plan import Plan, dimensions, plan_learning
+from proxsparse.model.loading import resolve_dtype
 from proxsparse.text import check_ctx_len
 
 GIB = 2**30
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    own = Parser(add_help=False)
-    own.add_argument("--gpus", type=int, default=None, help="devices to plan for")
-    own.add_argument("--sharded", action="store_true", help="FSDP2 over the devices")
-    planned, rest = own.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    # A GPU's defaults, wherever the plan is made; use_cpu only lets the flags be read where there is none.
-    gpu = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
-    defaults = None if planned.gpus is None else gpu
-    run, config = parse_arguments(rest, documentation=__doc__, planning=True, defaults=defaults)
+class PlanParser(LearnParser):
+    """The flags of learning, and for which devices to plan."""
+
+    def __init__(self) -> None:
+        super().__init__(documentation=__doc__, planning=True)
+
+    def parse(self, argv: Sequence[str]):
+        own = Parser(add_help=False)
+        own.add_argument("--gpus", type=int, default=None, help="devices to plan for")
+        own.add_argument("--sharded", action="store_true", help="FSDP2 over the devices")
+        planned, rest = own.parse_known_args(list(argv))
+        # A GPU's defaults, wherever the plan is made; use_cpu only lets the flags be read where there is none.
+        gpu = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
+        self.defaults = None if planned.gpus is None else gpu
+        return planned, *parse_arguments(rest, self)
+
+
+@command(PlanParser)
+def main(parsed) -> None:
+    planned, run, config = parsed
     found, note = dimensions(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     check_ctx_len(run.ctx_len, found)
     dtype = resolve_dtype(run.dtype)

@@ -10,7 +10,6 @@ Writes mask.safetensors to --save wherever the weights keep their values, and th
 
 import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +19,26 @@ from rich.console import Console
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.allocation import ALLOCATIONS, allocate, refuse_without_freedom
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.commands.common import TEXT_HELP, Parser, add_model_arguments, load, positive_int, print_json
-from proxsparse.errors import UsageError, command
-from proxsparse.export import save_pruned
-from proxsparse.mask import Mask, apply_mask, save_mask
-from proxsparse.model import native_bf16
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    TEXT_HELP,
+    add_model_arguments,
+    load,
+    positive_int,
+)
+from proxsparse.deploy.dense import save_pruned
+from proxsparse.errors import UsageError
+from proxsparse.evaluation.report import accuracy_table
+from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
+from proxsparse.mask import MASK_FILE, Mask, apply_mask, save_mask
+from proxsparse.model.loading import native_bf16
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.report import accuracy_table
 from proxsparse.text import calibration_windows, check_ctx_len
-from proxsparse.zero_shot import PAPER_TASKS, zero_shot
 
 LEARNED = "maskllm"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    pattern = Pattern.parse(args.sparsity_type, args.sparsity_ratio)
-    changes_weights = args.prune_method != LEARNED and METHODS[args.prune_method].updates_weights and not args.mask_only
-    check(args, pattern, changes_weights)
-    model, tokenizer = load(args)
-    windows = model.dummy_inputs["input_ids"]
-    if args.prune_method != "magnitude" or args.allocation == "owl":
-        check_ctx_len(args.ctx_len, model.config)
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.nsamples, args.seed)
-    mask = prune(model, tokenizer, windows, pattern, args)
-    mask.base_model = args.model
-    mask.info = {
-        "method": args.prune_method,
-        "weights_updated": changes_weights,
-        "allocation": args.allocation,
-        "dataset": args.dataset,
-        "samples": args.nsamples,
-        "ctx_len": args.ctx_len,
-        "seed": args.seed,
-    }
-    note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
-    print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
-    if args.save:
-        save_mask(mask, Path(args.save) / "mask.safetensors")
-    if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
-    if args.prune_method == LEARNED:
-        shutil.rmtree(learning_folder(args), ignore_errors=True)
-    if args.eval_zero_shot is not None:
-        found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
-        Console().print(accuracy_table(found))
-    print_json({"method": args.prune_method, "pattern": mask.pattern, "kept": mask.density(), "save": args.save})
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prune_method", required=True, choices=[*METHODS, LEARNED], help="the baseline")
@@ -86,9 +55,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prior", default="sparsegpt", choices=[*METHODS, "none"], help="mask that maskllm starts from"
     )
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
-    parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration samples; default: %(default)s")
     parser.add_argument(
-        "--ctx_len", "--seqlen", type=positive_int, default=2048, help="tokens a sample; default: %(default)s"
+        "--nsamples", dest="samples", type=positive_int, default=128, help="calibration samples; default: %(default)s"
+    )
+    parser.add_argument(
+        "--ctx_len",
+        "--seqlen",
+        type=positive_int,
+        dest="ctx_len",
+        default=2048,
+        help="tokens per sample; default: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples; default: %(default)s")
     parser.add_argument(
@@ -112,7 +88,42 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TASK",
         help="measure zero-shot tasks of the pruned model; without names: the paper's seven",
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
+    pattern = Pattern.parse(args.sparsity_type, args.sparsity_ratio)
+    changes_weights = args.prune_method != LEARNED and METHODS[args.prune_method].updates_weights and not args.mask_only
+    check(args, pattern, changes_weights)
+    model, tokenizer = load(args)
+    windows = model.dummy_inputs["input_ids"]
+    if args.prune_method != "magnitude" or args.allocation == "owl":
+        check_ctx_len(args.ctx_len, model.config)
+        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
+    mask = prune(model, tokenizer, windows, pattern, args)
+    mask.base_model = args.model
+    mask.info = {
+        "method": args.prune_method,
+        "weights_updated": changes_weights,
+        "allocation": args.allocation,
+        "dataset": args.dataset,
+        "samples": args.samples,
+        "ctx_len": args.ctx_len,
+        "seed": args.seed,
+    }
+    note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
+    print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
+    if args.save:
+        save_mask(mask, Path(args.save) / MASK_FILE)
+    if args.save_model:
+        save_pruned(model, tokenizer, args.save_model)
+    if args.prune_method == LEARNED:
+        shutil.rmtree(learning_folder(args), ignore_errors=True)
+    if args.eval_zero_shot is not None:
+        found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
+        Console().print(accuracy_table(found))
+    print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
 
 
 def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> None:

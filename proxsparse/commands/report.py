@@ -7,16 +7,19 @@ The rows are results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --out
 shows how far the run's own agrees with them, by layer kind.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-from proxsparse.commands.common import Parser, existing_folder, print_json
-from proxsparse.errors import UsageError, command
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    existing_folder,
+)
+from proxsparse.errors import UsageError
+from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
 from proxsparse.mask import load_mask
 from proxsparse.record import read_json
-from proxsparse.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
 
 # The settings that a reader of the report asks for first.
 SHOWN = (
@@ -26,13 +29,16 @@ SHOWN = (
 )  # fmt: skip
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the run")
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE", help="results to tabulate, in order")
     parser.add_argument("--compare", nargs="*", default=[], metavar="NAME=MASK", help="other masks of the same model")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     run = existing_folder(args.run, "run")
     rows = {}
     for row in args.rows:

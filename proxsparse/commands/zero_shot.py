@@ -8,29 +8,26 @@ Runs EleutherAI's lm-evaluation-harness: pip install 'proxsparse[zero-shot]'. It
 in the harness's format, whose dataset_path is json and whose data_files are local, runs without a network.
 """
 
-from collections.abc import Sequence
+import argparse
 
 from rich.console import Console
 
-from proxsparse.commands.common import (
-    Parser,
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
     add_mask_argument,
     add_model_arguments,
     add_output_argument,
     load,
     positive_int,
-    print_json,
     put_mask,
     read_mask,
     write_result,
 )
-from proxsparse.errors import command
-from proxsparse.report import accuracy_table
-from proxsparse.zero_shot import PAPER_TASKS, accuracy, zero_shot
+from proxsparse.evaluation.report import accuracy_table
+from proxsparse.evaluation.zero_shot import PAPER_TASKS, accuracy, zero_shot
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments() -> Parser:
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_mask_argument(parser)
@@ -40,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=positive_int, default=1, help="requests at once; default: %(default)s")
     parser.add_argument("--limit", type=positive_int, default=None, help="examples a task; default: all")
     add_output_argument(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
     mask = read_mask(args)
     model, tokenizer = load(args)
     put_mask(model, mask, args)

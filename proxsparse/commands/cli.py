@@ -1,0 +1,175 @@
+"""What all commands share: how they parse, how they end, and groups of arguments.
+
+A command is two functions: ``arguments()`` builds its parser, and ``main``, wrapped by ``command``, does the work:
+
+    @command(arguments)
+    def main(args: argparse.Namespace) -> None: ...
+"""
+
+import argparse
+import errno
+import functools
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from proxsparse.errors import RunError, UsageError, task_of
+
+DEBUG = "--debug"
+SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")  # in the library's messages
+SPOKEN = {"True": "true", "False": "false"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the examples' line breaks kept, and errors that ``command`` shows.
+
+    The dest of a flag is the name of the library's argument, so that messages of the library find their flag.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+    def parse(self, argv: Sequence[str] | None) -> Any:
+        """What the command's main function is given."""
+        return self.parse_args(argv)
+
+
+def command(arguments: Callable[[], Any]) -> Callable[[Callable[[Any], int | None]], Callable[..., int]]:
+    """Make a program of a function: parse, run, and end with one sentence and an exit code, whatever was raised.
+
+    0: done; 1: the work failed; 2: an argument is wrong; 130: interrupted.
+    """
+
+    def decorate(main: Callable[[Any], int | None]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def program(argv: Sequence[str] | None = None) -> int:
+            logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+            logging.getLogger("proxsparse").setLevel(logging.INFO)
+            words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+            parser = None
+            try:
+                parser = arguments()
+                args = parser.parse(words)
+            except SystemExit:  # --help has been shown
+                raise
+            except BaseException as error:
+                return _end(error, parser, debug)
+            try:
+                return main(args) or 0
+            except BaseException as error:
+                return _end(error, parser, debug)
+
+        program.arguments = arguments  # type: ignore[attr-defined]
+        return program
+
+    return decorate
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """Take a bare --debug out; with a value after it, it is a flag of transformers' TrainingArguments."""
+    for i, word in enumerate(words):
+        if word == DEBUG and (i + 1 == len(words) or words[i + 1].startswith("-")):
+            return words[:i] + words[i + 1 :], True
+    return words, False
+
+
+def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bool) -> int:
+    """Print one sentence for an error, the traceback before it with --debug, and give the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted. Learning goes on from its last checkpoint when started again.", file=sys.stderr)
+        return 130
+    print(f"error: {with_flags(sentence(error), parser)}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def sentence(error: BaseException) -> str:
+    """One sentence for anything that was raised; settings in backquotes, see ``with_flags``."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UsageError):
+        argument = error.argument
+        if argument is None or f"`{argument}" in text:
+            return text
+        return f"`{argument}`: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}"
+    if isinstance(error, RunError):
+        return text
+    task = task_of(error)
+    return _reason(error) + (f" This happened while {task}." if task else "")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of another library or of the operating system means."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    full = "No space left" in text or "os error 28" in text
+    if isinstance(error, OSError) or full:
+        return describe_os_error(OSError(errno.ENOSPC, "") if full and not isinstance(error, OSError) else error)  # type: ignore[arg-type]
+    if kind == "SafetensorError":
+        return f"A safetensors file is damaged or unreadable: {text}."
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return (
+            "The memory is used up: lower `batch_size` or `ctx_len`, use `dtype=bfloat16`, or "
+            "`activation_checkpointing=True` where you learn."
+        )
+    if isinstance(error, ImportError):
+        package = error.name.partition(".")[0] if error.name else None
+        named = f"The package {package} is needed and can't be imported here" if package else "A package is missing"
+        return f"{named} ({_first(text, 200) or kind}): install it, for example with pip."
+    return f"{kind}: {_first(text, 300) or 'without a message'} (`debug=True` shows where)."
+
+
+def _first(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
+
+
+def describe_os_error(error: OSError) -> str:
+    """One sentence for a full disk, a missing right, or another refusal by the operating system."""
+    where = f" ({error.filename})" if error.filename else ""
+    match type(error).__name__, error.errno:
+        case _, errno.ENOSPC:
+            return f"The disk is full{where}: free some space or choose another output folder, then start again."
+        case "PermissionError", _:
+            return f"No right to read or write{where}: choose another folder or change its permissions."
+        case _, errno.EROFS:
+            return f"The file system is read-only{where}: choose another output folder."
+    return f"{' '.join(str(error.strerror or error).split()) or type(error).__name__}{where}."
+
+
+def with_flags(message: str, parser: argparse.ArgumentParser | None) -> str:
+    """A message of the library with the settings in backquotes as flags of the parser that the user called."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        action = _action(parser, name)
+        option = DEBUG if name == "debug" else action and max(action.option_strings, key=_named_as(name))
+        if not option:
+            return name if value is None else f"{name} {SPOKEN.get(value, value)}"
+        if value is None or name == "debug" or (action is not None and action.nargs == 0):
+            return option
+        value = SPOKEN.get(value, value)
+        return f"{option} '{value}'" if re.search(r"[^\w./:,-]", value) else f"{option} {value}"
+
+    return SETTING.sub(flag, message)
+
+
+def _action(parser: argparse.ArgumentParser | None, name: str) -> argparse.Action | None:
+    found = [] if parser is None else [a for a in parser._actions if a.dest == name and a.option_strings]
+    return found[0] if found else None
+
+
+def _named_as(name: str) -> Callable[[str], tuple[bool, bool]]:
+    """Of several spellings of a flag: the one with the argument's name, else the first long one."""
+    return lambda option: (option == f"--{name}", option.startswith("--"))
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """The machine-readable last line of a command."""
+    print(json.dumps(record), flush=True)

@@ -1,0 +1,1 @@
+"""From a mask to a model that is used: written, checked, run sparse."""

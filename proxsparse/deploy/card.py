@@ -1,0 +1,89 @@
+"""The model card of a pruned checkpoint."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from proxsparse.mask import Mask
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}, pruned to {{ pattern }}
+
+{{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. The kept weights are the original ones,
+bit for bit; the others are exact zeros. Which ones to keep was chosen by {{ method }}
+([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
+{% if settings %}
+| setting | value |
+|---|---|
+{% for key, value in settings %}| {{ key }} | {{ value }} |
+{% endfor %}{% endif %}{% if results %}
+| text | perplexity | windows of |
+|---|--:|--:|
+{% for text, value, error, length in results %}| {{ text }} | {{ value }} +- {{ error }} | {{ length }} tokens |
+{% endfor %}{% endif %}
+## How to load it
+
+{{ loading }}
+
+A dense checkpoint with zeros runs at dense speed. `proxsparse bench` shows what 2:4 gains on your machine.
+"""
+DENSE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```"""
+COMPACT = """```python
+import proxsparse
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{name}")             # or the folder itself, where it lies on your disk
+model = proxsparse.load(folder)                  # the dense model
+model = proxsparse.load(folder, sparse=True)     # compact weights: faster decoding on a CPU
+```"""
+MASK = """This is the mask alone, one bit a weight; the weights are those of the base model.
+
+```bash
+proxsparse export --model {base} --mask mask.safetensors --to pruned
+```"""
+NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
+mask_compressed.npz`."""
+LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
+
+
+def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, form: str = "dense") -> str:
+    """Text of the README.md of a pruned checkpoint.
+
+    Args:
+        name: of the folder or repository.
+        mask: that was applied; its info holds method and settings.
+        form: as it was exported, one of ``LOADING``.
+        results: text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
+    """
+    info = dict(mask.info)
+    method = str(info.pop("method", "an unnamed method"))
+    data = ModelCardData(
+        base_model=mask.base_model if mask.base_model.count("/") == 1 else None,
+        tags=["2:4", "semi-structured-sparsity", "pruning", "proxsparse"],
+        library_name="transformers" if form == "dense" else None,
+        pipeline_tag="text-generation",
+    )
+    rows = [
+        (text, f"{found['perplexity']:.2f}", f"{found['standard_error']:.2f}", found["ctx_len"])
+        for text, found in (results or {}).items()
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        base=mask.base_model or "The original model",
+        kept=f"{mask.density():.0%}",
+        pattern=mask.pattern,
+        method=method,
+        settings=[(key, value) for key, value in info.items() if value is not None],
+        results=rows,
+        loading=LOADING[form].format(name=name, base=mask.base_model),
+    )
+    return str(card)

@@ -1,0 +1,46 @@
+"""The mask alone, to publish next to a base model: our file with a hash of every weight's mask, or MaskLLM's npz.
+
+npz is the form in which MaskLLM publishes masks (https://github.com/NVlabs/MaskLLM, tool_compress_mask.py).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proxsparse.errors import UsageError
+from proxsparse.mask import MASK_FILE, Mask, save_mask
+from proxsparse.model.prunable import Prunable
+from proxsparse.record import atomic_path, versions, write_json
+
+RECORD_FILE, NPZ_FILE = "mask.json", "mask_compressed.npz"
+
+
+def save_hashed(mask: Mask, folder: Path | str) -> None:
+    """Write the mask file, and a JSON file with its pattern, its settings and a SHA-256 of every weight's mask."""
+    folder = Path(folder)
+    save_mask(mask, folder / MASK_FILE)
+    hashes = {name: hashlib.sha256(kept.numpy().tobytes()).hexdigest() for name, kept in mask.tensors.items()}
+    record = {"pattern": str(mask.pattern), "base_model": mask.base_model, "info": mask.info, "sha256": hashes}
+    write_json(folder / RECORD_FILE, record | {"versions": versions()})
+
+
+def save_npz(mask: Mask, targets: dict[str, Prunable], folder: Path | str) -> None:
+    """Write a mask as MaskLLM's programs read it: ``NAME.mask`` -> bits of the whole weight, highest bit first.
+
+    Args:
+        targets: prunable weights by name; the bits follow the parameter's own layout, not inputs last.
+
+    Raises:
+        UsageError: the mask names a weight that the model lacks.
+    """
+    packed: dict[str, Any] = {}
+    for name, kept in mask.tensors.items():
+        if name not in targets:
+            raise UsageError(f"The mask has {name}, which the model lacks.")
+        own_layout = kept.movedim(-1, targets[name].in_dim)
+        packed[f"{name}.mask"] = np.packbits(own_layout.contiguous().numpy().reshape(-1))
+    with atomic_path(folder) as scratch:
+        scratch.mkdir()
+        np.savez_compressed(scratch / NPZ_FILE, **packed)

@@ -1,0 +1,185 @@
+"""Run a pruned model sparse: on the CPU with compact weights, on a GPU with torch's semi-structured tensors.
+
+Neither is faster everywhere. Decoding is bound by memory, which compact weights have less of; prefill is bound by
+arithmetic, and falls back to the dense product on the CPU. On a GPU every shape is measured and only those that gain
+are converted. ``proxsparse bench`` shows what a machine gains.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from proxsparse.deploy import decode
+from proxsparse.errors import RunError, UsageError
+from proxsparse.model.compact import as_numpy, compress
+from proxsparse.model.loading import load_model
+from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.operator.kernels.threads import match_torch
+from proxsparse.operator.pattern import TWO_OF_FOUR
+
+WORTHWHILE = 1.05  # a sparse product must be so many times faster than the dense one
+
+
+def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedModel:
+    """Load a pruned model, ready to generate.
+
+    Args:
+        folder: compact folder, checkpoint folder, or Hub id.
+        sparse: compact weights on a CPU, semi-structured tensors on a GPU where they are faster.
+        options: of ``proxsparse.model.loading.load_model``: dtype, device, revision, ...
+
+    Raises:
+        UsageError, RunError: one sentence on what is missing.
+    """
+    model = load_model(folder, **options).eval()
+    if sparse and model.device.type == "cuda":
+        use_semi_structured(model)
+    elif sparse:
+        use_compact(model)
+    return model
+
+
+class CompactLinear(nn.Module):
+    """nn.Linear with a compact 2:4 weight, for inference on the CPU.
+
+    A few tokens (decoding) go through a kernel that reads 0.56 (float32: 0.53) of the dense bytes and sums in float32;
+    more tokens (prefill) through a dense product with a weight that is expanded for the moment.
+
+    Args:
+        linear: its weight has at most two non-zeros in every block of four; float32 or bfloat16, on the CPU.
+
+    Raises:
+        ValueError: the weight is not 2:4, or of another dtype or device.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
+            raise ValueError(
+                f"compact weights are float32 or bfloat16 on the CPU, not {weight.dtype} on {weight.device}"
+            )
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        values, positions = compress(weight)
+        self.values, self.codes = decode.pack_panels(as_numpy(values), positions.numpy())
+        self.bias = linear.bias
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.codes.nbytes
+
+    def dense(self) -> Tensor:
+        """(O, I) dense weight, made afresh."""
+        out = torch.zeros(self.out_features, self.in_features, dtype=self.dtype)
+        match_torch()
+        decode.expand(self.values, self.codes, as_numpy(out))
+        return out
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, self.in_features)
+        if len(flat) > decode.MOST_TOKENS:
+            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        padded = np.zeros((len(flat), 8 * self.codes.shape[1]), np.float32)
+        padded[:, : self.in_features] = flat.detach().float().numpy()
+        out = np.empty((len(flat), len(self.codes) * decode.PANEL), np.float32)
+        match_torch()
+        decode.multiply(self.values, self.codes, padded, out)
+        result = torch.from_numpy(out)[:, : self.out_features].to(inputs.dtype)
+        result = result if self.bias is None else result + self.bias
+        return result.reshape(*inputs.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+def use_compact(model: PreTrainedModel) -> int:
+    """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, one at a time. In place.
+
+    Returns:
+        how many were replaced; Conv1D and stacked experts stay dense.
+
+    Raises:
+        UsageError: a weight is not 2:4.
+    """
+    replaced = 0
+    for target in find_prunable(model):
+        if type(target.module) is not nn.Linear:
+            continue
+        try:
+            _replace(model, target, CompactLinear(target.module))
+        except ValueError as error:
+            raise UsageError(f"{target.name} can't be made compact: {error}.") from error
+        replaced += 1
+    return replaced
+
+
+def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
+    """Turn pruned linears on a GPU into torch's semi-structured tensors, where that is measurably faster. In place.
+
+    Args:
+        tokens: rows of the input that each shape is measured with.
+
+    Returns:
+        {"sparse": n, "dense": n}.
+
+    Raises:
+        UsageError: a weight is not 2:4.
+        RunError: no CUDA device, or torch refuses the conversion.
+    """
+    if model.device.type != "cuda":
+        raise RunError(f"Semi-structured tensors need a CUDA device; the model is on {model.device}.")
+    from torch.sparse import to_sparse_semi_structured
+
+    for target in find_prunable(model):  # torch would drop the smaller weights of other blocks without a word
+        if TWO_OF_FOUR.violations(target.rows(target.weight.detach())).any():
+            raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
+    worthwhile: dict[tuple[int, ...], bool] = {}
+    counts = {"sparse": 0, "dense": 0}
+    for target in find_prunable(model):
+        weight = target.weight
+        shape = tuple(weight.shape)
+        fits = type(target.module) is nn.Linear and weight.element_size() == 2 and not (shape[0] % 32 or shape[1] % 64)
+        if not fits:
+            counts["dense"] += 1
+            continue
+        try:
+            sparse = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
+        except RuntimeError as error:
+            raise RunError(f"torch can't make {target.name} semi-structured: {str(error).splitlines()[0]}") from error
+        if shape not in worthwhile:
+            x = torch.randn(max(8, tokens), shape[1], device=weight.device, dtype=weight.dtype)
+            dense_time = seconds(partial(nn.functional.linear, x, weight), weight.device)
+            sparse_time = seconds(partial(nn.functional.linear, x, sparse), weight.device)
+            worthwhile[shape] = dense_time > WORTHWHILE * sparse_time
+        if worthwhile[shape]:
+            target.module.weight = sparse
+        counts["sparse" if worthwhile[shape] else "dense"] += 1
+    return counts
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeat: int = 20) -> float:
+    """Median wall time of a piece of work, after a warm-up."""
+    taken = []
+    for attempt in range(repeat + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if attempt >= 3:
+            taken.append(time.perf_counter() - start)
+    return sorted(taken)[len(taken) // 2]
+
+
+def _replace(model: PreTrainedModel, target: Prunable, module: nn.Module) -> None:
+    path = target.name.removesuffix(f".{target.attribute}")
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,1 @@
+"""Perplexity, zero-shot tasks, and the report of a run."""

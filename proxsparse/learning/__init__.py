@@ -1,0 +1,1 @@
+"""The learning loop: TRL's SFTTrainer, and what ProxSparse adds to it."""

@@ -1,0 +1,217 @@
+"""Configuration of a learning run: TRL's SFTConfig and what ProxSparse adds.
+
+The paper's method and this project's default differ only in the values of these fields; ``METHODS`` lists both.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
+
+from proxsparse.errors import UsageError
+from proxsparse.learning.original import PLACES
+
+ROUNDINGS = ("stochastic", "nearest")
+SCORES = ("activation", "weight")
+
+# Defaults by method; a value the user gives wins.
+METHODS: dict[str, dict[str, Any]] = {
+    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink by an absolute lambda, keep |w|.
+    "paper": {
+        "score": "weight",
+        "masked_forward": False,
+        "distill": 0.0,
+        "relative": False,
+        "lambda_ramp": 0.0,
+        "train_only_pruned": False,
+        "learning_rate": 1e-4,
+        "lambda_value": 0.25,
+        "optim": "adamw_torch_fused",
+        "adam_beta2": 0.999,
+        "warmup_steps": 0.1,
+    },
+    # The measured best (BENCHMARKS.md): train on what will be deployed, W0 under the mask, towards the dense model.
+    "masked": {
+        "score": "activation",
+        "masked_forward": True,
+        "distill": 1.0,
+        "relative": True,
+        "lambda_ramp": 0.5,
+        "train_only_pruned": True,
+        "learning_rate": 1e-2,
+        "lambda_value": 2e-3,
+        "optim": "adafactor",  # measured better than AdamW, at no memory
+        "adam_beta2": 0.95,
+        "warmup_steps": 0.05,
+    },
+}
+
+
+UNSET: Any = None  # filled in from METHODS
+
+
+@dataclass
+class ProxSparseConfig(SFTConfig):
+    """SFTConfig plus the settings of ProxSparse; every field is also a flag of ``end-to-end/main.py``."""
+
+    # The Trainer's defaults that would hurt here. Weight decay would shrink kept and pruned weights alike, which
+    # blurs what lambda1 does; the paper uses none. Dropout is what the model's configuration says (zero in current
+    # decoders). One epoch: a mask sees each sample once.
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int = 1
+    weight_decay: float = 0.0
+    lr_scheduler_type: str = "linear"
+    logging_steps: float = 0.02
+    save_steps: float = 0.1
+    save_total_limit: int | None = 2
+    seed: int = 42
+    learning_rate: float = field(default=UNSET, metadata={"help": "the peak learning rate"})
+    optim: OptimizerNames | str = field(
+        default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"}
+    )
+    adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
+    warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
+
+    method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
+    lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
+        default=UNSET,
+        metadata={
+            "help": "lambda1, strength of the 2:4 regulariser, used once a step as it is; auto: steered by feedback so "
+            "that target_share of the blocks are 2:4 at the end"
+        },
+    )
+    target_share: float = field(default=0.95, metadata={"help": "share of 2:4 blocks that lambda_value auto aims at"})
+    project_lambda2: int = field(default=0, metadata={"help": "1: add the frozen-weight regulariser (lambda2)"})
+    lambda2_value: float = field(default=0.0, metadata={"help": "lambda2, strength of the frozen-weight regulariser"})
+    epsilon: float = field(default=0.1, metadata={"help": "epsilon of the frozen-weight regulariser, > 0"})
+    score: str = field(
+        default=UNSET,
+        metadata={"help": "what a block compares: weight (|w|) or activation (|w| times the norm of its input)"},
+    )
+    masked_forward: bool = field(
+        default=UNSET, metadata={"help": "compute the loss with the masked original weights, straight-through"}
+    )
+    distill: float = field(
+        default=UNSET, metadata={"help": "share of the loss that is KL to the dense model; the rest is the LM loss"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
+    relative: bool = field(
+        default=UNSET,
+        metadata={"help": "take lambda1 and the learning rate relative to each matrix's root mean square"},
+    )
+    lambda_ramp: float = field(
+        default=UNSET, metadata={"help": "share of the steps over which lambda1 rises from zero"}
+    )
+    train_only_pruned: bool = field(
+        default=UNSET, metadata={"help": "freeze embeddings, norms, biases and the LM head"}
+    )
+    rounding: str = field(
+        default="stochastic",
+        metadata={
+            "help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"
+        },
+    )
+    keep_base: str = field(
+        default="device",
+        metadata={
+            "help": "where the original weights are kept: device, cpu, or checkpoint (read again from its files, one "
+            "weight at a time)"
+        },
+    )
+    offload_learned: bool = field(
+        default=False,
+        metadata={"help": "learned weights wait on the CPU while the masked ones compute: slower, a third copy less"},
+    )
+    optim_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "step each weight as soon as its gradient is there, so that gradients never exist all at once; "
+            "without clipping, accumulation or several processes"
+        },
+    )
+    norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
+    include: str | None = field(default=None, metadata={"help": "prune only weights whose name has this expression"})
+    exclude: str | None = field(default=None, metadata={"help": "leave out weights whose name has this expression"})
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise UsageError(f"`method` must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        for name, value in METHODS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.lambda_value = self._lambda()  # type: ignore[assignment]
+        self._check()
+        if self.optim_in_backward:
+            self.max_grad_norm = 0.0  # the norm of all gradients is known only when the first ones are gone
+        super().__post_init__()
+
+    @property
+    def auto_lambda(self) -> bool:
+        return self.lambda_value == "auto"
+
+    def _lambda(self) -> str | float:
+        if self.lambda_value == "auto":
+            return "auto"
+        try:
+            value = float(self.lambda_value)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"`lambda_value` must be a finite number of at least 0, or auto; got {self.lambda_value}.")
+        return value
+
+    def _check(self) -> None:
+        _in("score", self.score, SCORES)
+        _in("rounding", self.rounding, ROUNDINGS)
+        _in("keep_base", self.keep_base, PLACES)
+        _in("project_lambda2", self.project_lambda2, (0, 1))
+        _at_least("lambda2_value", self.lambda2_value, 0.0)
+        if not 0 < self.target_share < 1:
+            raise UsageError(f"`target_share` must lie between 0 and 1; got {self.target_share}.")
+        for name in ("distill", "lambda_ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"`{name}` must be between 0 and 1; got {getattr(self, name)}.")
+        for name in ("epsilon", "temperature", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"`{name}` must be a finite number > 0; got {getattr(self, name)}.")
+        if self.distill and not self.train_only_pruned:
+            raise UsageError(
+                "`distill` needs the dense model, and embeddings and norms that move are no longer its own: give "
+                "`train_only_pruned=True` too."
+            )
+        if self.optim_in_backward and self.gradient_accumulation_steps > 1:
+            raise UsageError(
+                f"`optim_in_backward` has no gradient to accumulate in: `gradient_accumulation_steps` must be 1; got "
+                f"{self.gradient_accumulation_steps}."
+            )
+        again = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)  # two names of one setting
+        if self.optim_in_backward and any(isinstance(k, dict) and k.get("use_reentrant") for k in again):
+            raise UsageError("`optim_in_backward` needs checkpointing that does not re-enter: leave use_reentrant out.")
+        if self.optim_in_backward and self.max_grad_norm not in (None, 0.0, 1.0):  # 1 is the Trainer's default
+            raise UsageError(
+                f"`optim_in_backward` can't clip by the norm of all gradients: `max_grad_norm` must be 0; got "
+                f"{self.max_grad_norm}."
+            )
+        if self.optim_in_backward and self.fp16:
+            raise UsageError("`optim_in_backward` needs no loss scaling: use `bf16=True` instead of `fp16=True`.")
+        if self.norm_samples < 1:
+            raise UsageError(f"`norm_samples` must be at least 1; got {self.norm_samples}.")
+        if self.lambda2_value and not self.project_lambda2:
+            raise UsageError("`lambda2_value` has no effect without `project_lambda2=1`; give both or neither.")
+        if self.project_lambda2 and self.masked_forward:
+            raise UsageError(
+                "`project_lambda2=1` pulls learned weights to the original ones, but with masked_forward the loss does "
+                "not see learned weights. Use `method=paper`, or leave lambda2 out."
+            )
+
+
+def _in(name: str, value: Any, accepted: tuple) -> None:
+    if value not in accepted:
+        raise UsageError(f"`{name}` must be one of {', '.join(map(str, accepted))}; got {value!r}.")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < float("inf"):
+        raise UsageError(f"`{name}` must be a finite number of at least {least}; got {value}.")

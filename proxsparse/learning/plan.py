@@ -1,0 +1,226 @@
+"""What a run will need before it starts: parameters, steps, memory by part.
+
+Weights, gradients, optimizer states and copies are counted from the model's configuration. Activations are not guessed
+by a formula: the forward pass runs on fake tensors, which have shapes and no memory, and what autograd keeps is added
+up. So it holds for every architecture, and takes seconds for any size.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.model.loading import load_config
+from proxsparse.model.prunable import decoder_blocks, find_prunable
+
+# Optimizer states in bytes a trainable weight: (for float32 weights, for bfloat16 weights).
+OPTIMIZER_BYTES = {
+    "adamw_torch_fused": (8.0, 4.0),
+    "adamw_torch": (8.0, 4.0),
+    "adamw_torch_8bit": (2.03, 2.03),
+    "adamw_torch_4bit": (1.06, 1.06),
+    "adamw_8bit": (2.03, 2.03),
+    "adamw_bnb_8bit": (2.03, 2.03),
+    "adafactor": (0.01, 0.01),
+    "sgd": (0.0, 0.0),
+}
+STOCHASTIC_BYTES = 6.0  # bfloat16 first moment, float32 second
+# Float32 copies of one weight while it is stepped: rounded stochastically, or by Adafactor in float32.
+STOCHASTIC_COPIES, ADAFACTOR_COPIES = 6, 3
+PROCESS_BYTES = 64 * 2**20  # what the libraries allocate while they train, measured on tiny models
+
+# Dimensions of the models that the recipes name, from their published config.json files: a plan needs no network.
+_LLAMA: dict = {"max_position_embeddings": 4096, "dtype": torch.bfloat16}
+DIMENSIONS: dict[str, PreTrainedConfig] = {
+    "meta-llama/Llama-2-7b-hf": LlamaConfig(**_LLAMA),
+    "meta-llama/Llama-2-13b-hf": LlamaConfig(
+        **_LLAMA, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
+        dtype=torch.bfloat16,
+    ),
+    "mistralai/Mistral-7B-v0.1": MistralConfig(dtype=torch.bfloat16),
+    "mistralai/Mistral-7B-v0.3": MistralConfig(vocab_size=32768, sliding_window=None, dtype=torch.bfloat16),
+    "openlm-research/open_llama_7b_v2": LlamaConfig(dtype=torch.bfloat16),
+    "meta-llama/Llama-3.1-70B": LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=131072, dtype=torch.bfloat16,
+    ),
+    "Qwen/Qwen2.5-14B": Qwen2Config(
+        vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
+        num_key_value_heads=8, max_position_embeddings=131072, dtype=torch.bfloat16,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        parameters, trainable, prunable: numbers of weights.
+        steps: optimizer steps.
+        parts: name -> bytes on one device, of what exists at the worst moment.
+    """
+
+    parameters: int
+    trainable: int
+    prunable: int
+    steps: int
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Bytes on one device at the worst moment."""
+        return sum(self.parts.values())
+
+    def per_parameter(self) -> float:
+        return self.total / self.parameters
+
+
+def dimensions(name: str, **options) -> tuple[PreTrainedConfig, str]:
+    """Configuration of a model, and a note where it comes from the table above and not from the model."""
+    if name in DIMENSIONS:
+        return DIMENSIONS[name], f"dimensions of {name} from the built-in table"
+    return load_config(name, **options), ""
+
+
+def plan_learning(
+    dimensions: PreTrainedConfig,
+    config: ProxSparseConfig,
+    *,
+    ctx_len: int,
+    samples: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    devices: int = 1,
+    sharded: bool = False,
+    on_cpu: bool = False,
+) -> Plan:
+    """Memory and steps of ``end-to-end/main.py`` with these settings.
+
+    Args:
+        dimensions: of the model.
+        config: of the run.
+        dtype: of the weights.
+        devices: processes.
+        sharded: over all devices (FSDP2), or a whole model in each.
+        on_cpu: the device is the CPU, so that what waits there still counts.
+    """
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as learning does
+    low = dtype == torch.bfloat16
+    compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
+        parameters = sum(p.numel() for p in model.parameters())
+        targets = find_prunable(model, config.include, config.exclude)
+        prunable = sum(t.weight.numel() for t in targets)
+        trainable = prunable if config.train_only_pruned else parameters
+        names = {t.name for t in targets}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not config.train_only_pruned or name in names)
+        largest = max(p.numel() for p in model.parameters() if p.requires_grad)
+        block = max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model))
+        embeddings = {id(m.weight): m.weight.numel() for m in _ends(model)}
+        activations, logits = _activations(model, batch_size, ctx_len, compute, bool(config.activation_checkpointing))
+    if sharded and compute != torch.float32:
+        dtype = torch.float32  # accelerate keeps trained shards in float32 and computes in the lower precision
+    wide, parts_of = dtype.itemsize, devices if sharded else 1
+    frozen = (parameters - trainable) * (torch.bfloat16 if low else dtype).itemsize
+    swaps = bool(config.masked_forward or config.distill)
+    waiting = swaps and (on_cpu or not config.offload_learned)
+    # In a file, or on the CPU where that is not the device, the original weights cost the device nothing.
+    kept = (swaps or bool(config.project_lambda2)) and (
+        config.keep_base == "device" or (config.keep_base == "cpu" and on_cpu)
+    )
+    parts = {
+        "weights": (trainable * wide + frozen) / parts_of,
+        "optimizer states": trainable * _optimizer_bytes(config, dtype) / parts_of,
+        "copies of W0 and of learned weights": prunable * wide * (waiting + kept) / parts_of,
+    }
+    if config.bf16 or config.fp16:
+        logits *= 2  # accelerate hands the model's outputs on in float32
+    if config.distill:
+        # The teacher's and the gradient; the shifted copy of a batch; what the language-model loss keeps.
+        activations += (2 + (batch_size > 1) + (config.distill < 1)) * logits
+    gradients = (largest if config.optim_in_backward else trainable) * wide / parts_of
+    # Activations are freed while gradients appear, so the worst moment has the larger of the two.
+    parts["gradients or activations"] = max(gradients, activations + logits)
+    if config.gradient_accumulation_steps > 1:
+        parts["gradients or activations"] = gradients + activations + logits
+    parts["working memory"] = PROCESS_BYTES + 4 * largest * _step_copies(config, dtype) / parts_of
+    if sharded:
+        # The block at work, the next one, and the gradient of one; what is not in blocks stays gathered.
+        parts["gathered weights"] = (3 * block + sum(embeddings.values())) * compute.itemsize
+    elif devices > 1:
+        parts["buckets for averaging gradients"] = gradients
+    steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
+    steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    return Plan(parameters, trainable, prunable, steps, parts)
+
+
+def _ends(model: PreTrainedModel) -> list:
+    return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+
+
+def _optimizer_bytes(config: ProxSparseConfig, dtype: torch.dtype) -> float:
+    name = _optimizer(config)
+    if dtype == torch.bfloat16 and config.rounding == "stochastic" and name in ("adamw_torch", "adamw_torch_fused"):
+        return STOCHASTIC_BYTES
+    return OPTIMIZER_BYTES.get(name, OPTIMIZER_BYTES["adamw_torch"])[dtype != torch.float32]
+
+
+def _step_copies(config: ProxSparseConfig, dtype: torch.dtype) -> int:
+    name = _optimizer(config)
+    if dtype == torch.bfloat16 and (name == "adafactor" or _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES):
+        return STOCHASTIC_COPIES
+    return ADAFACTOR_COPIES if name == "adafactor" else 0
+
+
+def _optimizer(config: ProxSparseConfig) -> str:
+    return str(getattr(config.optim, "value", config.optim))
+
+
+def _activations(
+    model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch.dtype, checkpointing: bool
+) -> tuple[float, float]:
+    """Bytes that autograd keeps between forward and backward pass, and bytes of the logits."""
+    kept, logits = _saved(model, batch_size, ctx_len, compute)
+    if checkpointing:
+        of_a_block = kept / len(decoder_blocks(model))  # recomputed one at a time in the backward pass
+        model.activation_checkpointing_enable()
+        kept = _saved(model, batch_size, ctx_len, compute)[0] + of_a_block
+    return kept, logits
+
+
+def _saved(model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch.dtype) -> tuple[float, float]:
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = (storage.nbytes(), tensor)  # the tensor stays alive, so that its address is its own
+        return tensor
+
+    model.train()
+    ids = torch.zeros(batch_size, ctx_len, dtype=torch.long)
+    lower = compute != next(model.parameters()).dtype
+    autocast = torch.autocast("cpu", dtype=compute, enabled=lower, cache_enabled=True)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        logits = model(input_ids=ids, use_cache=False).logits
+    return sum(size for size, _ in seen.values()), logits.untyped_storage().nbytes()

@@ -1,0 +1,159 @@
+"""The proximal step of a run: the operator on every pruned weight after each optimizer step, and what it shows."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.feedback import ShareController
+from proxsparse.model.prunable import Prunable
+from proxsparse.model.sharding import shard_number, total
+from proxsparse.operator.prox import expand_scale, prox_op_, survey_
+from proxsparse.operator.rounding import noise_seed
+from proxsparse.record import read_json, write_json
+from proxsparse.resume import resume_hint
+
+CONTROLLERS_FILE = "auto_lambda.json"
+
+
+class ProxCallback(TrainerCallback):
+    """Calls ``proximal_step(step, max_steps)`` once after each optimizer step that was not skipped."""
+
+    def __init__(self, proximal_step):
+        self.proximal_step = proximal_step
+        self._scale = None
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        self._scale = scaler.get_scale() if scaler is not None else None
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # After an overflow the fused optimizers do not report the step as skipped, but the loss scale falls.
+        scaler = getattr(optimizer, "scaler", None)
+        overflowed = scaler is not None and scaler.get_scale() < self._scale
+        if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
+            self.proximal_step(state.global_step, state.max_steps)
+
+
+class ProximalStep:
+    """The operator on all pruned weights, each with its lambda1 of this step.
+
+    Made while the weights are the original ones, whose scales are the units of relative settings.
+
+    Args:
+        targets: the pruned weights; of sharded ones, every process moves its rows.
+        args: the run's settings.
+        norms: name -> input norms of the rows stored here, where blocks compare contributions; else None.
+
+    Attributes:
+        rms: name -> root mean square of the weight, and of its scores, where settings are relative.
+        seconds: spent in the operator since ``progress`` was last called.
+
+    Raises:
+        UsageError: a weight without a scale.
+    """
+
+    def __init__(self, targets: list[Prunable], args: ProxSparseConfig, norms: dict[str, Tensor] | None):
+        self.targets, self.args, self.norms = targets, args, norms
+        relative = args.relative or args.auto_lambda
+        self.rms = {t.name: self._root_mean_square(t) for t in targets} if relative else {}
+        self.controllers = {t.name: ShareController(args.target_share) for t in targets} if args.auto_lambda else {}
+        self.seconds = 0.0
+        # (weights, 2): 2:4 blocks and blocks of each, after the last step; zeros before the first
+        self._counts = torch.zeros(len(targets), 2, dtype=torch.int64)
+        self._codes: dict[str, Tensor] = {}  # the pattern of every block when it was last looked at
+
+    def __call__(self, step: int, max_steps: int) -> None:
+        """After optimizer step ``step``, counted from 0, of ``max_steps``."""
+        start = time.perf_counter()
+        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)
+        for place, target in enumerate(self.targets):
+            weight = target.stored
+            if not weight.numel():  # an empty shard
+                continue
+            try:
+                stats = prox_op_(
+                    target.rows(weight),
+                    self.strength(target, step, max_steps),
+                    scale=self._scale(target),
+                    stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
+                    seed=noise_seed(self.args.seed + 1 + shard_number(target.weight), step, place),
+                )
+            except ValueError as error:
+                raise RunError(
+                    f"{target.name} at step {step + 1}: {error} {resume_hint(str(self.args.output_dir))}"
+                ) from error
+            counts[place] = torch.tensor([stats.blocks_24, stats.blocks])
+        self._counts = self.total(counts).cpu()
+        for target, (blocks_24, blocks) in zip(self.targets, self._counts.tolist(), strict=True):
+            if self.controllers:
+                self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
+        self.seconds += time.perf_counter() - start
+
+    def strength(self, target: Prunable, step: int, max_steps: int) -> float:
+        """lambda1 of one weight in this step."""
+        if self.controllers:
+            return self.controllers[target.name].strength() / self.rms[target.name][1]
+        ramp = self.args.lambda_ramp * max_steps
+        strength = float(self.args.lambda_value) * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+        return strength / self.rms[target.name][1] if self.args.relative else strength
+
+    def progress(self) -> dict[str, float]:
+        """What the log shows of the blocks; empty before the first step. Every process calls this."""
+        blocks_24, blocks = self._counts.sum(0).tolist()
+        if not blocks:
+            return {}
+        changed, penalty, entries = 0, 0.0, 0
+        for target in self.targets:
+            rows = target.rows(target.stored)
+            if not rows.numel():
+                continue
+            fresh = target.name not in self._codes
+            codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
+            moved, value = survey_(rows, codes, self._scale(target))
+            changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
+        changed, penalty, entries = self.total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
+        seconds, self.seconds = self.seconds, 0.0
+        return {
+            "share_24": blocks_24 / blocks,
+            "mask_churn": changed / entries,
+            "regularizer": penalty,
+            "prox_seconds": seconds,
+        }
+
+    def share_by_layer(self) -> list[float | None]:
+        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned."""
+        by_layer = torch.zeros(self.targets[-1].block + 1, 2, dtype=torch.int64)
+        by_layer.index_add_(0, torch.tensor([t.block for t in self.targets]), self._counts)
+        return [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]
+
+    def save(self, folder: Path) -> None:
+        """Write what the next steps depend on into the folder of a checkpoint."""
+        if self.controllers:
+            write_json(folder / CONTROLLERS_FILE, {n: c.state() for n, c in self.controllers.items()})
+
+    def restore(self, folder: Path) -> None:
+        if self.controllers:
+            for name, state in read_json(folder / CONTROLLERS_FILE).items():
+                self.controllers[name].restore(state)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes that share the weights."""
+        return total(values, self.targets[0].weight)
+
+    def _scale(self, target: Prunable) -> Tensor | None:
+        return None if self.norms is None else self.norms[target.name]
+
+    def _root_mean_square(self, target: Prunable) -> tuple[float, float]:
+        """Of the original weight, and of its scores: the units of learning rate and lambda."""
+        rows, scale = target.rows(target.stored).float(), self._scale(target)
+        scores = rows if scale is None else rows * expand_scale(scale, rows)
+        squares = self.total(torch.stack([rows.square().sum(), scores.square().sum()]))
+        plain, scored = (squares / target.weight.numel()).sqrt().tolist()
+        if not plain > 0 or not scored > 0:
+            raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with `exclude`.")
+        return plain, scored

@@ -1,0 +1,164 @@
+"""What flows into the prunable weights: hooks that see it, and the norms that score weights by it.
+
+Source of the score |w_ij| * ||x_j||_2: Sun et al., Wanda, https://arxiv.org/abs/2306.11695.
+Shapes: I = in_features; E = experts; T = tokens.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from proxsparse.errors import RunError, UsageError
+from proxsparse.model.prunable import Prunable
+from proxsparse.model.sharding import reshard
+from proxsparse.record import atomic_path
+
+NORMS_FILE = "input_norms.safetensors"
+Visit = Callable[[Prunable, int | None, Tensor], None]
+
+
+@contextlib.contextmanager
+def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
+    """Call ``visit(target, expert, inputs)`` for everything that flows into the targets inside the block.
+
+    ``inputs`` is (T, I) float32; ``expert`` is None but for stacked experts, which are visited one at a time with the
+    tokens routed to them.
+    """
+    by_module: dict[nn.Module, list[Prunable]] = {}
+    for target in targets:
+        by_module.setdefault(target.module, []).append(target)
+
+    def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        members = by_module[module]
+        with torch.autocast(members[0].weight.device.type, enabled=False):  # statistics are float32
+            if members[0].weight.dim() == 3:
+                _visit_experts(module, arguments, keywords, members, visit)
+                return
+            inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
+            for target in members:
+                visit(target, None, inputs.reshape(-1, inputs.shape[-1]).float())
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in by_module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _visit_experts(module: Any, arguments: tuple, keywords: dict, members: list[Prunable], visit: Visit) -> None:
+    """Route the tokens as the module will, and recompute what its second projection sees."""
+    hidden, chosen = (*arguments, *keywords.values())[:2]
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(members[0].weight.dtype)
+    chosen = chosen.reshape(len(hidden), -1)
+    by_attribute = {target.attribute: target for target in members}
+    first = by_attribute.get("gate_up_proj") or by_attribute.get("up_proj")
+    second = by_attribute.get("down_proj")
+    for expert in chosen.unique().tolist():
+        first_name = "gate_up_proj" if module.has_gate else "up_proj"
+        weight = getattr(module, first_name)
+        if expert >= len(weight):  # padding of the router
+            continue
+        tokens = hidden[(chosen == expert).any(-1)]
+        if first is not None:
+            visit(first, expert, tokens.float())
+        if second is not None:
+            weight = weight[expert].detach()
+            middle = tokens @ (weight if module.is_transposed else weight.T)
+            bias = getattr(module, f"{first_name}_bias", None)
+            middle = middle if bias is None else middle + bias[expert].detach()
+            middle = module._apply_gate(middle) if module.has_gate else module.act_fn(middle)
+            visit(second, expert, middle.detach().float())
+
+
+class NormStatistic:
+    """Running mean of the squared inputs of one weight: (I,), or (E, I) for stacked experts."""
+
+    def __init__(self, target: Prunable):
+        weight, self.name = target.weight, target.name
+        shape = (weight.shape[target.in_dim],) if weight.dim() == 2 else (weight.shape[0], weight.shape[target.in_dim])
+        self.squares = torch.zeros(shape, device=weight.device)
+        self.tokens = torch.zeros(shape[:-1], device=weight.device)
+
+    def add(self, expert: int | None, inputs: Tensor) -> None:
+        place = ... if expert is None else expert
+        # A weight that is offloaded lies on the CPU, and its inputs do not.
+        self.squares[place] += inputs.square().sum(0).to(self.squares.device)
+        self.tokens[place] += len(inputs)
+
+    def norm(self) -> Tensor:
+        """Root mean square of every input. Where nothing flowed, the input counts a thousandth of the mean.
+
+        Raises:
+            RunError: an input was not finite.
+        """
+        if not self.squares.isfinite().all():
+            raise RunError(f"The inputs of {self.name} are not finite on the calibration text: the model overflows.")
+        rms = (self.squares / self.tokens.clamp_min(1)[..., None]).sqrt()
+        mean = rms.mean(-1, keepdim=True)
+        return rms.maximum(torch.where(mean > 0, 1e-3 * mean, torch.ones_like(mean)))
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel, targets: list[Prunable], windows: Tensor, *, progress: str | None = None
+) -> dict[str, Tensor]:
+    """Root mean square of every input feature of every prunable weight, over all tokens of the windows.
+
+    Args:
+        windows: (n, ctx_len) token ids.
+
+    Returns:
+        name of the weight -> (I,) float32 on the CPU, (E, I) for stacked experts.
+    """
+    statistics = {target.name: NormStatistic(target) for target in targets}
+    training = model.training
+    model.eval()
+    # FSDP2 gathers weights on the way through the whole model only; else the LM head can be left out.
+    forward = model if isinstance(model, FSDPModule) else model.get_decoder()
+    with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)):
+        for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
+            forward(input_ids=window[None].to(model.device), use_cache=False)
+    reshard(model)
+    model.train(training)
+    return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
+
+
+def stored_norms(
+    path: Path, model: PreTrainedModel, targets: list[Prunable], windows: Tensor, *, first: bool = True
+) -> dict[str, Tensor]:
+    """Input norms that are measured once and kept in a file, so that a resumed run has the same.
+
+    Args:
+        path: of the file; it is read where it exists.
+        first: whether this process is the one that shows progress and writes.
+
+    Raises:
+        UsageError: the file was measured on another model or text.
+    """
+    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    origin = {"model": str(model.config._name_or_path), "text": text}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("origin", "{}"))
+        if found != origin:
+            what = "text" if found.get("model") == origin["model"] else "model"
+            raise UsageError(f"{path} was measured on another {what}: give another `output_dir`, or delete it.")
+        return load_file(path)
+    norms = input_norms(model, targets, windows, progress="input norms" if first else None)
+    if first:
+        with atomic_path(path) as scratch:
+            # One entry: safetensors writes several in random order.
+            save_file(norms, scratch, metadata={"origin": json.dumps(origin)})
+    return norms

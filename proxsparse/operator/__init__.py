@@ -1,0 +1,1 @@
+"""The mathematics: the proximal operator, sparsity patterns, stochastic rounding. No model, no file."""
