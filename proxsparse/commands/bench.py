@@ -36,7 +36,7 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    model, _ = load(args)
+    model = load(args)
     model.eval()
     if args.prompt + args.tokens > (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9):
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")

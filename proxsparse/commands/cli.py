@@ -87,16 +87,19 @@ def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bo
     if isinstance(error, KeyboardInterrupt):
         print("interrupted. Learning goes on from its last checkpoint when started again.", file=sys.stderr)
         return 130
-    print(f"error: {with_flags(sentence(error), parser)}", file=sys.stderr)
+    print(f"error: {with_flags(sentence(error, parser), parser)}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
-def sentence(error: BaseException) -> str:
-    """One sentence for anything that was raised; settings in backquotes, see ``with_flags``."""
+def sentence(error: BaseException, parser: argparse.ArgumentParser | None = None) -> str:
+    """One sentence for anything that was raised; settings in backquotes, see ``with_flags``.
+
+    A message that does not name its argument gets the flag in front, where the parser has one.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, UsageError):
         argument = error.argument
-        if argument is None or f"`{argument}" in text:
+        if argument is None or f"`{argument}" in text or (parser is not None and _action(parser, argument) is None):
             return text
         return f"`{argument}`: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}"
     if isinstance(error, RunError):
