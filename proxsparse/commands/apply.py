@@ -1,8 +1,10 @@
 """Apply a mask to the original weights: measure the perplexity, save the pruned checkpoint.
 
-python eval/eval_mask_ppl.py --run runs/demo               (its mask, model and text; saves runs/demo/pruned)
-python eval/eval_mask_ppl.py --model smollm2-135m --mask runs/demo/mask.safetensors --dataset wiki news --ctx_len 512
-python eval/eval_mask_ppl.py --mask runs/demo/mask.safetensors --save runs/demo/pruned --no_eval
+    python eval/eval_mask_ppl.py --run runs/demo
+                 (the run's mask, model and text; saves runs/demo/pruned)
+    python eval/eval_mask_ppl.py --model smollm2-135m --dataset wiki news \\
+        --ctx_len 512 --mask runs/demo/mask.safetensors
+    python eval/eval_mask_ppl.py --mask runs/demo --save pruned --no_eval
 """
 
 import argparse

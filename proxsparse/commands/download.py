@@ -1,8 +1,8 @@
 """Download the pruned models that the authors of ProxSparse released (Hub repository aladinggit/proxsparse_models).
 
     python proxsparse_pruned_model_download.py --list
-    python proxsparse_pruned_model_download.py --only llama2-7b qwen2.5-14b --to pruned_models
-    python proxsparse_pruned_model_download.py                        (all seven, about 120 GB)
+    python proxsparse_pruned_model_download.py --only llama2-7b qwen2.5-14b
+    python proxsparse_pruned_model_download.py         (all, about 120 GB)
 
 Started again, it goes on where it stopped. bash script/eval_pruned_prox_model.sh measures their perplexity.
 """

@@ -1,9 +1,11 @@
-"""Perplexity of any checkpoint.
+"""Perplexity of any checkpoint, and the share of its blocks that are 2:4.
 
-python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
-python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new --ctx_len 4096 --batch_size 4
-python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt --output ppl.json
-python eval/ppl.py --run runs/demo               (the dense model of a run, on its text)
+    python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
+    python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new
+    python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt \\
+        --output ppl.json
+    python eval/ppl.py --run runs/demo
+                               (the dense model of a run, on its text)
 """
 
 import argparse

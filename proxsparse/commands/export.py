@@ -1,14 +1,17 @@
 """Export a base model and a mask: as an ordinary checkpoint, as the mask alone, or in the compact form.
 
     python -m proxsparse export --run runs/mine --to pruned
-    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --to pruned
-    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --form mask --to pruned-mask
-    python -m proxsparse export --model smollm2-135m --mask runs/demo --form compact --to pruned-compact
+    python -m proxsparse export --model meta-llama/Llama-3.1-8B \\
+        --mask runs/mine --form mask --to pruned-mask
+    python -m proxsparse export --run runs/demo --form compact --to small
 
-dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
-mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
-compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
-npz:      the mask as MaskLLM's programs read it.
+  dense    an ordinary checkpoint with exact zeros, which transformers, vLLM
+           and others load; written shard by shard
+  mask     one bit per weight, with a JSON file of what it belongs to: to
+           publish next to a gated base model
+  compact  two values and their positions per block, 9/16 of a 16-bit weight;
+           proxsparse.load reads it
+  npz      the mask as MaskLLM's programs read it
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Extract the mask from a learned checkpoint: the two largest scores of every block of four.
 
-    python end-to-end/mask_op.py --run runs/mine                   (its last complete checkpoint)
-    python end-to-end/mask_op.py --checkpoint runs/mine/checkpoint-100 --output mask-100.safetensors
+    python end-to-end/mask_op.py --run runs/mine      (its last checkpoint)
+    python end-to-end/mask_op.py --checkpoint runs/mine/checkpoint-100 \\
+        --output mask-100.safetensors
 
-Prints how many zeros the blocks of the learned weights have, by layer kind: the closer to two in every block, the less
-the final choice of the mask changes. A run's own shares are kept in its folder.
+It prints how many zeros the blocks of the learned weights have, by layer kind: the closer to two in every block, the
+less the final choice of the mask changes. A run's own shares are kept in its folder.
 """
 
 import argparse

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import os
 import re
-import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import HfArgumentParser, IntervalStrategy
 
+from proxsparse.commands.cli import HelpFormatter
 from proxsparse.commands.groups import MODEL_HELP, TEXT_HELP
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import METHODS, ProxSparseConfig
@@ -70,7 +70,7 @@ class LearnParser(HfArgumentParser):
         super().__init__([LearnArguments, ProxSparseConfig], description=documentation, allow_abbrev=False)  # type: ignore
         self.documentation, self.planning = documentation, planning
         self.defaults: dict[str, Any] | None = None  # None: what suits this machine
-        self.formatter_class = _Formatter
+        self.formatter_class = HelpFormatter
         self.own = self.add_argument_group("this command")
         self.own.add_argument(
             "--recipe", metavar="NAME", default=None, help=f"published settings: {', '.join(RECIPES)}"
@@ -146,9 +146,9 @@ class LearnParser(HfArgumentParser):
 
     def print_short_help(self) -> None:
         """The flags of this project in groups; those of SFTConfig are two hundred more."""
-        usage = "%(prog)s [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] [settings]"
+        usage = "%(prog)s [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] ..."
         shown = argparse.ArgumentParser(
-            usage=usage, description=self.documentation, add_help=False, formatter_class=_Formatter
+            usage=usage, description=self.documentation, add_help=False, formatter_class=HelpFormatter
         )
         fields = {f.name: f for cls in (LearnArguments, ProxSparseConfig) for f in dataclasses.fields(cls)}
         for title, names in GROUPS.items():
@@ -267,13 +267,3 @@ def _with_defaults(words: list[str], defaults: dict[str, Any]) -> list[str]:
     alias = {"model": "model_dir"}
     missing = {n: v for n, v in defaults.items() if option(words, n) is None and option(words, alias.get(n, n)) is None}
     return [*words, *(w for n, v in missing.items() for w in (f"--{n}", _spoken(v)))]
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples' line breaks, and wraps the rest at 80 columns or what the terminal has."""
-
-    def __init__(self, prog: str, **options: Any):
-        super().__init__(prog, max_help_position=30, **options)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

@@ -1,7 +1,9 @@
 """Learn a 2:4 mask: fine-tune under the ProxSparse regulariser, then write mask.safetensors.
 
-    python end-to-end/main.py --model smollm2-135m --dataset wiki --ctx_len 512 --samples 100 --output_dir runs/mine
-    python end-to-end/main.py --recipe llama2-7b-prox                  (a published recipe; --dry_run shows it first)
+    python end-to-end/main.py --model smollm2-135m --dataset wiki \\
+        --ctx_len 512 --samples 100 --output_dir runs/mine
+    python end-to-end/main.py --recipe llama2-7b-prox --dry_run
+                                       (a published recipe: what it will do)
 
 Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds run.json (its
 settings), checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.

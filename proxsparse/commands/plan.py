@@ -1,11 +1,11 @@
-"""What a learning run will need, before it starts: parameters, steps, memory a device. Loads no weights.
+"""What a learning run will need, before it starts: parameters, steps, memory per device. Loads no weights.
 
-    python -m proxsparse plan --model meta-llama/Llama-2-7b-hf --ctx_len 4096 --dtype bfloat16 --bf16 true
-    python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt --method paper
+    python -m proxsparse plan --recipe llama2-7b-prox --dtype bfloat16
+    python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt
+    python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --bf16 true \\
+        --gpus 8 --sharded
 
-    python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --gpus 8 --sharded --bf16 true
-
-Takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
+It takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
 figures are computed, not measured; tests hold them against tiny runs.
 """
 

@@ -1,12 +1,15 @@
 """Baselines on any decoder architecture, with the flags of Wanda's users.
 
-    python baseline/main.py --model smollm2-135m --prune_method wanda --dataset wiki --ctx_len 512 --save runs/wanda
-    python baseline/main.py --run runs/demo --prune_method wanda        (the model and the samples of a run)
-    python baseline/main.py --model smollm2-135m --prune_method sparsegpt --mask_only --dataset wiki --save runs/sgpt
-    python baseline/main.py --model meta-llama/Llama-2-7b-hf --prune_method magnitude --sparsity_type 4:8 --save mag
-    python baseline/main.py --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.7 --allocation owl ...
+    python baseline/main.py --run runs/demo --prune_method wanda
+                                  (the model and the samples of a run)
+    python baseline/main.py --model smollm2-135m --prune_method wanda \\
+        --dataset wiki --ctx_len 512 --save runs/wanda
+    python baseline/main.py --model smollm2-135m --prune_method sparsegpt \\
+        --mask_only --dataset wiki --save runs/sparsegpt
+    python baseline/main.py --prune_method wanda --sparsity_type unstructured \\
+        --sparsity_ratio 0.7 --allocation owl --save runs/owl
 
-Writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
+It writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
 """
 
 import argparse

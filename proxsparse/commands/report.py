@@ -1,8 +1,8 @@
 """The report of a run: a table, pictures, and report.html with all of it on one self-contained page.
 
     python eval/report.py --run runs/demo
-    python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json "ProxSparse 2:4=mine.json"
-    python eval/report.py --run runs/demo --compare Wanda=runs/demo/wanda magnitude=runs/demo/magnitude
+    python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json \\
+        "ProxSparse 2:4=mine.json" --compare Wanda=runs/demo/wanda
 
 Without --rows and --compare it shows what lies in the folder of the run: the dense and the pruned model, and the
 baselines that were pruned for it. Rows are results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output;

@@ -1,11 +1,12 @@
 """Accuracy on the paper's seven zero-shot tasks, of a checkpoint or of original weights under a mask.
 
-    python eval/zero_shot.py --model runs/mine/pruned
-    python eval/zero_shot.py --model meta-llama/Llama-2-7b-hf --mask runs/mine --tasks arc_easy piqa
-    python eval/zero_shot.py --model smollm2-135m --tasks my_task.yaml --limit 100
+    python eval/zero_shot.py --run runs/mine
+    python eval/zero_shot.py --model runs/mine/pruned --tasks arc_easy piqa
+    python eval/zero_shot.py --model smollm2-135m --tasks my_task.yaml \\
+        --limit 100
 
-Runs EleutherAI's lm-evaluation-harness: pip install 'proxsparse[zero-shot]'. Its tasks come from the Hub; a .yaml file
-in the harness's format, whose dataset_path is json and whose data_files are local, runs without a network.
+It runs EleutherAI's lm-evaluation-harness: pip install 'proxsparse[zero-shot]'. Its tasks come from the Hub; a .yaml
+file in the harness's format, whose dataset_path is json and whose data_files are local, runs without a network.
 """
 
 import argparse
