@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from common import best_seconds, print_table
+from common import RESULTS, best_seconds, print_table, write_record
 from original import original_
 from torch import Tensor
 
