@@ -72,8 +72,8 @@ def main(parsed) -> None:
     show(plan, str(run.model), str(config.output_dir), dtype)
     if planned.gpus is None:
         compare_with_this_machine(plan, on_cpu)
-    if note:
-        print(f"note: {note}")
+    for line in filter(None, (note, plan.note)):
+        print(f"note: {line}")
     print_json({"model": run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": round(plan.total)})
 
 
