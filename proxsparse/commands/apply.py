@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
     mask = read_mask(args)
     model, tokenizer = load(args)
     put_mask(model, mask, args)
-    if args.save:
-        save_pruned(model, tokenizer, args.save)
+    if args.save and mask is not None:
+        save_pruned(model, mask, args.save, tokenizer=tokenizer)
         print(f"pruned checkpoint written to {args.save}")
     results = {} if args.no_eval else evaluate(model, tokenizer, args)
     write_result(model, args, perplexity=as_record(results))

@@ -4,9 +4,10 @@
     python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --form mask --to pruned-mask
     python -m proxsparse export --model smollm2-135m --mask runs/demo --form compact --to pruned-compact
 
-dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
-mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
-compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
+dense:    the base's own files, in which only pruned weights change: transformers, vLLM and others load it. Exact
+          zeros, no sparsity config. Written shard by shard.
+mask:     one bit per weight, with a JSON of what it belongs to: to publish next to a gated base model.
+compact:  two values and their positions per block, 9/16 of a 16-bit weight; proxsparse.load reads it.
 npz:      the mask as MaskLLM's programs read it.
 """
 
@@ -23,17 +24,15 @@ from proxsparse.commands.groups import (
     add_model_arguments,
 )
 from proxsparse.deploy.card import model_card
-from proxsparse.deploy.dense import save_pruned, stream_pruned, targets_of
+from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import apply_mask, load_mask
-from proxsparse.model.compact import save_compact
+from proxsparse.mask import fit_mask, load_mask
 from proxsparse.model.hub_errors import UNREACHABLE
-from proxsparse.model.loading import load_model, load_tokenizer
+from proxsparse.model.loading import empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_json, refuse_to_overwrite
 
-SAVE = {"dense": save_pruned, "compact": save_compact}
 MASKS = ("mask", "npz")  # forms without weights
 
 
@@ -42,7 +41,7 @@ def arguments() -> Parser:
     add_model_arguments(parser, computes=False)
     add_mask_argument(parser, required=True)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--form", default="dense", choices=[*SAVE, *MASKS], help="default: %(default)s")
+    parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="default: %(default)s")
     parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
     parser.add_argument(
         "--push_to_hub",
@@ -68,17 +67,17 @@ def main(args: argparse.Namespace) -> None:
     else:
         mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
+    title = args.push_to_hub or to.name
     if args.form == "mask":
         save_hashed(mask, to)
     elif args.form == "npz":
-        save_npz(mask, targets_of(args.model, args.trust_remote_code, args.revision), to)
-    elif args.form != "dense" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
+        model = empty_model(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        save_npz(mask, fit_mask(model, mask), to)
+    else:
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        model, tokenizer = load_model(args.model, **options), load_tokenizer(args.model, **options)
-        apply_mask(model, mask)
-        SAVE[args.form](model, tokenizer, to)
-    card = model_card(args.push_to_hub or to.name, mask, results, form=args.form)
-    (to / "README.md").write_text(card, encoding="utf-8")
+        save_pruned(args.model, mask, to, form=args.form, title=title, results=results, **options)
+    if args.form in MASKS:
+        (to / "README.md").write_text(model_card(title, mask, results, form=args.form), encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     print(f"{args.form} export written to {to} ({size / 1e6:,.1f} MB)")
     if args.push_to_hub:

@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save:
         save_mask(mask, Path(args.save) / MASK_FILE)
     if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
+        save_pruned(model, mask, args.save_model, tokenizer=tokenizer)
     if args.prune_method == LEARNED:
         shutil.rmtree(learning_folder(args), ignore_errors=True)
     if args.eval_zero_shot is not None:

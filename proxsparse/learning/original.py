@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import UsageError
-from proxsparse.model.checkpoint import checkpoint_folder, tensor_readers
+from proxsparse.model.loading import parameter_readers
 from proxsparse.model.prunable import Prunable
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class OriginalWeights:
             else:
                 self._kept[target.name] = copy_of(target.stored, on_cpu=place != "device")
         if place == "checkpoint" and self._kept:
-            # Stacked experts, which the files hold one by one; weights that were changed after loading.
+            # Weights that were changed after loading.
             logger.warning(
                 "%d of %d original weights are not in the files of %s as the model has them, the first is %s: "
                 "they are kept on the CPU",
@@ -53,13 +53,13 @@ class OriginalWeights:
 
 
 def _readers(model: str, revision: str | None) -> dict[str, Callable[[], Tensor]]:
-    folder = checkpoint_folder(model, revision) if model else None
-    if folder is None:
+    found = parameter_readers(model, revision) if model else None
+    if found is None:
         raise UsageError(
             f"`keep_base=checkpoint` reads the original weights from safetensors files, and {model or 'the model'} has "
             "none here; use `keep_base=cpu`."
         )
-    return tensor_readers(folder)
+    return found
 
 
 def copy_of(weight: Tensor, on_cpu: bool) -> Tensor:
