@@ -139,9 +139,8 @@ def test_a_sparse_model_generates_what_the_dense_one_does(tmp_path, tokenizer):
 
 def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
     model = tiny_llama()
-    dense = Mask({t.name: torch.ones_like(t.rows(t.weight), dtype=torch.bool) for t in find_prunable(model)}, "4:4")
-    with pytest.raises(UsageError, match="holds 2:4 weights; this mask is 4:4"):
-        save_pruned(model, dense, tmp_path / "dense", form="compact")
+    with pytest.raises(UsageError, match="holds 2:4 weights; this mask is 4:8"):
+        save_pruned(model, Mask(magnitudes(model), "4:8"), tmp_path / "dense", form="compact")
     assert not (tmp_path / "dense").exists()
     with pytest.raises(UsageError, match="can't be made compact: a block has more than two non-zeros"):
         use_compact(tiny_llama())

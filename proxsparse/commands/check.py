@@ -4,8 +4,9 @@
     python -m proxsparse check --model runs/mine/pruned --base path/of/the/original
     python -m proxsparse check --model runs/mine/compact --base meta-llama/Llama-3.1-8B
 
-Reads every form that export writes, and a base from the Hub's cache too. Every block at most two non-zeros; with --base: kept weights bit-equal to the base, everything else unchanged. Exit
-code 1 and the first offenders where not: for people who fine-tune or merge after pruning.
+Reads every form that export writes, and a base from the Hub's cache too. Every block at most two non-zeros; with
+--base: kept weights bit-equal to the base, everything else unchanged. Exit code 1 and the first offenders where not:
+for people who fine-tune or merge after pruning.
 """
 
 import argparse

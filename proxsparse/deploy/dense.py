@@ -33,7 +33,7 @@ from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import atomic_path, refuse_to_overwrite, versions, write_json
 
 FORMS = ("dense", "compact")
-WEIGHTS = tuple(".safetensors .bin .pt .pth .gguf .ckpt .msgpack .h5 .ot .onnx .onnx_data .npz".split())
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
 ANEW = (".index.json", "README.md", COMPACT_INDEX)  # lists of weights and the card are not copied but written
 
 
@@ -73,27 +73,35 @@ def save_pruned(
     if form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
     refuse_to_overwrite(folder)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    base = _files_of(model, revision)
-    if base is None and isinstance(model, str):
-        model, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)  # type: ignore[arg-type]
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(model, str):
+        base, shape = _named(model, mask, hub)
+        if base is None:
+            shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
+    else:
+        base, shape = _files_of(model), model
     with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
         if base is not None:
-            plan = _Changes(base, model if not isinstance(model, str) else empty_model(model, **hub), mask)  # type: ignore[arg-type]
+            changes = _Changes(base, shape, mask)
             _copy_small_files(base, scratch)
-            _stream(base, plan, scratch, form)
+            _stream(base, changes, scratch, form)
         else:
-            _save_from_memory(model, mask, tokenizer, scratch, form)  # type: ignore[arg-type]
+            _save_from_memory(shape, mask, tokenizer, scratch, form)
         origin = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
         card = model_card(title or folder.name, mask, results, form=form, origin=origin)
         (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
-def _files_of(model: PreTrainedModel | str, revision: str | None) -> Checkpoint | None:
-    """The files that a model came from; None where there are none, or the model in memory is another one by now."""
-    if isinstance(model, str):
-        return None if model_source(model)[1] else fetch(model, revision)
+def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | None, PreTrainedModel]:
+    """The files of a model on disk or on the Hub (None: a GGUF), and the model without values."""
+    empty = empty_model(name, **hub)
+    fit_mask(empty, mask)  # before anything is downloaded
+    return None if model_source(name)[1] else fetch(name, hub["revision"]), empty
+
+
+def _files_of(model: PreTrainedModel) -> Checkpoint | None:
+    """The files that a model in memory came from; None where there are none, or where it is another one by now."""
     name = getattr(model.config, "_name_or_path", "")
     try:
         found = Checkpoint.find(name, getattr(model.config, "_commit_hash", None)) if name else None

@@ -104,6 +104,11 @@ def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception
                 f"The tokenizer of {name} is a SentencePiece file (tokenizer.model), which {' and '.join(absent)} "
                 f"{'reads' if len(absent) == 1 else 'read'}: pip install {' '.join(absent)}."
             )
+    if "instantiate the backend tokenizer" in text:
+        return RunError(
+            f"The tokenizer of {name} can't be loaded: there is no tokenizer.json, tokenizer.model or vocab.json that "
+            "fits its tokenizer_config.json."
+        )
     package = _missing_package(chain)
     if package:
         return RunError(f"The model {name} needs the package {package}, which is not installed: pip install {package}.")
@@ -121,7 +126,7 @@ def _missing_package(chain: list[BaseException]) -> str | None:
     for error in chain:
         if not isinstance(error, ImportError):
             continue
-        named = re.search(r"not found in your environment: ([\w.-]+)|pip install ([\w.-]+)", str(error))
+        named = re.search(r"not found in your environment: ([\w.-]*\w)|pip install ([\w.-]*\w)", str(error))
         if named:
             return named[1] or named[2]
         if isinstance(error, ModuleNotFoundError) and error.name:
