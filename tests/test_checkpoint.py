@@ -46,7 +46,10 @@ def as_the_hub_has_it(folder, **changes):
     """Give a folder the configuration of a repository that was written with transformers 4."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters", None)
-    if rope:
+    if rope and "full_attention" in rope:  # Gemma 3
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    elif rope:
         config["rope_theta"] = rope["rope_theta"]
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.40.1"
@@ -352,6 +355,13 @@ def test_folders_of_another_kind_say_what_to_give(make, message, tmp_path):
     make(tmp_path)
     with pytest.raises(UsageError, match=message):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_in_the_cache_is_said_to_be_one(hub, tmp_path):
+    snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / "abc123"
+    (snapshot / "config.json").rename(snapshot / "adapter_config.json")
+    with pytest.raises(UsageError, match="org/tiny is a LoRA adapter .*merge it"):
+        load_model(hub)
 
 
 def test_one_file_of_a_checkpoint_says_what_to_give(llama3):

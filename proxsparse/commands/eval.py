@@ -31,8 +31,9 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    model, tokenizer = load(args)
-    targets = find_prunable(model, multiple=1)
+    model, tokenizer = load(args, evaluating=True)
+    coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
+    targets = [] if coded else find_prunable(model, multiple=1)
     blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
     sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
     shares = {kind: sum(row[2:]) for kind, row in sparsity.items()}

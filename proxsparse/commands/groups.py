@@ -84,11 +84,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that the arguments name."""
+def load(args: argparse.Namespace, evaluating: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer that the arguments name; see ``load_model`` for ``evaluating``."""
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    return load_model(args.model, dtype=dtype, device=device, **options), load_tokenizer(args.model, **options)
+    model = load_model(args.model, dtype=dtype, device=device, evaluating=evaluating, **options)
+    return model, load_tokenizer(args.model, **options)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import logging as hf_logging
 
@@ -18,6 +19,7 @@ except ImportError:
 
 UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
 
+ADAPTER = "adapter_config.json"
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
@@ -67,6 +69,12 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     """What a refusal of the Hub, or a missing connection, means."""
     kinds = tuple(type(e) for e in chain)
     text = " ".join(str(e) for e in chain)
+    if _is_cached(name, ADAPTER) and not _is_cached(name, "config.json"):
+        return UsageError(
+            f"The model {name} is a LoRA adapter ({ADAPTER}), not a whole model: merge it into its base model first "
+            "(merge_and_unload of peft), and give the merged folder.",
+            "model",
+        )
     if GatedRepoError in kinds or "gated repo" in text:
         return RunError(
             f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
@@ -94,6 +102,13 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     return None
 
 
+def _is_cached(name: str, file: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:  # no Hub id
+        return False
+
+
 def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception:
     """What transformers, or the model's own code, raised on its files."""
     text = " ".join(str(e) for e in chain)
@@ -104,6 +119,11 @@ def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception
                 f"The tokenizer of {name} is a SentencePiece file (tokenizer.model), which {' and '.join(absent)} "
                 f"{'reads' if len(absent) == 1 else 'read'}: pip install {' '.join(absent)}."
             )
+    if "a file named config.json" in text:
+        return RunError(
+            f"The repository {name} has no config.json, so it is no whole model for transformers: a LoRA adapter is to "
+            "be merged first, and of a GGUF repository one file is to be downloaded and given."
+        )
     if "instantiate the backend tokenizer" in text:
         return RunError(
             f"The tokenizer of {name} can't be loaded: there is no tokenizer.json, tokenizer.model or vocab.json that "

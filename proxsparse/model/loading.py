@@ -116,6 +116,8 @@ def load_model(
         elif quantised == "read" or is_compact(source):
             found = _from_tensors(fetch(name, revision), config, dtype, trust_remote_code, kwargs)
         else:
+            if quantised == "package":
+                kwargs["device_map"], device = device, None  # such weights are placed while they are read
             found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub, **kwargs
             )

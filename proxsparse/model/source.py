@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from proxsparse.errors import UsageError
 from proxsparse.model.embedded import EMBEDDED, package_file
-from proxsparse.model.hub_errors import quiet_bars
+from proxsparse.model.hub_errors import ADAPTER, quiet_bars
 from proxsparse.record import atomic_path
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-ADAPTER = "adapter_config.json"
 
 
 def model_source(name: str) -> tuple[str, dict]:
