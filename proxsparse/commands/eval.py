@@ -49,8 +49,8 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     if done_already(args, "dense perplexity", decisive_of(args)):
         return
-    windows = windows_of(args)
-    model = load(args)
+    windows = windows_of(args, evaluating=True)
+    model = load(args, evaluating=True)
     shares = shares_24(model)
     report_sparsity(shares)
     results = evaluate(model, windows, args)
@@ -60,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
 
 def shares_24(model: PreTrainedModel) -> dict[str, float]:
     """Share of 2:4 blocks of every layer kind, and over 'all'; empty where nothing has blocks of four."""
-    blocks = [t for t in find_prunable(model, multiple=1) if t.weight.shape[t.in_dim] % 4 == 0]
+    coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
+    targets = [] if coded else find_prunable(model, multiple=1)
+    blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
     sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
     return {kind: sum(row[2:]) for kind, row in sparsity.items()}
 

@@ -14,6 +14,7 @@ It writes mask.safetensors to --save wherever the weights keep their values, and
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -142,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save:
         save_mask(mask, Path(args.save) / MASK_FILE)
     if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
+        save_pruned(model, mask, args.save_model, tokenizer=tokenizer)
     method.forget(wanted)
     if args.eval_zero_shot is not None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))

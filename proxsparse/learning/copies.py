@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from proxsparse.errors import UsageError
-from proxsparse.model.checkpoint import checkpoint_folder, tensor_readers
+from proxsparse.model.loading import parameter_readers
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import reshard
 from proxsparse.operator.prox import top2_product_
@@ -68,13 +68,13 @@ class OriginalWeights:
 
 
 def _readers(model: str, revision: str | None) -> dict[str, Callable[[], Tensor]]:
-    folder = checkpoint_folder(model, revision) if model else None
-    if folder is None:
+    found = parameter_readers(model, revision) if model else None
+    if found is None:
         raise UsageError(
             f"`keep_base=checkpoint` reads the original weights from safetensors files, and {model or 'the model'} has "
             "none here; use `keep_base=cpu`."
         )
-    return tensor_readers(folder)
+    return found
 
 
 class TakingTurns:
