@@ -88,9 +88,13 @@ def prune_layerwise(
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
     model.train(training)
+    return Mask(masks, _common(patterns, width), model.config._name_or_path)
+
+
+def _common(patterns: dict[int, Pattern], width: int) -> Pattern:
+    """The pattern of all layers, or a mixed one."""
     kinds = {str(p): p for p in patterns.values()}
-    common = next(iter(kinds.values())) if len(kinds) == 1 else Pattern(0, width)
-    return Mask(masks, common, model.config._name_or_path)
+    return next(iter(kinds.values())) if len(kinds) == 1 else Pattern(0, width)
 
 
 def first_inputs(

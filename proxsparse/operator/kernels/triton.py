@@ -142,6 +142,14 @@ def _store(weights, place, value, inside, seed, BFLOAT16: tl.constexpr, STOCHAST
         tl.store(weights + place, value.to(weights.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _sorted(a, b, c, d):
+    """The four columns in descending order."""
+    high1, low1, high2, low2 = tl.maximum(a, b), tl.minimum(a, b), tl.maximum(c, d), tl.minimum(c, d)
+    mid1, mid2 = tl.minimum(high1, high2), tl.maximum(low1, low2)
+    return tl.maximum(high1, high2), tl.maximum(mid1, mid2), tl.minimum(mid1, mid2), tl.minimum(low1, low2)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def _prox(
     weights,
@@ -171,11 +179,7 @@ def _prox(
         c *= tl.load(scales + column + 2, mask=inside, other=1.0)
         d *= tl.load(scales + column + 3, mask=inside, other=1.0)
     finite = (a < float("inf")) & (b < float("inf")) & (c < float("inf")) & (d < float("inf"))
-    # Sort.
-    high1, low1, high2, low2 = tl.maximum(a, b), tl.minimum(a, b), tl.maximum(c, d), tl.minimum(c, d)
-    z1, z4 = tl.maximum(high1, high2), tl.minimum(low1, low2)
-    mid1, mid2 = tl.minimum(high1, high2), tl.maximum(low1, low2)
-    z2, z3 = tl.maximum(mid1, mid2), tl.minimum(mid1, mid2)
+    z1, z2, z3, z4 = _sorted(a, b, c, d)
     # A block with nothing to solve gets strength 0 and a harmless shape.
     active = finite & (z3 > 0) & (lam * z1 > 0)
     strength = tl.where(active, tl.minimum(lam * z1, 3.0), 0.0)
