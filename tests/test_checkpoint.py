@@ -21,7 +21,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, apply_mask, load_mask
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Layout
-from proxsparse.model.loading import empty_model, load_config, load_model
+from proxsparse.model.loading import empty_model, load_config, load_model, load_tokenizer
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
 
@@ -403,14 +403,39 @@ def test_an_encoder_decoder_is_no_causal_language_model(tmp_path):
 
 def test_a_sentencepiece_file_names_the_packages_that_read_it(llama3, monkeypatch):
     from proxsparse.model import hub_errors
-    from proxsparse.model.loading import load_tokenizer
 
     for path in llama3.glob("tokenizer*"):
         path.unlink()
-    (llama3 / "tokenizer.model").write_bytes(b"")
+    (llama3 / "tokenizer.model").write_bytes(b"\xff\xff damaged")
     (llama3 / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     monkeypatch.setattr(hub_errors, "installed", lambda module: module == "numpy")
     with pytest.raises(
         RunError, match="SentencePiece file .*sentencepiece and protobuf read: pip install sentencepiece"
     ):
         load_tokenizer(str(llama3))
+
+
+def test_a_sentencepiece_file_is_read(llama3, tmp_path):
+    spm = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    for path in llama3.glob("tokenizer*"):
+        path.unlink()
+    (tmp_path / "text").write_text("\n".join(f"the quick brown fox number {i}" for i in range(200)))
+    options = {"vocab_size": 60, "model_type": "bpe", "minloglevel": 2}
+    spm.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(llama3 / "tokenizer"), **options)
+    (llama3 / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    wanted = spm.SentencePieceProcessor(model_file=str(llama3 / "tokenizer.model")).encode("the quick brown fox")
+    assert load_tokenizer(str(llama3))("the quick brown fox", add_special_tokens=False).input_ids == wanted
+
+
+def test_a_missing_shard_is_named(llama3, tmp_path, mask, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    gone = sorted((tmp_path / "base").glob("*.safetensors"))[1]
+    gone.unlink()
+    for command in (["export", "--to", tmp_path / "out"], ["apply", "--save", tmp_path / "out", "--no_eval"]):
+        words = [command[0], "--model", tmp_path / "base", "--mask", mask, *command[1:]]
+        assert console([str(word) for word in words]) == 1
+        assert gone.name in capsys.readouterr().err

@@ -10,6 +10,7 @@ import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
 from proxsparse.learning.original import OriginalWeights
 from safetensors.torch import load_file, save_file
+from test_checkpoint import mixture, run
 
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
@@ -21,10 +22,6 @@ from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-
-def run(*words):
-    assert console([str(word) for word in words]) == 0
 
 
 def by_blocks(weight, height, width):
@@ -136,6 +133,32 @@ def test_learning_extraction_and_the_originals_agree(fp8, corpus, tmp_path):
     original = OriginalWeights(targets, "checkpoint", str(folder))
     assert not original._kept
     assert all(torch.equal(original.of(target), plain[target.name]) for target in targets)
+
+
+def test_experts_in_float8_are_merged_and_masked_one_by_one(tmp_path):
+    folder = mixture("qwen3_moe", tmp_path / "fp8")
+    plain = {}
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if "proj" in name]:
+            codes, scales, plain[name] = by_blocks(tensors[name].float(), 16, 16)
+            tensors |= {name: codes, f"{name}_scale_inv": scales, f"{name[:-7]}.activation_scale": torch.ones(1)}
+        save_file(tensors, path, metadata={"format": "pt"})
+        plain |= {name: tensor for name, tensor in tensors.items() if "proj" not in name}
+    config = json.loads((folder / "config.json").read_text())
+    entry = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    run("prune", "--model", folder, "--prune_method", "magnitude", "--save", tmp_path / "mask", "--save_model",
+        tmp_path / "out")  # fmt: skip
+    found = Checkpoint(tmp_path / "out").tensors
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        pruned = "proj" in name
+        kept = top2_mask(tensor.float()) if pruned else torch.ones_like(tensor, dtype=torch.bool)
+        assert torch.equal(found[name].read(), tensor.masked_fill(~kept, 0.0)), name
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == plain.keys()
+    run("check", "--model", tmp_path / "out", "--base", folder)
 
 
 @pytest.fixture
@@ -272,3 +295,16 @@ def test_codes_without_their_scales_are_not_taken_for_weights(fp8):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError, match=r"up_proj.weight holds codes in a form that is not read here"):
         load_model(str(folder))
+
+
+def test_codes_are_noticed_where_the_configuration_says_nothing(fp8, tmp_path, mask):
+    folder, _ = fp8
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        RunError, match="is quantised, and its config.json does not say how: .*proj.weight in model.saf"
+    ):
+        load_model(str(folder))
+    assert console(["export", "--model", str(folder), "--mask", str(mask), "--to", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()

@@ -54,8 +54,8 @@ mask_compressed.npz`."""
 ORIGINAL = {
     "files": "The kept weights are the original ones, bit for bit;",
     "dequantised": "The original weights are quantised; the kept ones are their values in bfloat16;",
-    "memory": "The base has no files to copy from, so configuration, tokenizer and all tensors were written anew with "
-    "transformers {version}, in the dtype they were loaded in;",
+    "memory": "The base has no files to copy from: configuration, tokenizer and all tensors were written anew with "
+    "transformers {version}. The kept weights are those that it loads;",
 }
 UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}

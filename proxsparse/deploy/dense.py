@@ -131,6 +131,8 @@ def _copy_small_files(base: Checkpoint, folder: Path) -> None:
                 shutil.copyfile(place / name, folder / inner / name)
     if not base.is_plain and not base.is_compact:
         write_json(folder / "config.json", without_quantisation(base.config))
+        for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 class _Changes:

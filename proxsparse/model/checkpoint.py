@@ -156,7 +156,23 @@ class Checkpoint:
             return dict(self._decompressed(raw))
         if refuse_quantised(self.name, self.config):
             return dict(self._dequantised(raw))
+        self.refuse_codes()
         return raw
+
+    def refuse_codes(self) -> None:
+        """Refuse files of quantised weights whose config.json does not say so: codes would be taken for weights.
+
+        Raises:
+            RunError: names the first of them.
+        """
+        for path, file in self._open.items():
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                dtype = file.get_slice(key).get_dtype()
+                if dtype.startswith(("F8", "F4")):
+                    raise RunError(
+                        f"The model {self.name} is quantised, and its config.json does not say how: {key} in "
+                        f"{path.name} holds {dtype} codes. Give the original weights."
+                    )
 
     def of_file(self, path: Path) -> dict[str, Stored]:
         """The tensors of one file."""

@@ -121,6 +121,8 @@ def load_model(
             found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub, **kwargs
             )
+            if quantised is None and (checkpoint := Checkpoint.find(name, revision)):
+                checkpoint.refuse_codes()
     model, loaded = found
     if loaded["missing_keys"]:  # transformers would go on with random numbers instead of them
         missing = sorted(loaded["missing_keys"])
