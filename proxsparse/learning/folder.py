@@ -197,7 +197,8 @@ class Run:
         """What a checkpoint of this run has learned.
 
         Args:
-            include, exclude: expressions of ``find_prunable``; None: the run's own.
+            include: expression of ``find_prunable``; None: the run's own.
+            exclude: the same.
 
         Raises:
             UsageError: the input norms that blocks were compared by are missing, or the run was sharded and weights are
