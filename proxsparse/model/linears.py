@@ -190,13 +190,17 @@ def _dim_in_code(kind: type, name: str) -> int | None:
 
 
 def only_read(owner: type, name: str) -> bool:
-    """Whether the code of a module reads the weight of its part ``name`` and never calls that part.
+    """Whether the code of a module multiplies with the weight of its part ``name`` by itself, without calling the part.
 
     Mamba multiplies with ``self.dt_proj.weight``: hooks on the part see nothing, and another class in its place breaks.
     """
     code = _source(owner)
     part = rf"self\.{re.escape(name)}"
-    return bool(re.search(rf"{part}\.weight\b", code)) and not re.search(rf"{part}\(", code)
+    weight = rf"{part}\.weight\b"
+    if not re.search(weight, code):
+        return False
+    multiplied = rf"{weight}\s*@|@\s*{weight}|(linear|matmul|bmm)\([^()]*{weight}"
+    return bool(re.search(multiplied, code)) or not re.search(rf"{part}\(", code)
 
 
 @functools.cache
