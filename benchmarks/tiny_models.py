@@ -51,7 +51,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CHUNKS = {"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 8}
 _INDEXER = {
     "indexer_n_heads": 2,
-    "indexer_kv_heads": 2,
+    "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
@@ -99,7 +99,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": _CHUNKS
     | {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"]},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.model.inputs import Visit, listen
-from proxsparse.model.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of, find_prunable
 from proxsparse.operator.pattern import Pattern
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def first_inputs(
         hidden.append((arguments[0] if arguments else keywords["hidden_states"]).to(hidden_device))
         raise _Reached
 
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     handles = [block.register_forward_pre_hook(remember_call, with_kwargs=True) for block in blocks]
     decoder(input_ids=batches[0].to(model.device), use_cache=False)
     for handle in handles:

@@ -28,7 +28,7 @@ OTHER = "no linear layer"
 COUNT = re.compile(r"(^|_)(num|n|nb)_(\w+_)?experts$|^num_experts$")  # settings that are a number of experts
 SECOND = re.compile(r"down|w2|output|out_proj|fc2|wo$")  # the projection of an expert that comes last
 NAMED_ROUTER = re.compile(r"(^|[._])router([._]|$)")
-ROUTING_CLASS = re.compile(r"Router|Gating|TopK(?!.*Experts)")
+ROUTING_CLASS = re.compile(r"Router|Top[kK]Gat(e|ing)")
 GATE_CLASS = re.compile(r"Gate$")
 
 
@@ -51,6 +51,11 @@ class Weight:
     @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.attribute)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more."""
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def expert_counts(model: PreTrainedModel) -> set[int]:

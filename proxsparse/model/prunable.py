@@ -61,6 +61,15 @@ def layer_kind(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model between its token ids and its last hidden states.
+
+    ModernBERT's ``decoder`` is its LM head.
+    """
+    found = model.get_decoder()
+    return model.base_model if found is None or isinstance(found, nn.Linear) else found
+
+
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks of a model, in order.
 
@@ -70,8 +79,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UsageError: the model has none.
     """
-    decoder = model.get_decoder()
-    decoder = model.base_model if decoder is None else decoder
+    decoder = decoder_of(model)
     whole = set(getattr(model, "_no_split_modules", None) or ())
     blocks = (
         _outermost(decoder, lambda m: isinstance(m, GradientCheckpointingLayer))
