@@ -13,15 +13,12 @@ import sys
 import tempfile
 
 import torch
-from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
+from common import print_table, write_record
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from proxsparse.learning.config import ProxSparseConfig
-from proxsparse.learning.trainer import ProxSparseTrainer
-from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer, native_bf16
-from proxsparse.record import git_commit, versions, write_json
+from proxsparse.learning.learn import defaults_on, learn
+from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
 from proxsparse.text import calibration_windows
 
 FACTOR = 30.0
@@ -49,29 +46,19 @@ def main() -> int:
         for label, settings in SETTINGS.items():
             shares[name][label] = learned_share(make(), tokenizer, windows, settings)
             print(name, label, f"{shares[name][label]:.1%}", file=sys.stderr, flush=True)
-    table = Table(title=f"share of 2:4 blocks after {args.samples} steps; auto aims at 95 %")
-    table.add_column("model")
-    for label in SETTINGS:
-        table.add_column(label, justify="right")
-    for name, found in shares.items():
-        table.add_row(name, *(f"{found[label]:.1%}" for label in SETTINGS))
-    Console(width=120).print(table)
-    record = {"samples": args.samples, "ctx_len": args.ctx_len, "shares": shares}
-    write_json("benchmarks/results/auto_lambda.json", record | {"versions": versions(), "commit": git_commit()})
+    rows = [[name, *(f"{found[label]:.1%}" for label in SETTINGS)] for name, found in shares.items()]
+    print_table(f"share of 2:4 blocks after {args.samples} steps; auto aims at 95 %", ("model", *SETTINGS), rows)
+    write_record("auto_lambda", {"samples": args.samples, "ctx_len": args.ctx_len, "shares": shares})
     return 0
 
 
 def learned_share(model: PreTrainedModel, tokenizer, windows: torch.Tensor, settings: dict) -> float:
     """Share of 2:4 blocks that a run ends with."""
     with tempfile.TemporaryDirectory() as folder:
-        config = ProxSparseConfig(
-            output_dir=folder, method="paper", use_cpu=True, bf16=native_bf16("cpu"), activation_checkpointing=False,
-            save_strategy="no", logging_steps=1, max_length=windows.shape[1], disable_tqdm=True, **settings,
-        )  # fmt: skip
-        data = Dataset.from_dict({"input_ids": windows.tolist()})
-        trainer = ProxSparseTrainer(model, config, train_dataset=data, processing_class=tokenizer)
-        trainer.train()
-        return [entry for entry in trainer.state.log_history if "share_24" in entry][-1]["share_24"]
+        short = {"output_dir": folder, "method": "paper", "save_strategy": "no", "logging_steps": 1}
+        config = ProxSparseConfig(**(defaults_on("cpu") | short | settings))
+        history = learn(model, tokenizer, windows, config, {"model": EMBEDDED}).history
+        return [entry for entry in history if "share_24" in entry][-1]["share_24"]
 
 
 def smollm2() -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""One token through a pruned linear on the CPU: compact weights beside torch's dense product, in the same run.
+"""One token through a pruned linear on the CPU: compact weights next to torch's dense product, in the same run.
 
     python benchmarks/decode.py
 
@@ -11,32 +11,28 @@ import sys
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import print_table, write_record
 from torch import nn
 
 from proxsparse.deploy.sparse import CompactLinear, seconds
 from proxsparse.operator.prox import top2_mask
-from proxsparse.record import git_commit, versions, write_json
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
 
 
 def main() -> int:
-    table = Table(title=f"one token, {torch.get_num_threads()} threads")
-    for head in ("out x in", "dtype", "dense ms", "compact ms", "times faster", "largest error"):
-        table.add_column(head, justify="right")
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for outputs, inputs in SHAPES:
-            row = measure(outputs, inputs, dtype)
-            rows.append(row)
-            gain = row["dense_ms"] / row["compact_ms"]
-            cells = [f"{row['dense_ms']:.3f}", f"{row['compact_ms']:.3f}", f"{gain:.2f}", f"{row['error']:.1e}"]
-            table.add_row(f"{outputs} x {inputs}", row["dtype"], *cells)
-    Console().print(table)
-    write_json("benchmarks/results/decode.json", {"rows": rows, "versions": versions(), "commit": git_commit()})
+    rows = [measure(outputs, inputs, dtype) for dtype in (torch.float32, torch.bfloat16) for outputs, inputs in SHAPES]
+    heads = ("out x in", "dtype", "dense ms", "compact ms", "times faster", "largest error")
+    title = f"one token, {torch.get_num_threads()} threads"
+    print_table(title, heads, map(cells, rows), text_columns=2)
+    write_record("decode", {"rows": rows})
     return 0
+
+
+def cells(row: dict) -> list[str]:
+    gain = row["dense_ms"] / row["compact_ms"]
+    numbers = [f"{row['dense_ms']:.3f}", f"{row['compact_ms']:.3f}", f"{gain:.2f}", f"{row['error']:.1e}"]
+    return [f"{row['out']} x {row['in']}", row["dtype"], *numbers]
 
 
 @torch.no_grad()

@@ -3,27 +3,24 @@
     python benchmarks/exports.py
 
 The mask is magnitude's: sizes do not depend on which weights are kept. Loading is the best of three, files in the
-operating system's cache, until a model with every weight in memory is there. sparse24 and npz are read by other
-programs. Writes benchmarks/results/exports.json.
+operating system's cache, until a model with every weight in memory is there. npz is read by other programs. Writes
+benchmarks/results/exports.json.
 """
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import best_seconds, print_table, write_record
 from torch import nn
 
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.mask import apply_mask, load_mask
 from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
-from proxsparse.record import git_commit, versions, write_json
 
 REPEAT = 3
 
@@ -49,15 +46,14 @@ def main() -> int:
                 run("export", "--model", base, "--mask", mask, "--form", form, "--to", folder)
             row = {"form": form, "loaded": how or "dense", "bytes": sum(f.stat().st_size for f in folder.iterdir())}
             rows.append(row | {"seconds": best_time(loader, folder) if loader else None})
-    table = Table(title="SmolLM2-135M, float32")
-    for head in ("form", "loaded as", "MB", "load, s"):
-        table.add_column(head, justify="left" if head == "form" else "right")
-    for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
-        table.add_row(row["form"], row["loaded"] if seconds else "", f"{row['bytes'] / 1e6:.1f}", seconds)
-    Console().print(table)
-    write_json("benchmarks/results/exports.json", {"rows": rows, "versions": versions(), "commit": git_commit()})
+    print_table("SmolLM2-135M, float32", ("form", "loaded as", "MB", "load, s"), map(cells, rows), text_columns=2)
+    write_record("exports", {"rows": rows})
     return 0
+
+
+def cells(row: dict) -> list[str]:
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+    return [row["form"], row["loaded"] if seconds else "", f"{row['bytes'] / 1e6:.1f}", seconds]
 
 
 def run(*words: object) -> None:
@@ -73,13 +69,12 @@ def under_mask(base: Path, folder: Path) -> nn.Module:
 
 def best_time(loader: Callable[[Path], nn.Module], folder: Path) -> float:
     """Seconds to load, and to touch every weight: mapped files are read only then."""
-    found = []
-    for _ in range(REPEAT):
-        start = time.perf_counter()
+
+    def load_and_touch() -> None:
         for weight in loader(folder).state_dict().values():
             weight.float().sum()
-        found.append(time.perf_counter() - start)
-    return min(found)
+
+    return best_seconds(load_and_touch, REPEAT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak memory of learning on the CPU, in bytes a parameter: a plain loop as the original's, and each of our settings.
+"""Peak memory of learning on the CPU, in bytes per parameter: a plain loop as the original's, and each of our settings.
 
     python benchmarks/memory.py                      the table of BENCHMARKS.md (about ten minutes on 2 cores)
     python benchmarks/memory.py --hidden_size 1024   larger
@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 
 import torch
+from common import print_table, write_record
 from datasets import Dataset
 from original import original_
-from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxsparse.learning.config import ProxSparseConfig
@@ -32,7 +31,6 @@ from proxsparse.learning.plan import plan_learning
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
-from proxsparse.record import git_commit, versions, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from peaks import Sampler, status
@@ -83,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{dtype} {name}: {rows[-1]['bytes']:.1f}", file=sys.stderr, flush=True)
     show(rows)
     record = {"rows": rows, "hidden_size": args.hidden_size, "layers": args.layers}
-    write_json("benchmarks/results/memory.json", record | {"versions": versions(), "commit": git_commit()})
+    write_record("memory", record)
     return 0
 
 
 def measure(name: str, dtype: torch.dtype, folder: str) -> dict:
-    """Peak bytes a parameter of one setting, seconds a step, and what the plan says of it."""
+    """Peak bytes per parameter of one setting, seconds per step, and what the plan says of it."""
     run = plain_loop if name == PLAIN else learning
     warm = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
     with tempfile.TemporaryDirectory() as tiny:
@@ -159,16 +157,15 @@ def tokenizer():
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title=f"peak memory of learning, {rows[0]['parameters'] / 1e6:.0f} million parameters")
-    for head in ("weights", "setting", "bytes a parameter", "of the plain loop", "planned", "mapped files", "s a step"):
-        table.add_column(head, justify="left" if head in ("weights", "setting") else "right")
+    heads = ("weights", "setting", "bytes per parameter", "of the plain loop", "planned", "mapped files", "s per step")
+    table = []
     plain = {row["dtype"]: row["bytes"] for row in rows if row["setting"] == PLAIN}
     for row in rows:
         share = f"{row['bytes'] / plain[row['dtype']]:.0%}" if row["dtype"] in plain else ""
         planned = f"{row['planned']:.1f}" if row["planned"] else ""
         cells = [f"{row['bytes']:.1f}", share, planned, f"{row['file_bytes']:.1f}", f"{row['seconds_a_step']:.2f}"]
-        table.add_row(row["dtype"], row["setting"], *cells)
-    Console(width=150).print(table)
+        table.append([row["dtype"], row["setting"], *cells])
+    print_table(f"peak memory of learning, {rows[0]['parameters'] / 1e6:.0f} million parameters", heads, table, 2)
 
 
 if __name__ == "__main__":

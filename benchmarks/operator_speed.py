@@ -14,21 +14,19 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from common import RESULTS, best_seconds, print_table, write_record
 from original import original_
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from proxsparse.model.loading import EMBEDDED, load_model
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import prox_op_
-from proxsparse.record import atomic_path, git_commit, versions, write_json
+from proxsparse.record import atomic_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle import global_minimum, objective
@@ -62,16 +60,13 @@ def root_mean_square(tensors: list[Tensor]) -> float:
 
 def seconds(run, tensors: list[Tensor], repeat: int) -> float:
     """Best time of ``run`` over all tensors, on fresh copies each time."""
-    best = float("inf")
     scratch = [t.clone() for t in tensors]
-    for _ in range(repeat):
+
+    def fresh() -> None:
         for s, t in zip(scratch, tensors, strict=True):
             s.copy_(t)
-        start = time.perf_counter()
-        for s in scratch:
-            run(s)
-        best = min(best, time.perf_counter() - start)
-    return best
+
+    return best_seconds(lambda: [run(s) for s in scratch], repeat, fresh)
 
 
 def worst_gap(kernel: str, tensors: list[Tensor], lam: float) -> float:
@@ -108,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e5, 1e6, 1e7, 1e8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--output", default="benchmarks/results/operator.json")
     parser.add_argument("--memory_of", default=None, choices=KERNELS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.memory_of:
@@ -153,24 +147,22 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
     memory = {kernel: extra_memory(kernel, 4 * 10**6) for kernel in KERNELS}
-    record = {"rows": rows, "extra_mib": memory, "versions": versions(), "commit": git_commit()}
-    record["cpu"] = torch.cpu.get_capabilities().get("cpu_name")
-    write_json(args.output, record)
+    record = {"rows": rows, "extra_mib": memory, "cpu": torch.cpu.get_capabilities().get("cpu_name")}
+    write_record("operator", record)
     show(record)
-    draw(record, Path(args.output).with_suffix(".png"))
+    draw(record, RESULTS / "operator.png")
     return 0
 
 
 def show(record: dict) -> None:
-    table = Table(title="the 2:4 operator")
-    for head in ("weights", "count", "lambda*rms", "kernel", "threads", "seconds", "x copy", "GB/s", "worst gap"):
-        table.add_column(head, justify="right")
+    heads = ("weights", "kernel", "count", "lambda*rms", "threads", "seconds", "x copy", "GB/s", "worst gap")
+    rows = []
     for r in record["rows"]:
         rate = 8 * r["count"] / r["seconds"] / 1e9
-        cells = [r["weights"], f"{r['count']:,}", f"{r['lambda_rms']:.3g}", r["kernel"], str(r["threads"])]
+        cells = [r["weights"], r["kernel"], f"{r['count']:,}", f"{r['lambda_rms']:.3g}", str(r["threads"])]
         cells += [f"{r['seconds']:.4f}", f"{r['seconds'] / r['copy_seconds']:.1f}", f"{rate:.2f}", f"{r['gap']:.1e}"]
-        table.add_row(*cells)
-    Console(width=140).print(table)
+        rows.append(cells)
+    print_table("the 2:4 operator", heads, rows, text_columns=2)
     print("extra memory, MiB, 4 million weights:", {k: round(v, 2) for k, v in record["extra_mib"].items()})
 
 

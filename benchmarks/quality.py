@@ -23,14 +23,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import print_table
+from transformers import set_seed
 
 from proxsparse.baselines import METHODS, Pattern
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
-from proxsparse.commands.learn import build, parse_arguments
+from proxsparse.commands.flags import LearnParser
 from proxsparse.evaluation.perplexity import perplexity
+from proxsparse.learning.learn import learn
 from proxsparse.mask import apply_mask
 from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
 from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
@@ -137,10 +138,13 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--model {args.model} --dataset {args.text} --ctx_len {args.ctx_len} --samples {args.samples}"
             flags += f" --seed {seed} --output_dir {folder} --save_strategy no --bf16 {args.bf16} {LEARNED[row]}"
-            trainer, _ = build(*parse_arguments(flags.split()))
-            trainer.train()
-            mask, extra = trainer.mask(), {"share_24": trainer.state.log_history[-2].get("share_24")}
-            del trainer
+            config = LearnParser().parse(flags.split()).config
+            set_seed(seed)
+            learned = load_model(args.model)
+            windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+            mask, history = learn(learned, tokenizer, windows, config, {"model": args.model})
+            extra = {"share_24": history[-2].get("share_24")}
+            del learned
         model = load_model(args.model, dtype=torch.float32)
         apply_mask(model, mask)
     elif row == "dense":
@@ -209,12 +213,9 @@ def show(record: dict) -> None:
     """Print the table, mean over seeds."""
     rows = record["rows"]
     texts = [k for k, v in rows[0].items() if isinstance(v, dict)]
-    table = Table(title=f"{record['model']}, 2:4, calibrated on {record['text']}")
-    for head in ("method", "weights updated", "tokens", "seeds", "seconds", "peak GiB"):
-        table.add_column(head, justify="left" if head == "method" else "right")
-    for text in texts:
-        for head in (f"{text} perplexity", "top-1", "KL"):
-            table.add_column(head, justify="right")
+    heads = ["method", "weights updated", "tokens", "seeds", "seconds", "peak GiB"]
+    heads += [head for text in texts for head in (f"{text} perplexity", "top-1", "KL")]
+    table = []
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["row"], row["samples"], row["ctx_len"], row["windows"]), []).append(row)
@@ -226,8 +227,8 @@ def show(record: dict) -> None:
             spread = f" +- {_spread(values):.2f}" if len(values) > 1 else ""
             cells += [f"{_mean(values):.2f}{spread}", f"{_mean(m[text]['top1'] for m in members):.1%}"]
             cells += [f"{_mean(m[text]['kl'] for m in members):.3f}"]
-        table.add_row(*cells)
-    Console(width=180).print(table)
+        table.append(cells)
+    print_table(f"{record['model']}, 2:4, calibrated on {record['text']}", heads, table)
 
 
 def draw(record: dict, path: Path) -> None:

@@ -1,22 +1,50 @@
 """ProxSparse: learn which two of every four weights a pretrained language model keeps.
 
 from proxsparse import prox_op, top2_mask          # the operator, for your own training loop
-from proxsparse.learning.trainer import ProxSparseTrainer   # the learning loop on top of TRL's SFTTrainer
+mask = proxsparse.learn_mask(model, tokenizer, windows)
 proxsparse.load("pruned", sparse=True)             # a pruned model, ready to generate
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from proxsparse.operator.prox import prox_op, prox_op_, regularizer, top2_mask
 
+if TYPE_CHECKING:
+    from proxsparse.deploy.dense import save_pruned as save_pruned
+    from proxsparse.deploy.sparse import load as load
+    from proxsparse.evaluation.perplexity import perplexity as perplexity
+    from proxsparse.learning.learn import learn_mask as learn_mask
+    from proxsparse.mask import Mask as Mask
+    from proxsparse.mask import apply_mask as apply_mask
+    from proxsparse.mask import load_mask as load_mask
+    from proxsparse.mask import save_mask as save_mask
+    from proxsparse.model.loading import load_model as load_model
+    from proxsparse.model.loading import load_tokenizer as load_tokenizer
+    from proxsparse.text import calibration_windows as calibration_windows
+    from proxsparse.text import evaluation_windows as evaluation_windows
+
 __version__ = "0.1.0"
-__all__ = ["load", "prox_op", "prox_op_", "regularizer", "top2_mask"]
+
+# Imported when they are first used: transformers takes seconds to import, and the operator needs none of it.
+_LATER = {
+    "load": "deploy.sparse",
+    "save_pruned": "deploy.dense",
+    "perplexity": "evaluation.perplexity",
+    "learn_mask": "learning.learn",
+    "Mask": "mask",
+    "apply_mask": "mask",
+    "load_mask": "mask",
+    "save_mask": "mask",
+    "load_model": "model.loading",
+    "load_tokenizer": "model.loading",
+    "calibration_windows": "text",
+    "evaluation_windows": "text",
+}
+__all__ = ["prox_op", "prox_op_", "regularizer", "top2_mask", *_LATER]
 
 
-def load(folder: str, *, sparse: bool = False, **options: Any):
-    """Load a pruned model for inference: see ``proxsparse.deploy.sparse.load``."""
-    from proxsparse.deploy.sparse import (
-        load as load_pruned,  # transformers takes seconds to import; the operator needs none
-    )
-
-    return load_pruned(folder, sparse=sparse, **options)
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"proxsparse.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'proxsparse' has no attribute {name!r}")

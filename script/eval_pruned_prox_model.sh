@@ -15,7 +15,7 @@ for argument in "$@"; do
 done
 listing=$("$python" - ${names[@]+"${names[@]}"} <<'PY'
 import sys
-from proxsparse.commands.download import RELEASED
+from proxsparse.recipes import RELEASED
 unknown = [name for name in sys.argv[1:] if name not in RELEASED]
 if unknown:
     sys.exit(f"error: there is no released model {unknown[0]!r}; the names are {', '.join(RELEASED)}.")

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Llama-3.1-8B with the published settings (arXiv 2502.00258). Settings, --dry-run and resuming: see script/chain.sh.
-: "${model_dir:=meta-llama/Llama-3.1-8B}" "${lambda_value:=0.85}" "${learning_rate:=5e-5}" "${ctx_len:=4096}"
+recipe=llama3.1-8b-prox
 source "$(dirname "${BASH_SOURCE[0]}")/chain.sh"

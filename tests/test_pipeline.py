@@ -153,7 +153,7 @@ def test_masks_agree_with_themselves_and_by_half_with_chance():
 
 
 def test_the_operator_as_a_program(tmp_path):
-    printed = last_json(run("end-to-end/prox_op.py", 4, 3, 2, 1, "--check", 100, "--draw", tmp_path / "path.png"))
+    printed = last_json(run("end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
     assert printed["prox"] == [4.0, 3.0, 0.0, 0.0]
     assert (tmp_path / "path.png").stat().st_size > 1000
     beside = "from prox_op import prox_op; import torch; print(prox_op(torch.ones(1, 4), 9.0).tolist())"
@@ -228,7 +228,7 @@ MISTAKES = [
     ("end-to-end/mask_op.py", [], 2, "the following arguments are required: --checkpoint"),
     ("end-to-end/prox_op.py", ["1", "2"], 2, "A block is four finite numbers; got 2"),
     ("end-to-end/prox_op.py", ["1", "2", "3", "nan"], 2, "four finite numbers"),
-    ("end-to-end/prox_op.py", ["--check", "x"], 2, "must be an integer of at least 1, got 'x'"),
+    ("end-to-end/prox_op.py", [], 2, "Give the four weights of a block"),
     ("eval/ppl.py", ["--ctx_len", "0"], 2, "must be an integer of at least 1, got '0'"),
     ("eval/ppl.py", ["--ctx_len", "999"], 2, "--ctx_len must be between 8 and 128"),
     ("eval/ppl.py", ["--dtype", "x"], 2, "invalid choice: 'x'"),

@@ -1,51 +1,84 @@
 """Apply a mask to the original weights: measure the perplexity, save the pruned checkpoint.
 
-python eval/eval_mask_ppl.py --model smollm2-135m --mask runs/demo/mask.safetensors --dataset wiki news --ctx_len 512
-python eval/eval_mask_ppl.py --mask runs/demo/mask.safetensors --save runs/demo/pruned --no_eval
+    python eval/eval_mask_ppl.py --run runs/demo
+                 (the run's mask, model and text; saves runs/demo/pruned)
+    python eval/eval_mask_ppl.py --model smollm2-135m --dataset wiki news \\
+        --ctx_len 512 --mask runs/demo/mask.safetensors
+    python eval/eval_mask_ppl.py --mask runs/demo --save pruned --no_eval
 """
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
+    RunParser,
     add_evaluation_arguments,
     add_mask_argument,
     add_model_arguments,
     add_output_argument,
     as_record,
+    decisive_of,
+    done_already,
     evaluate,
+    evaluation_of,
     load,
+    options_of,
     put_mask,
-    read_mask,
+    require,
+    windows_of,
     write_result,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
+from proxsparse.learning.folder import PRUNED, Run
+from proxsparse.mask import load_mask
+from proxsparse.model.loading import load_tokenizer
+from proxsparse.record import refuse_to_overwrite
 
 
 def arguments() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
-    add_mask_argument(parser, required=True)
+    add_mask_argument(parser)
+    parser.add_argument("--baseline", default=None, metavar="METHOD", help="with --run: the mask of this baseline")
     parser.add_argument("--save", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
     parser.add_argument("--no_eval", action="store_true", help="do not measure the perplexity")
     add_output_argument(parser)
     return parser
 
 
+def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    if args.baseline:
+        own = {"mask": str(run.baseline_folder(args.baseline)), "output": str(run.result_file(args.baseline))}
+    else:
+        own = {"mask": str(run.mask_file), "output": str(run.result_file(PRUNED)), "save": str(run.pruned_folder)}
+    return evaluation_of(run) | own
+
+
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
+    require(args, "mask")
+    if args.baseline and not args.run:
+        raise UsageError("--baseline needs the run that the baseline was pruned for: give --run FOLDER.")
     if args.no_eval and not args.save:
         raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
-    mask = read_mask(args)
-    model, tokenizer = load(args)
+    mask = load_mask(args.mask)
+    saved = not args.save or Path(args.save).is_dir()
+    if saved and done_already(args, "pruned perplexity", decisive_of(args)):
+        return
+    if args.save:
+        refuse_to_overwrite(Path(args.save))
+    windows = {} if args.no_eval else windows_of(args)
+    model = load(args)
     put_mask(model, mask, args)
     if args.save:
-        save_pruned(model, tokenizer, args.save)
+        save_pruned(model, load_tokenizer(args.model, **options_of(args)), args.save)
         print(f"pruned checkpoint written to {args.save}")
-    results = {} if args.no_eval else evaluate(model, tokenizer, args)
-    write_result(model, args, perplexity=as_record(results))
+    results = evaluate(model, windows, args)
+    write_result(model, args, perplexity=as_record(results), measured=decisive_of(args))
     print_json(
         {"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}}
     )

@@ -1,10 +1,11 @@
-"""What 2:4 gains on this machine: prefill and decoding, tokens a second and memory, dense beside sparse.
+"""What 2:4 gains on this machine: prefill and decoding, tokens per second and memory, dense compared with sparse.
 
     python -m proxsparse bench --model runs/demo/pruned
-    python -m proxsparse bench --model runs/demo/pruned --prompt 1024 --tokens 64 --dtype bfloat16
+    python -m proxsparse bench --model runs/demo/pruned --prompt 1024 \\
+        --tokens 64 --dtype bfloat16
 
-On a CPU pruned linears become compact weights; on a GPU torch's semi-structured tensors, where a quick measurement says
-that a shape gains. Both runs are of this process, on the same weights.
+On a CPU pruned linear layers become compact; on a GPU they become torch's semi-structured tensors, where a quick
+measurement says that a shape gains. Both runs are of this process, on the same weights.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    model, _ = load(args)
+    model = load(args)
     model.eval()
     if args.prompt + args.tokens > (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9):
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")

@@ -1,10 +1,11 @@
-"""Check that a checkpoint is 2:4 and, beside its base, nothing but pruned.
+"""Check that a checkpoint is 2:4 and, compared with its base, nothing but pruned.
 
     python -m proxsparse check --model runs/mine/pruned
-    python -m proxsparse check --model runs/mine/pruned --base path/of/the/original
+    python -m proxsparse check --model runs/mine/pruned --base the/original
 
-Every block at most two non-zeros; with --base: kept weights bit-equal to the base, everything else unchanged. Exit
-code 1 and the first offenders where not: for people who fine-tune or merge after pruning.
+Every block has at most two non-zeros. With --base, kept weights are the base's bit for bit, and everything else is
+unchanged. Otherwise the exit code is 1 and the first offenders are named: for people who fine-tune or merge after
+pruning.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,20 @@ SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")  # in the library's messages
 SPOKEN = {"True": "true", "False": "false"}
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs to the terminal's width, and keeps indented ones, which are commands to copy, as they are."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=30, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = [p.strip("\n") for p in text.split("\n\n")]
+        return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs if p)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the examples' line breaks kept, and errors that ``command`` shows.
 
@@ -31,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
@@ -87,16 +102,19 @@ def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bo
     if isinstance(error, KeyboardInterrupt):
         print("interrupted. Learning goes on from its last checkpoint when started again.", file=sys.stderr)
         return 130
-    print(f"error: {with_flags(sentence(error), parser)}", file=sys.stderr)
+    print(f"error: {with_flags(sentence(error, parser), parser)}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 
-def sentence(error: BaseException) -> str:
-    """One sentence for anything that was raised; settings in backquotes, see ``with_flags``."""
+def sentence(error: BaseException, parser: argparse.ArgumentParser | None = None) -> str:
+    """One sentence for anything that was raised; settings in backquotes, see ``with_flags``.
+
+    A message that does not name its argument gets the flag in front, where the parser has one.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, UsageError):
         argument = error.argument
-        if argument is None or f"`{argument}" in text:
+        if argument is None or f"`{argument}" in text or (parser is not None and _action(parser, argument) is None):
             return text
         return f"`{argument}`: {text[:1].lower() if text[1:2].islower() else text[:1]}{text[1:]}"
     if isinstance(error, RunError):

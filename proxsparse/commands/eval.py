@@ -1,45 +1,68 @@
-"""Perplexity of any checkpoint.
+"""Perplexity of any checkpoint, and the share of its blocks that are 2:4.
 
-python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
-python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new --ctx_len 4096 --batch_size 4
-python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt --output ppl.json
+    python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
+    python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new
+    python eval/ppl.py --model meta-llama/Llama-2-7b-hf --dataset my_text.txt \\
+        --output ppl.json
+    python eval/ppl.py --run runs/demo
+                               (the dense model of a run, on its text)
 """
 
 import argparse
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
+    RunParser,
     add_evaluation_arguments,
     add_model_arguments,
     add_output_argument,
     as_record,
+    decisive_of,
+    done_already,
     evaluate,
+    evaluation_of,
     load,
+    windows_of,
     write_result,
 )
+from proxsparse.learning.folder import DENSE, Run
 from proxsparse.mask import sparsity_by_kind
 from proxsparse.model.prunable import find_prunable
 
 
 def arguments() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
     add_output_argument(parser)
     return parser
 
 
+def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    return evaluation_of(run) | {"output": str(run.result_file(DENSE))}
+
+
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    model, tokenizer = load(args)
-    targets = find_prunable(model, multiple=1)
-    blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
-    sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
-    shares = {kind: sum(row[2:]) for kind, row in sparsity.items()}
+    if done_already(args, "dense perplexity", decisive_of(args)):
+        return
+    windows = windows_of(args)
+    model = load(args)
+    shares = shares_24(model)
     report_sparsity(shares)
-    results = evaluate(model, tokenizer, args)
-    write_result(model, args, perplexity=as_record(results), blocks_24=shares)
+    results = evaluate(model, windows, args)
+    write_result(model, args, perplexity=as_record(results), blocks_24=shares, measured=decisive_of(args))
     print_json({"model": args.model, **{text: round(r.perplexity, 4) for text, r in results.items()}})
+
+
+def shares_24(model: PreTrainedModel) -> dict[str, float]:
+    """Share of 2:4 blocks of every layer kind, and over 'all'; empty where nothing has blocks of four."""
+    blocks = [t for t in find_prunable(model, multiple=1) if t.weight.shape[t.in_dim] % 4 == 0]
+    sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
+    return {kind: sum(row[2:]) for kind, row in sparsity.items()}
 
 
 def report_sparsity(shares: dict[str, float]) -> None:

@@ -1,31 +1,40 @@
 """Export a base model and a mask: as an ordinary checkpoint, as the mask alone, or in the compact form.
 
-    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --to pruned
-    python -m proxsparse export --model meta-llama/Llama-3.1-8B --mask runs/mine --form mask --to pruned-mask
-    python -m proxsparse export --model smollm2-135m --mask runs/demo --form compact --to pruned-compact
+    python -m proxsparse export --run runs/mine --to pruned
+    python -m proxsparse export --model meta-llama/Llama-3.1-8B \\
+        --mask runs/mine --form mask --to pruned-mask
+    python -m proxsparse export --run runs/demo --form compact --to small
 
-dense:    transformers, vLLM and others load it; exact zeros, no sparsity config. Written shard by shard.
-mask:     one bit a weight, with a JSON of what it belongs to: to publish beside a gated base model.
-compact:  two values and their positions a block, 9/16 of a 16-bit weight; proxsparse.load reads it.
-npz:      the mask as MaskLLM's programs read it.
+  dense    an ordinary checkpoint with exact zeros, which transformers, vLLM
+           and others load; written shard by shard
+  mask     one bit per weight, with a JSON file of what it belongs to: to
+           publish next to a gated base model
+  compact  two values and their positions per block, 9/16 of a 16-bit weight;
+           proxsparse.load reads it
+  npz      the mask as MaskLLM's programs read it
 """
 
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
+    RunParser,
     add_mask_argument,
     add_model_arguments,
+    model_of,
+    require,
 )
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import save_pruned, stream_pruned, targets_of
 from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.mask import apply_mask, load_mask
 from proxsparse.model.compact import save_compact
 from proxsparse.model.hub_errors import UNREACHABLE
@@ -38,9 +47,9 @@ MASKS = ("mask", "npz")  # forms without weights
 
 
 def arguments() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser, computes=False)
-    add_mask_argument(parser, required=True)
+    add_mask_argument(parser)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
     parser.add_argument("--form", default="dense", choices=[*SAVE, *MASKS], help="default: %(default)s")
     parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
@@ -53,8 +62,15 @@ def arguments() -> Parser:
     return parser
 
 
+def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    measured = run.result_file(PRUNED)
+    found = model_of(run) | {"mask": str(run.mask_file)}
+    return found | ({"results": str(measured)} if measured.is_file() else {})
+
+
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
+    require(args, "mask")
     mask, to = load_mask(args.mask), Path(args.to)
     if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")

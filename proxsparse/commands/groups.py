@@ -1,22 +1,105 @@
 """Groups of arguments that several commands share, and what they name: model, mask, texts, device, output."""
 
 import argparse
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from proxsparse.commands.cli import Parser
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
-from proxsparse.mask import Mask, apply_mask, load_mask
-from proxsparse.model.loading import DTYPES, EMBEDDED, load_model, load_tokenizer, resolve_device, resolve_dtype
-from proxsparse.record import versions, write_json
+from proxsparse.learning.folder import Run
+from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask
+from proxsparse.model.loading import (
+    DTYPES,
+    EMBEDDED,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from proxsparse.record import read_json, versions, write_json
 from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (embedded)"
 TEXT_HELP = f"{', '.join(NAMED)}, or a .txt/.jsonl/.json.gz/.parquet file or a folder of them"
+
+FROM_HUB = ("wikitext2", "c4", "c4_new")
+PRINTED = ("wikitext2", "c4")  # the texts on which papers print perplexities
+
+
+class RunParser(Parser):
+    """A parser with --run FOLDER, from which a command knows model, text, context and files by itself.
+
+    Args:
+        from_run: gives name -> default from the run and what was given; what the user writes wins.
+    """
+
+    def __init__(self, from_run: Callable[[Run, argparse.Namespace], dict[str, Any]], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.from_run = from_run
+        self.add_argument(
+            "--run", default=None, metavar="FOLDER", help="of a learning run, which gives what you do not"
+        )
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        args = self.parse_args(argv)
+        if args.run:
+            found = self.from_run(Run.finished(args.run), args)
+            known = {action.dest for action in self._actions}
+            self.set_defaults(**{name: value for name, value in found.items() if name in known})
+            args = self.parse_args(argv)
+        return args
+
+
+def model_of(run: Run) -> dict[str, Any]:
+    """What a run says about its model."""
+    settings = run.settings
+    return {
+        "model": settings["model"],
+        "revision": settings.get("revision"),
+        "trust_remote_code": bool(settings.get("trust_remote_code")),
+    }
+
+
+def evaluation_of(run: Run) -> dict[str, Any]:
+    """What a run says about how to measure it: on held-out parts of its own text, or on the texts that papers print."""
+    settings = run.settings
+    found = model_of(run) | {"ctx_len": settings["ctx_len"]}
+    dataset = settings["dataset"]
+    if dataset in FROM_HUB:
+        return found | {"dataset": list(PRINTED)}
+    return found | ({"dataset": [dataset], "split": "heldout"} if dataset in NAMED or Path(dataset).exists() else {})
+
+
+def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) -> bool:
+    """Whether a result of this run was measured before, the same way; says so."""
+    if not args.run or not args.output or not Path(args.output).is_file():
+        return False
+    if read_json(args.output).get("measured") != decisive:
+        return False
+    print(f"{what}: done already ({args.output})")
+    return True
+
+
+def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide a measured perplexity."""
+    mask = getattr(args, "mask", None)
+    names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows")
+    return {name: getattr(args, name) for name in names} | {"mask": None if mask is None else mask_digest(mask)}
+
+
+def mask_digest(mask: str) -> str:
+    """SHA-256 of a mask file."""
+    path = Path(mask)
+    path = path / MASK_FILE if path.is_dir() else path
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def positive_int(text: str) -> int:
@@ -44,10 +127,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) 
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
 
 
-def add_mask_argument(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument(
-        "--mask", required=required, default=None, metavar="FILE", help="mask.safetensors, or the folder it lies in"
-    )
+def add_mask_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mask", default=None, metavar="FILE", help="mask.safetensors, or the folder it lies in")
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a call without these arguments, which a run would give.
+
+    Raises:
+        UsageError: names those that are missing.
+    """
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}, or --run (see --help)")
 
 
 def read_mask(args: argparse.Namespace) -> Mask | None:
@@ -84,21 +176,28 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that the arguments name."""
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords that loading a model, its tokenizer and its configuration share."""
+    return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    """The model that the arguments name."""
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    return load_model(args.model, dtype=dtype, device=device, **options), load_tokenizer(args.model, **options)
+    return load_model(args.model, dtype=dtype, device=device, **options_of(args))
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> dict[str, Perplexity]:
-    """Perplexity on every text the arguments name, printed as it comes."""
-    check_ctx_len(args.ctx_len, model.config)
-    windows = {
+def windows_of(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Evaluation windows of every text that the arguments name; read before the model is loaded."""
+    check_ctx_len(args.ctx_len, load_config(args.model, **options_of(args)))
+    tokenizer = load_tokenizer(args.model, **options_of(args))
+    return {
         text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows) for text in args.dataset
     }
+
+
+def evaluate(model: PreTrainedModel, windows: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Perplexity]:
+    """Perplexity on every text, printed as it comes."""
     results = {}
     for text, batch in windows.items():
         result = perplexity(model, batch, args.batch_size, progress=text)
@@ -115,7 +214,7 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
 
 
-def write_result(model: PreTrainedModel, args: argparse.Namespace, **measured: Any) -> None:
+def write_result(model: PreTrainedModel, args: argparse.Namespace, **found: Any) -> None:
     """Write what was measured, and on what, to --output where it was given."""
     if not args.output:
         return
@@ -125,7 +224,7 @@ def write_result(model: PreTrainedModel, args: argparse.Namespace, **measured: A
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": describe_device(model.device),
     }
-    write_json(args.output, record | measured | {"versions": versions()})
+    write_json(args.output, record | found | {"versions": versions()})
 
 
 def as_record(results: dict[str, Perplexity]) -> dict:

@@ -1,11 +1,11 @@
-"""What a learning run will need, before it starts: parameters, steps, memory a device. Loads no weights.
+"""What a learning run will need, before it starts: parameters, steps, memory per device. Loads no weights.
 
-    python -m proxsparse plan --model meta-llama/Llama-2-7b-hf --ctx_len 4096 --dtype bfloat16 --bf16 true
-    python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt --method paper
+    python -m proxsparse plan --recipe llama2-7b-prox --dtype bfloat16
+    python -m proxsparse plan --model runs/mine/pruned --dataset my_text.txt
+    python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --bf16 true \\
+        --gpus 8 --sharded
 
-    python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --gpus 8 --sharded --bf16 true
-
-Takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
+It takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
 figures are computed, not measured; tests hold them against tiny runs.
 """
 
@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.learn import LearnParser, parse_arguments
+from proxsparse.commands.cli import command, print_json
+from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, option, underscored
 from proxsparse.errors import UsageError
+from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import Plan, dimensions, plan_learning
 from proxsparse.model.loading import resolve_dtype
 from proxsparse.text import check_ctx_len
@@ -28,35 +29,51 @@ from proxsparse.text import check_ctx_len
 GIB = 2**30
 
 
+def arguments() -> "PlanParser":
+    return PlanParser()
+
+
 class PlanParser(LearnParser):
     """The flags of learning, and for which devices to plan."""
 
     def __init__(self) -> None:
         super().__init__(documentation=__doc__, planning=True)
+        self.own.add_argument("--gpus", type=int, default=None, help="GPUs to plan for; default: this machine")
+        self.own.add_argument("--sharded", action="store_true", help="FSDP2 over the GPUs")
 
-    def parse(self, argv: Sequence[str]):
-        own = Parser(add_help=False)
-        own.add_argument("--gpus", type=int, default=None, help="devices to plan for")
-        own.add_argument("--sharded", action="store_true", help="FSDP2 over the devices")
-        planned, rest = own.parse_known_args(list(argv))
-        # A GPU's defaults, wherever the plan is made; use_cpu only lets the flags be read where there is none.
-        gpu = {"use_cpu": "true", "bf16": "true", "activation_checkpointing": "true"}
-        self.defaults = None if planned.gpus is None else gpu
-        return planned, *parse_arguments(rest, self)
+    def parse(self, argv: Sequence[str]) -> Parsed:
+        if option([underscored(word) for word in argv], "gpus") is not None:
+            # A GPU's defaults, wherever the plan is made; use_cpu only lets the flags be read where there is none.
+            self.defaults = {"use_cpu": True, "bf16": True, "activation_checkpointing": True}
+        return super().parse(argv)
 
 
-@command(PlanParser)
-def main(parsed) -> None:
-    planned, run, config = parsed
+@command(arguments)
+def main(parsed: Parsed) -> None:
+    plan = print_plan(parsed.run, parsed.config, parsed.own.gpus, parsed.own.sharded)
+    total = round(plan.total)
+    print_json({"model": parsed.run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": total})
+
+
+def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None = None, sharded: bool = False) -> Plan:
+    """Print what a run needs.
+
+    Args:
+        gpus: to plan for; None: this machine's devices.
+        sharded: over the GPUs (FSDP2).
+
+    Raises:
+        UsageError: fewer than one GPU, or than two that share a model.
+    """
     found, note = dimensions(run.model, revision=run.revision, trust_remote_code=config.trust_remote_code)
     check_ctx_len(run.ctx_len, found)
     dtype = resolve_dtype(run.dtype)
     if isinstance(dtype, str):
         dtype = found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
-    on_cpu = config.use_cpu and planned.gpus is None
+    on_cpu = config.use_cpu and gpus is None
     here = 1 if config.use_cpu else max(1, torch.cuda.device_count())
-    devices = here if planned.gpus is None else planned.gpus
-    if devices < 1 or (planned.sharded and devices < 2):
+    devices = here if gpus is None else gpus
+    if devices < 1 or (sharded and devices < 2):
         raise UsageError(f"--gpus must be at least 1, and with --sharded at least 2; got {devices}.")
     plan = plan_learning(
         found,
@@ -66,15 +83,15 @@ def main(parsed) -> None:
         batch_size=run.batch_size,
         dtype=dtype,
         devices=devices,
-        sharded=planned.sharded,
+        sharded=sharded,
         on_cpu=on_cpu,
     )
     show(plan, str(run.model), str(config.output_dir), dtype)
-    if planned.gpus is None:
+    if gpus is None:
         compare_with_this_machine(plan, on_cpu)
     if note:
         print(f"note: {note}")
-    print_json({"model": run.model, "parameters": plan.parameters, "steps": plan.steps, "bytes": round(plan.total)})
+    return plan
 
 
 def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:

@@ -1,11 +1,15 @@
 """Baselines on any decoder architecture, with the flags of Wanda's users.
 
-    python baseline/main.py --model smollm2-135m --prune_method wanda --dataset wiki --ctx_len 512 --save runs/wanda
-    python baseline/main.py --model smollm2-135m --prune_method sparsegpt --mask_only --dataset wiki --save runs/sgpt
-    python baseline/main.py --model meta-llama/Llama-2-7b-hf --prune_method magnitude --sparsity_type 4:8 --save mag
-    python baseline/main.py --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.7 --allocation owl ...
+    python baseline/main.py --run runs/demo --prune_method wanda
+                                  (the model and the samples of a run)
+    python baseline/main.py --model smollm2-135m --prune_method wanda \\
+        --dataset wiki --ctx_len 512 --save runs/wanda
+    python baseline/main.py --model smollm2-135m --prune_method sparsegpt \\
+        --mask_only --dataset wiki --save runs/sparsegpt
+    python baseline/main.py --prune_method wanda --sparsity_type unstructured \\
+        --sparsity_ratio 0.7 --allocation owl --save runs/owl
 
-Writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
+It writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
 """
 
 import argparse
@@ -22,16 +26,20 @@ from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
     TEXT_HELP,
+    RunParser,
     add_model_arguments,
     load,
+    model_of,
+    options_of,
     positive_int,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
+from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, save_mask
-from proxsparse.model.loading import native_bf16
+from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len
 
@@ -39,7 +47,7 @@ LEARNED = "maskllm"
 
 
 def arguments() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prune_method", required=True, choices=[*METHODS, LEARNED], help="the baseline")
     parser.add_argument("--sparsity_type", default="2:4", help="N:M or unstructured; default: %(default)s")
@@ -91,16 +99,28 @@ def arguments() -> Parser:
     return parser
 
 
+def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    names = ("dataset", "samples", "ctx_len", "seed")
+    same = {name: run.settings[name] for name in names if name in run.settings}
+    return model_of(run) | same | {"save": str(run.baseline_folder(args.prune_method))}
+
+
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
     pattern = Pattern.parse(args.sparsity_type, args.sparsity_ratio)
+    if args.run and args.save and (Path(args.save) / MASK_FILE).is_file():
+        print(f"{args.prune_method}: done already ({Path(args.save) / MASK_FILE})")
+        return
     changes_weights = args.prune_method != LEARNED and METHODS[args.prune_method].updates_weights and not args.mask_only
     check(args, pattern, changes_weights)
-    model, tokenizer = load(args)
-    windows = model.dummy_inputs["input_ids"]
+    tokenizer = load_tokenizer(args.model, **options_of(args))
+    windows = None
     if args.prune_method != "magnitude" or args.allocation == "owl":
-        check_ctx_len(args.ctx_len, model.config)
+        check_ctx_len(args.ctx_len, load_config(args.model, **options_of(args)))
         windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
+    model = load(args)
+    if windows is None:
+        windows = model.dummy_inputs["input_ids"]
     mask = prune(model, tokenizer, windows, pattern, args)
     mask.base_model = args.model
     mask.info = {

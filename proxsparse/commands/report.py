@@ -1,10 +1,12 @@
 """The report of a run: a table, pictures, and report.html with all of it on one self-contained page.
 
-    python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json "ProxSparse 2:4=runs/demo/proxsparse.json"
-    python eval/report.py --run runs/demo --compare Wanda=runs/demo/wanda magnitude=runs/demo/magnitude
+    python eval/report.py --run runs/demo
+    python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json \\
+        "ProxSparse 2:4=mine.json" --compare Wanda=runs/demo/wanda
 
-The rows are results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output; --compare takes other masks, and
-shows how far the run's own agrees with them, by layer kind.
+Without --rows and --compare it shows what lies in the folder of the run: the dense and the pruned model, and the
+baselines that were pruned for it. Rows are results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output;
+--compare takes other masks, and shows how far the run's own agrees with them, by layer kind.
 """
 
 import argparse
@@ -13,12 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import (
-    existing_folder,
-)
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
-from proxsparse.mask import load_mask
+from proxsparse.learning.folder import DENSE, PRUNED, Run
+from proxsparse.mask import Mask, load_mask
 from proxsparse.record import read_json
 
 # The settings that a reader of the report asks for first.
@@ -27,59 +27,90 @@ SHOWN = (
     "learning_rate", "score", "masked_forward", "distill", "relative", "lambda_ramp", "lambda2_value", "epsilon",
     "train_only_pruned", "dtype", "bf16", "optim",
 )  # fmt: skip
+TITLES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "maskllm": "MaskLLM"}
 
 
 def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the run")
-    parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE", help="results to tabulate, in order")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="NAME=MASK", help="other masks of the same model")
+    parser.add_argument("--rows", nargs="*", default=None, metavar="NAME=FILE", help="results to tabulate, in order")
+    parser.add_argument("--compare", nargs="*", default=None, metavar="NAME=MASK", help="other masks of the same model")
     return parser
 
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    run = existing_folder(args.run, "run")
-    rows = {}
-    for row in args.rows:
-        name, equals, file = row.rpartition("=")
-        if not equals or not Path(file).is_file():
-            raise UsageError(f"--rows takes NAME=FILE with an existing file; got {row!r}.")
-        rows[name] = read_json(file)["perplexity"]
-        first = next(iter(rows.values()))
-        if set(rows[name]) != set(first):
-            raise UsageError(
-                f"--rows must measure the same texts; {name} has {', '.join(rows[name])}, not {', '.join(first)}."
-            )
-    others = {}
-    for entry in args.compare:
-        name, equals, file = entry.rpartition("=")
-        if not equals:
-            raise UsageError(f"--compare takes NAME=MASK; got {entry!r}.")
-        others[name] = load_mask(file)
-    if not (run / "run.json").is_file() or not (run / "history.json").is_file():
-        raise UsageError(f"--run: {run} holds no finished run (run.json and history.json are written by learning).")
-    record = read_json(run / "run.json")
-    settings = record["settings"]
+    run = Run.finished(args.run)
+    rows = read_rows(results_of(run) if args.rows is None else named(args.rows, "rows"))
+    compared = masks_of(run) if args.compare is None else named(args.compare, "compare")
+    others = {name: load_mask(file) for name, file in compared.items()}
+    settings = run.settings
     title = (
         f"{settings['model']}: {settings['samples']} samples of {settings['ctx_len']} tokens of {settings['dataset']}"
     )
-    picture = run / "run.png"
-    draw_run(read_json(run / "history.json"), picture, title)
-    kinds = None
-    zeros = read_json(run / "blocks.json")["zeros"] if (run / "blocks.json").is_file() else {}
-    if zeros or others:
-        kinds = run / "kinds.png"
-        own = load_mask(run) if others else None
-        agreement = {name: agreement_by_kind(own, other) for name, other in others.items()} if own else {}
-        draw_kinds({kind: sum(shares[2:]) for kind, shares in zeros.items()}, agreement, kinds)
-    subtitle = f"2:4 mask, method {settings['method']}, commit {record.get('commit') or 'unknown'}"
+    draw_run(read_json(run.history_file), run.picture, title)
+    kinds = run.kinds_picture if draw_layer_kinds(run, others) else None
+    subtitle = f"2:4 mask, method {settings['method']}, commit {run.record.get('commit') or 'unknown'}"
     shown = {name: settings[name] for name in SHOWN if settings.get(name) not in (None, "")}
     if settings["lambda_value"] != "auto":
         shown.pop("target_share", None)
-    write_html(run / "report.html", title, subtitle, rows, picture, kinds, shown, record["versions"])
+    write_html(run.report_file, title, subtitle, rows, run.picture, kinds, shown, run.record["versions"])
     if rows:
         Console().print(perplexity_table(title, rows))
     summary = {name: {t: round(f["perplexity"], 2) for t, f in found.items()} for name, found in rows.items()}
-    print(f"report: {run / 'report.html'}, picture of the run: {picture}")
-    print_json({"run": str(run), "picture": str(picture), **summary})
+    print(f"report: {run.report_file}, picture of the run: {run.picture}")
+    print_json({"run": str(run.folder), "picture": str(run.picture), **summary})
+
+
+def results_of(run: Run) -> dict[str, str]:
+    """Title -> file of every result in the folder of a run, the run's own last."""
+    found = {"dense": DENSE} | {f"{TITLES.get(m, m)} 2:4": m for m in run.baselines()} | {"ProxSparse 2:4": PRUNED}
+    files = {title: run.result_file(name) for title, name in found.items()}
+    return {title: str(file) for title, file in files.items() if file.is_file()}
+
+
+def masks_of(run: Run) -> dict[str, str]:
+    """Title -> folder of every baseline's mask in the folder of a run."""
+    return {TITLES.get(method, method): str(run.baseline_folder(method)) for method in run.baselines()}
+
+
+def named(entries: list[str], flag: str) -> dict[str, str]:
+    """NAME=FILE entries as a dictionary.
+
+    Raises:
+        UsageError: an entry without a name, or without a file.
+    """
+    found = {}
+    for entry in entries:
+        name, equals, file = entry.rpartition("=")
+        if not equals or not Path(file).exists():
+            raise UsageError(f"--{flag} takes NAME=FILE with an existing file; got {entry!r}.")
+        found[name] = file
+    return found
+
+
+def read_rows(files: dict[str, str]) -> dict[str, dict]:
+    """Results by title, all of the same texts.
+
+    Raises:
+        UsageError: they measure different texts.
+    """
+    rows = {name: read_json(file)["perplexity"] for name, file in files.items()}
+    for name, found in rows.items():
+        first = next(iter(rows.values()))
+        if set(found) != set(first):
+            raise UsageError(
+                f"--rows must measure the same texts; {name} has {', '.join(found)}, not {', '.join(first)}."
+            )
+    return rows
+
+
+def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
+    """Draw what differs between layer kinds, where there is something to draw."""
+    zeros = read_json(run.blocks_file)["zeros"] if run.blocks_file.is_file() else {}
+    if not zeros and not others:
+        return False
+    own = load_mask(run.mask_file) if others else None
+    agreement = {name: agreement_by_kind(own, other) for name, other in others.items()} if own else {}
+    draw_kinds({kind: sum(shares[2:]) for kind, shares in zeros.items()}, agreement, run.kinds_picture)
+    return True

@@ -1,0 +1,270 @@
+"""The folder of a learning run: one class that knows its files, whose run it is, and what was learned there.
+
+run.json              settings, versions, commit          mask.safetensors       the product
+checkpoint-N/         the Trainer's, once complete        history.json           the Trainer's log
+input_norms...        what blocks are compared by         blocks.json            zeros in the learned blocks
+NAME.json             results: dense, pruned, a baseline  NAME/                  the mask of a baseline
+pruned/               the pruned checkpoint               run.png, kinds.png, report.html
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from proxsparse.errors import UsageError
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
+from proxsparse.model.inputs import NORMS_FILE
+from proxsparse.model.loading import load_model
+from proxsparse.model.prunable import find_prunable
+from proxsparse.record import git_commit, read_json, versions, write_json
+from proxsparse.resume import last_complete_checkpoint
+
+RUN_FILE, HISTORY_FILE, BLOCKS_FILE, ZEROS_FILE = "run.json", "history.json", "blocks.json", "zeros.json"
+DENSE, PRUNED, ZERO_SHOT = "dense", "pruned", "zero_shot"  # names of results, and of the pruned checkpoint
+
+# Settings of TRL's and transformers' configurations that decide the mask; our own all do, but for these.
+DECISIVE = ("learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps")
+UNDECIDED = ("keep_base", "offload_learned", "logging_steps")  # a run that ran out of memory goes on with others
+PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
+
+
+@dataclass
+class Learned:
+    """What a checkpoint has learned: the mask it leads to, and zeros in its blocks.
+
+    Attributes:
+        zeros: layer kind -> share of blocks with 0, 1, 2, 3 and 4 zeros.
+        compared: what blocks were compared by: 'activation' or 'weight'.
+    """
+
+    mask: Mask
+    zeros: dict[str, list[float]]
+    compared: str
+
+
+class Run:
+    """The folder of a run, which need not exist yet.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    @classmethod
+    def finished(cls, folder: Path | str) -> "Run":
+        """A run that has learned its mask.
+
+        Raises:
+            UsageError: no such folder, or no finished run in it.
+        """
+        run = cls(folder)
+        if not run.folder.is_dir():
+            raise UsageError(f"There is no folder {folder}.", "run")
+        if not (run.mask_file.is_file() and run._record_file.is_file() and run.history_file.is_file()):
+            raise UsageError(
+                f"{folder} holds no finished run ({RUN_FILE}, {MASK_FILE} and {HISTORY_FILE} are written by learning).",
+                "run",
+            )
+        return run
+
+    # Files
+
+    @property
+    def mask_file(self) -> Path:
+        return self.folder / MASK_FILE
+
+    @property
+    def history_file(self) -> Path:
+        return self.folder / HISTORY_FILE
+
+    @property
+    def blocks_file(self) -> Path:
+        return self.folder / BLOCKS_FILE
+
+    @property
+    def norms_file(self) -> Path:
+        return self.folder / NORMS_FILE
+
+    @property
+    def pruned_folder(self) -> Path:
+        return self.folder / PRUNED
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / "run.png"
+
+    @property
+    def kinds_picture(self) -> Path:
+        return self.folder / "kinds.png"
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def _record_file(self) -> Path:
+        return self.folder / RUN_FILE
+
+    def result_file(self, name: str) -> Path:
+        """Measured perplexities: of ``DENSE``, ``PRUNED``, or of a baseline."""
+        return self.folder / f"{name}.json"
+
+    def baseline_folder(self, method: str) -> Path:
+        """With the mask of a baseline learned from the same samples."""
+        return self.folder / method
+
+    def baselines(self) -> list[str]:
+        """Methods whose masks lie here, by name."""
+        found = self.folder.glob(f"*/{MASK_FILE}")
+        return sorted(p.parent.name for p in found if not p.parent.name.startswith(("checkpoint-", ".")))
+
+    # Whose run it is
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What stands in run.json: settings, versions, commit; empty where there is none."""
+        return read_json(self._record_file) if self._record_file.is_file() else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.record.get("settings", {})
+
+    @property
+    def is_finished(self) -> bool:
+        return self.mask_file.is_file() and self.history_file.is_file()
+
+    def refuse_another(self, settings: dict[str, Any]) -> None:
+        """Refuse a folder that holds a run with other settings.
+
+        Args:
+            settings: of ``described``.
+
+        Raises:
+            UsageError: names the first setting that differs.
+        """
+        before = self.settings
+        for name in settings:
+            if name in before and _decides(name) and not _same(before[name], settings[name]):
+                made = f"{self.mask_file} was made by another command: " if self.is_finished else ""
+                what = "another text" if name == "data" else f"`{name}={before[name]}`, now it is {settings[name]}"
+                raise UsageError(
+                    f"{made}{self.folder} holds a run with {what}: give another `output_dir`, or delete that folder."
+                )
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Write down whose run this is, once nothing speaks against it any more.
+
+        Raises:
+            UsageError: see ``refuse_another``.
+        """
+        self.refuse_another(settings)
+        if not self._record_file.is_file():
+            write_json(self._record_file, {"settings": settings, "versions": versions(), "commit": git_commit()})
+
+    def share_24(self) -> float | None:
+        """Share of the learned blocks that were 2:4 at the last look; None before the first."""
+        log = read_json(self.history_file) if self.history_file.is_file() else []
+        return next((entry["share_24"] for entry in reversed(log) if "share_24" in entry), None)
+
+    # What was learned
+
+    def save(self, mask: Mask, output: Path | str | None = None) -> Path:
+        """Write the mask with where it comes from, which is the same whether learning or extraction calls this.
+
+        Args:
+            output: another file; None: the run's own.
+
+        Returns:
+            the file.
+        """
+        settings, output = self.settings, Path(output) if output else self.mask_file
+        mask.base_model = settings.get("model", mask.base_model)
+        mask.info = {name: settings[name] for name in PROVENANCE if name in settings} or mask.info
+        save_mask(mask, output)
+        return output
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        found = last_complete_checkpoint(self.folder)
+        return Path(found) if found else None
+
+    def learned(self, checkpoint: Path, include: str | None = None, exclude: str | None = None) -> Learned:
+        """What a checkpoint of this run has learned.
+
+        Args:
+            include, exclude: expressions of ``find_prunable``; None: the run's own.
+
+        Raises:
+            UsageError: the input norms that blocks were compared by are missing, or the run was sharded and weights are
+                to be left out.
+        """
+        settings = self.settings
+        if (checkpoint / ZEROS_FILE).is_file():  # a sharded run has taken the mask from its shards itself
+            if include or exclude:
+                raise UsageError(
+                    "`include` and `exclude`: the mask of a sharded run is extracted while it learns; give them there."
+                )
+            mask, zeros = load_mask(checkpoint / MASK_FILE), read_json(checkpoint / ZEROS_FILE)
+            return Learned(mask, zeros, settings.get("score", "activation"))
+        model = load_model(str(checkpoint), trust_remote_code=bool(settings.get("trust_remote_code")))
+        targets = find_prunable(model, include or settings.get("include"), exclude or settings.get("exclude"))
+        weights = {t.name: t.weight.detach() for t in targets}
+        norms = self._norms()
+        mask = extract_mask(weights, targets, norms)
+        return Learned(mask, sparsity_by_kind(weights, targets), "weight" if norms is None else "activation")
+
+    def _norms(self) -> dict[str, Tensor] | None:
+        score = self.settings.get("score")
+        if score != "weight" and self.norms_file.is_file():
+            return load_file(self.norms_file)
+        if score == "activation":
+            raise UsageError(
+                f"This run scored weights by their inputs, and {self.norms_file} is missing.", "checkpoint"
+            )
+        return None
+
+
+def locate(folder: Path | str) -> tuple[Path, Run]:
+    """The checkpoint that a folder means, and its run: the folder is either a checkpoint or a run.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"There is no folder {folder}.", "checkpoint")
+    if (path / "config.json").is_file() or (path / ZEROS_FILE).is_file():
+        return path, Run(path.parent if (path.parent / RUN_FILE).is_file() else path)
+    run = Run(path)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        raise UsageError(f"{folder} is neither a checkpoint nor a run with a complete checkpoint.", "checkpoint")
+    return checkpoint, run
+
+
+def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
+    """Settings of a run as they stand in run.json: what it learns from, and every field of its configuration."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    return json.loads(json.dumps(data | fields, default=str))
+
+
+def _decides(name: str) -> bool:
+    """Whether a setting decides the mask: those of the data do, and our own but for a few."""
+    if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:
+        return name in DECISIVE or (name in ProxSparseConfig.__annotations__ and name not in UNDECIDED)
+    return True
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal, or two spellings of one path."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    return Path(before).exists() and Path(now).exists() and Path(before).resolve() == Path(now).resolve()

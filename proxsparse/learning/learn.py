@@ -1,0 +1,156 @@
+"""Learn a mask: what the project is for, in one function.
+
+mask = learn_mask(model, tokenizer, windows)
+apply_mask(model, mask)
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from proxsparse.errors import UsageError
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.folder import Run, described
+from proxsparse.learning.progress import show_progress
+from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.mask import Mask, load_mask
+from proxsparse.model.hub_errors import quiet_bars
+from proxsparse.model.loading import native_bf16
+from proxsparse.model.restoring import restored
+from proxsparse.record import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+        mask: that was learned; of several processes the first has it, the others an empty one.
+        history: the Trainer's log, an entry per logging step.
+    """
+
+    mask: Mask
+    history: list[dict[str, Any]]
+
+
+def learn_mask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    method: str = "masked",
+    output_dir: Path | str | None = None,
+    *,
+    eval_windows: Tensor | None = None,
+    **settings: Any,
+) -> Mask:
+    """Learn which two of every four weights a model keeps; the model itself stays as it was.
+
+    Args:
+        model: the pretrained model, float32 or bfloat16, on the device to compute on.
+        tokenizer: of the model.
+        windows: (N, T) calibration token ids, of ``proxsparse.calibration_windows`` or your own; each is seen once.
+        method: 'masked' (this project's) or 'paper'.
+        output_dir: folder of the run, for its mask, history and checkpoints. The same call again goes on from the last
+            checkpoint, or reads the mask of a run that is done. None: nothing is written.
+        eval_windows: (M, T) held-out token ids for the evaluation loss, or None.
+        settings: any field of ``ProxSparseConfig``, as ``learning_rate=0.005``; see ``proxsparse learn --help``.
+
+    Returns:
+        The mask, 2:4, by names of ``model.named_parameters()``.
+
+    Raises:
+        UsageError: a setting, or a folder that holds another run.
+        RunError: the run diverged.
+
+    Source: arXiv 2502.00258; what 'masked' does differently is in docs/method.md.
+    """
+    if windows.dim() != 2 or not len(windows):
+        raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
+    with tempfile.TemporaryDirectory() as scratch, restored(model):
+        kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
+        defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
+        config = ProxSparseConfig(method=method, max_length=windows.shape[1], **(defaults | settings))
+        data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": "windows given in Python"}
+        data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
+        run = Run(str(config.output_dir))
+        settled = described(data | {"data": digest(windows)}, config)
+        run.refuse_another(settled)
+        if run.is_finished:
+            return load_mask(run.mask_file)
+        return learn(model, tokenizer, windows, config, data, eval_windows=eval_windows).mask
+
+
+def learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    config: ProxSparseConfig,
+    data: dict[str, Any],
+    *,
+    eval_windows: Tensor | None = None,
+) -> Outcome:
+    """Learn in the folder of a run, from its last complete checkpoint where it has one, and write what was learned.
+
+    Args:
+        windows, eval_windows: (N, T) token ids.
+        config: of the run; its output_dir is the run's folder.
+        data: what the run learns from, for its record: model, dataset, samples, ctx_len and the like.
+
+    Returns:
+        The mask and the log; the model holds the learned weights.
+
+    Raises:
+        UsageError, RunError: see ``learn_mask``.
+    """
+    run = Run(str(config.output_dir))
+    settings = described(data | {"data": digest(windows)}, config)
+    run.refuse_another(settings)
+    disable_progress_bars()  # three bars of tokenising for windows that are tokens already
+    config.max_length = windows.shape[1]
+    trainer = ProxSparseTrainer(
+        model,
+        config,
+        train_dataset=_dataset(windows),
+        eval_dataset=None if eval_windows is None else _dataset(eval_windows),
+        processing_class=tokenizer,
+    )
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:  # only now, so that a mistake leaves no folder behind that refuses the right one
+        run.claim(settings)
+    show_progress(trainer)
+    checkpoint = run.last_checkpoint()
+    if checkpoint and first:
+        logger.info("going on from %s", checkpoint)
+    with quiet_bars():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    mask = trainer.mask()
+    if first:
+        run.save(mask)
+        write_json(run.history_file, trainer.state.log_history)
+    return Outcome(mask, trainer.state.log_history)
+
+
+def defaults_on(device: str) -> dict[str, Any]:
+    """Settings that suit a kind of device where the Trainer's own, which assume a GPU, do not."""
+    if device != "cpu":
+        return {}
+    return {"use_cpu": True, "activation_checkpointing": False, "bf16": native_bf16("cpu")}
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of token ids, by which a run knows its text again."""
+    return hashlib.sha256(windows.to(torch.int64).contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def _dataset(windows: Tensor) -> Dataset:
+    return Dataset.from_dict({"input_ids": windows.tolist()})
