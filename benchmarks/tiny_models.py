@@ -48,6 +48,7 @@ MAY_BE_NONE = ("num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id"
 
 _SSM = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_WIDE = {"attention_hidden_size": 64, "attention_head_dim": 16}  # Zamba's shared attention sees twice the width
 _CHUNKS = {"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 8}
 _INDEXER = {
     "indexer_n_heads": 2,
@@ -99,7 +100,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": _CHUNKS
     | {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"]},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2} | _WIDE,
+    "zamba2": _WIDE,
     "zaya": {"num_experts_per_tok": 1},
 }
 
