@@ -151,11 +151,8 @@ def load_mask(path: Path | str) -> Mask:
     return Mask(tensors, pattern, base_model, info)
 
 
-def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
-    """Set the pruned weights of a model to exactly +0.0, in place; kept weights keep their bits.
-
-    Returns:
-        The weights that were pruned.
+def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
+    """The weights of a model that a mask prunes, by name.
 
     Raises:
         UsageError: the mask belongs to a model with other weights; names what differs.
@@ -170,6 +167,19 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         shape, expected = tuple(mask.tensors[name].shape), tuple(target.rows(target.weight).shape)
         if shape != expected:
             raise UsageError(f"{refusal}{name} has shape {shape} in the mask and {expected} in the model.")
+    return targets
+
+
+def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
+    """Set the pruned weights of a model to exactly +0.0, in place; kept weights keep their bits.
+
+    Returns:
+        The weights that were pruned.
+
+    Raises:
+        UsageError: the mask belongs to a model with other weights; names what differs.
+    """
+    targets = fit_mask(model, mask)
     with torch.no_grad():
         for name, target in targets.items():
             rows = target.rows(target.weight)

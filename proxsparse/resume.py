@@ -1,4 +1,6 @@
-"""Checkpoints that count only when they are complete.
+"""Folders of runs: whose they are, and checkpoints that count only when they are complete.
+
+A run claims its folder with a record of its settings, and a run with others is refused there.
 
 The Trainer writes a checkpoint file by file; a run killed in between leaves a folder that looks like one. A marker is
 written last, with the size and checksum of every file, and only folders that agree with their marker are resumed from.
@@ -8,16 +10,80 @@ Old checkpoints are removed after the new one has its marker, never before.
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.record import read_json, write_json
 
 logger = logging.getLogger(__name__)
 MARKER = "complete.json"
+RUN_FILE = "run.json"
+
+
+def claim(
+    folder: Path | str, record: dict[str, Any], decisive: Iterable[str] | None = None, *, write: bool = True
+) -> None:
+    """Write down what a run is made of; refuse the folder of another one.
+
+    Args:
+        folder: of the run; need not exist.
+        record: its ``settings`` are compared, name by name; what else it holds is kept for readers.
+        decisive: names of the settings that make it another run; None: all. Names that an older record lacks are
+            passed over.
+        write: False only compares, as in the processes next to the first.
+
+    Raises:
+        UsageError: a setting differs; names it, with both values where they are short.
+        RunError: the record in the folder can't be read.
+    """
+    path = Path(folder) / RUN_FILE
+    if path.is_file():
+        try:
+            before = dict(read_json(path)["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}): delete it, or give another `output_dir`.") from error
+        now = record["settings"]
+        for name in now if decisive is None else decisive:
+            if name in before and not _same(before[name], now[name]):
+                values = f"`{name}={before[name]}`, now it is {now[name]}"
+                differs = values if len(values) < 120 else f"another `{name}`"
+                raise UsageError(
+                    f"{folder} holds a run with {differs}: give another `output_dir`, or delete that folder."
+                )
+    elif write:
+        write_json(path, record)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal, or two spellings of one path."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    return Path(before).exists() and Path(now).exists() and Path(before).resolve() == Path(now).resolve()
+
+
+def starting_point(output_dir: Path | str, asked: str | None = None) -> str | None:
+    """The checkpoint that a run goes on from, or None at its start.
+
+    Args:
+        asked: ``resume_from_checkpoint`` of the Trainer: a folder; yes and no mean nothing, a run goes on anyway.
+
+    Raises:
+        UsageError: the folder asked for is not a complete checkpoint.
+    """
+    if asked is None or str(asked).lower() in ("", "true", "false", "last"):
+        return last_complete_checkpoint(output_dir)
+    wrong = fault(Path(asked)) if Path(asked).is_dir() else "there is no such folder"
+    if wrong:
+        raise UsageError(
+            f"`resume_from_checkpoint={asked}` can't be obeyed: {wrong}. Give a checkpoint folder of a run, or "
+            "leave it out: a run goes on from its last complete checkpoint by itself."
+        )
+    return str(asked)
 
 
 def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None = None) -> None:
@@ -31,7 +97,7 @@ def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None 
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once the Trainer has written all of it, then removes older ones.
+    """Marks a checkpoint once the Trainer has written all of it, then removes older ones but for the best.
 
     Args:
         keep: how many checkpoints stay; None for all.
@@ -43,15 +109,17 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.write:
-            self.write(folder)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process writes files of its own
-        if not state.is_world_process_zero:
-            return
-        write_json(folder / MARKER, {"files": _files(folder)})
-        if self.keep:
-            for old in checkpoints(args.output_dir)[: -self.keep]:
+        with doing(f"completing the checkpoint {folder}"):
+            if self.write:
+                self.write(folder)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # every process writes files of its own
+            if not state.is_world_process_zero:
+                return
+            write_json(folder / MARKER, {"files": _files(folder)})
+        for old in checkpoints(args.output_dir)[: -self.keep] if self.keep else []:
+            # The best one is wanted at the end, where the run evaluates.
+            if state.best_model_checkpoint is None or old.resolve() != Path(state.best_model_checkpoint).resolve():
                 shutil.rmtree(old, ignore_errors=True)
 
 

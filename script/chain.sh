@@ -11,11 +11,17 @@ flags recipe model_dir method dataset samples ctx_len batch_size seed lambda_val
 learn=("$root/end-to-end/main.py" ${flags[@]+"${flags[@]}"} ${given[@]+"${given[@]}"})
 IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # separated by semicolons, so that paths may have spaces
 flags split max_windows dtype device
-run=(--run "$("$python" "${learn[@]}" --where)")
+if ((dry_run)); then
+    plan=$("$python" "${learn[@]}" --dry_run)
+    printf '%s\n' "$plan"
+    run=(--run "${plan##*--output_dir }")
+else
+    run=(--run "$("$python" "${learn[@]}" --where)")
+    launcher
+    stage "learn" "${launch[@]}" "${learn[@]}"
+fi
 measure=("${run[@]}" --dataset "${texts[@]}" ${eval_ctx_len:+--ctx_len "$eval_ctx_len"} ${flags[@]+"${flags[@]}"})
 
-launcher
-if ((dry_run)); then "$python" "${learn[@]}" --dry_run; else stage "learn" "${launch[@]}" "${learn[@]}"; fi
 stage "extract" "$python" "$root/end-to-end/mask_op.py" "${run[@]}"
 for baseline in ${baselines:-}; do
     stage "prune by $baseline" "$python" "$root/baseline/main.py" "${run[@]}" --prune_method "$baseline"

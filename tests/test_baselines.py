@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama
 from test_prunable import FAMILIES, build
 
-from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines import ONE_SHOT, Pattern
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.hessian import GramStatistic, invert
 from proxsparse.baselines.layerwise import prune_layerwise
@@ -35,11 +35,11 @@ def gram_of(inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_SHOT)
 def test_every_method_gives_24_masks_on_every_architecture(family, method):
     model = build(family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    mask = prune_layerwise(model, windows(), METHODS[method](), TWO_FOUR)
+    mask = prune_layerwise(model, windows(), ONE_SHOT[method](), TWO_FOUR)
     targets = find_prunable(model)
     assert set(mask.tensors) == {t.name for t in targets}
     for target in targets:
@@ -47,7 +47,7 @@ def test_every_method_gives_24_masks_on_every_architecture(family, method):
         assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
         assert (rows[~kept] == 0).all()
         assert rows.isfinite().all()
-        if not METHODS[method].updates_weights:
+        if not ONE_SHOT[method].updates_weights:
             assert torch.equal(rows[kept], target.rows(before[target.name])[kept])
     pruned = {t.name for t in targets}
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in pruned)
@@ -58,7 +58,7 @@ def test_each_block_sees_what_the_pruned_blocks_before_it_produce(family, monkey
     model, data = build(family), windows()
     seen = {}
 
-    class Watch(METHODS["wanda"]):
+    class Watch(ONE_SHOT["wanda"]):
         def prune(self, rows, statistic, pattern):
             seen[id(statistic)] = statistic.norm()
             return super().prune(rows, statistic, pattern)
@@ -117,7 +117,7 @@ def test_wanda_is_score_and_keep():
     target = find_prunable(tiny_llama())[0]
     statistic = NormStatistic(target)
     statistic.squares, statistic.tokens = inputs.square().sum(0), torch.tensor(50.0)
-    mask, update = METHODS["wanda"]().prune(weight, statistic, TWO_FOUR)
+    mask, update = ONE_SHOT["wanda"]().prune(weight, statistic, TWO_FOUR)
     assert update is None
     for row in range(6):
         for group in range(2):
@@ -196,12 +196,12 @@ def test_more_admm_iterations_do_not_raise_the_error():
     assert errors[2] <= 1.01 * errors[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_SHOT)
 @pytest.mark.parametrize(("text", "ratio"), [("4:8", 0.5), ("1:4", 0.5), ("3:4", 0.5), ("unstructured", 0.6)])
 def test_other_patterns(method, text, ratio):
     pattern = Pattern.parse(text, ratio)
     model = tiny_llama()
-    mask = prune_layerwise(model, windows(vocabulary=257), METHODS[method](), pattern)
+    mask = prune_layerwise(model, windows(vocabulary=257), ONE_SHOT[method](), pattern)
     for kept in mask.tensors.values():
         if pattern.structured:
             assert (kept.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all()
@@ -231,7 +231,7 @@ def test_a_singular_gram_matrix_climbs_the_damping_ladder():
 
 
 def test_patterns_and_ratios_that_disagree_are_refused():
-    with pytest.raises(UsageError, match=r"--sparsity_ratio 0.7 contradicts --sparsity_type 2:4, which removes 0.5"):
+    with pytest.raises(UsageError, match=r"`sparsity_ratio=0.7` contradicts `sparsity_type=2:4`, which removes 0.5"):
         Pattern.parse("2:4", 0.7)
     with pytest.raises(UsageError, match="must be between 0 and 1 for an unstructured pattern; got 1.5"):
         Pattern.parse("unstructured", 1.5)
@@ -242,4 +242,4 @@ def test_weights_that_are_not_finite_are_named():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(RunError, match=r"layers.1.mlp.up_proj.weight has NaN or infinite entries"):
-        prune_layerwise(model, windows(vocabulary=257), METHODS["magnitude"](), TWO_FOUR)
+        prune_layerwise(model, windows(vocabulary=257), ONE_SHOT["magnitude"](), TWO_FOUR)

@@ -8,29 +8,37 @@ import torch
 from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_prunable import FAMILIES, build
 from torch import nn
 
 from proxsparse.deploy import decode
+from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear, use_compact
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, apply_mask
-from proxsparse.model.compact import (
-    compress,
-    decompress,
-    load_compact,
-    pack_positions,
-    save_compact,
-    unpack_positions,
-)
+from proxsparse.model.compact import compress, decompress, pack_positions, unpack_positions
+from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
 
 
+def magnitudes(model):
+    return {t.name: top2_mask(t.rows(t.weight.detach()).float()) for t in find_prunable(model)}
+
+
 def prune(model):
-    masks = {t.name: top2_mask(t.rows(t.weight.detach()).float()) for t in find_prunable(model)}
-    apply_mask(model, Mask(masks))
+    apply_mask(model, Mask(magnitudes(model)))
     return model
+
+
+def save_compact(model, tokenizer, folder):
+    """A model that was never on disk, in the compact form."""
+    save_pruned(model, Mask(magnitudes(model)), folder, form="compact", tokenizer=tokenizer)
+
+
+def load_compact(folder):
+    return load_model(str(folder))
 
 
 def pruned_linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0):
@@ -108,11 +116,14 @@ def test_a_compact_folder_gives_the_model_back_bit_for_bit(family, tmp_path, tok
 def test_shards_may_part_values_from_positions(tmp_path, tokenizer):
     model = prune(tiny_llama()).eval()
     model.generation_config.eos_token_id = [0, 7]
-    for size in range(3, 12):
-        folder = tmp_path / str(size)
-        save_compact(model, tokenizer, folder, max_shard_size=f"{size}KB")
-        again = load_compact(folder)
-        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    save_compact(model, tokenizer, tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "compact.safetensors")
+    (tmp_path / "one" / "compact.safetensors").unlink()
+    for part in ("positions", "values"):
+        mine = {name: tensor for name, tensor in tensors.items() if name.endswith("positions") == (part == "positions")}
+        save_file(mine, tmp_path / "one" / f"compact-{part}.safetensors")
+    again = load_compact(tmp_path / "one")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert again.generation_config.eos_token_id == [0, 7]
 
 
@@ -127,10 +138,9 @@ def test_a_sparse_model_generates_what_the_dense_one_does(tmp_path, tokenizer):
 
 
 def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
-    with pytest.raises(UsageError, match=r"has no compact.json"):
-        load_compact(tmp_path)
-    with pytest.raises(UsageError, match="is not 2:4, so it has no compact form"):
-        save_compact(tiny_llama(), tokenizer, tmp_path / "dense")
+    model = tiny_llama()
+    with pytest.raises(UsageError, match="holds 2:4 weights; this mask is 4:8"):
+        save_pruned(model, Mask(magnitudes(model), "4:8"), tmp_path / "dense", form="compact")
     assert not (tmp_path / "dense").exists()
     with pytest.raises(UsageError, match="can't be made compact: a block has more than two non-zeros"):
         use_compact(tiny_llama())

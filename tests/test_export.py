@@ -13,14 +13,15 @@ from conftest import tiny_llama
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
-from test_compact import prune
+from test_compact import magnitudes, prune
 from test_prunable import build
 from transformers import AutoModelForCausalLM
 
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.commands import export as export_command
-from proxsparse.deploy.dense import check_sparsity, save_pruned, stream_pruned
+from proxsparse.deploy.check import check_sparsity
+from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear
 from proxsparse.mask import Mask, load_mask, save_mask
 from proxsparse.model.prunable import find_prunable
@@ -56,8 +57,7 @@ def test_streaming_by_shards_gives_what_pruning_in_memory_does(family, tokenizer
     tokenizer.save_pretrained(tmp_path / "base")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     masks = {t.name: top2_mask(t.rows(t.weight.detach())) for t in find_prunable(model)}
-    streamed = stream_pruned(str(tmp_path / "base"), Mask(masks), tmp_path / "streamed")
-    assert streamed
+    save_pruned(str(tmp_path / "base"), Mask(masks), tmp_path / "streamed")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed").eval()
     assert torch.equal(logits(found), logits(prune(model).eval()))
     assert {p.name for p in (tmp_path / "base").iterdir()} <= {p.name for p in (tmp_path / "streamed").iterdir()}
@@ -120,14 +120,14 @@ def test_the_npz_form_is_unpacked_as_maskllm_does(family, tokenizer, tmp_path):
 
 STREAM = """
 import sys
-from proxsparse.deploy.dense import stream_pruned
+from proxsparse.deploy.dense import save_pruned
 from proxsparse.mask import load_mask
 sys.path.insert(0, sys.argv[1])
 from peaks import Sampler, status
 
 mask, before = load_mask(sys.argv[3]), status("RssAnon")
 with Sampler() as peaks:
-    assert stream_pruned(sys.argv[2], mask, sys.argv[4])
+    save_pruned(sys.argv[2], mask, sys.argv[4])
 print(peaks.anonymous - before)
 """
 
@@ -148,7 +148,7 @@ def test_streaming_holds_about_one_shard(tokenizer, tmp_path):
 
 @pytest.fixture
 def pruned(checkpoint, mask, tmp_path):
-    assert stream_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
+    save_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
     return tmp_path / "pruned"
 
 
@@ -259,9 +259,10 @@ def test_semi_structured_tensors_give_the_same_logits(tokenizer, tmp_path, monke
 
     monkeypatch.setattr(module, "WORTHWHILE", 0.0)  # convert everything, faster or not
 
-    model = prune(tiny_llama(hidden_size=256, intermediate_size=512)).to("cuda", torch.float16).eval()
-    save_pruned(model, tokenizer, tmp_path / "pruned")
-    sparse = proxsparse.load(str(tmp_path / "pruned"), sparse=True, device="cuda")
+    model = tiny_llama(hidden_size=256, intermediate_size=512)
+    save_pruned(model, Mask(magnitudes(model)), tmp_path / "pruned", tokenizer=tokenizer)
+    model = prune(model).to("cuda", torch.float16).eval()
+    sparse = proxsparse.load(str(tmp_path / "pruned"), sparse=True, device="cuda", dtype=torch.float16)
     assert type(sparse.model.layers[0].mlp.up_proj.weight.data).__name__.startswith("SparseSemiStructured")
     ids = torch.arange(1, 30, device="cuda")[None]
     with torch.no_grad():

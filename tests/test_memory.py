@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 
 from proxsparse.learning import optim
-from proxsparse.learning.original import OriginalWeights
+from proxsparse.learning.copies import OriginalWeights
 from proxsparse.model.prunable import find_prunable
 
 

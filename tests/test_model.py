@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -22,9 +22,9 @@ def test_a_folder_loads_with_its_dtype_and_name(checkpoint):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("/no/such/folder", UsageError, "--model: there is no folder /no/such/folder"),
-        ("./nothing", UsageError, "there is no folder ./nothing"),
-        ("missing.gguf", UsageError, "there is no file missing.gguf"),
+        ("/no/such/folder", UsageError, "There is no folder /no/such/folder"),
+        ("./nothing", UsageError, "There is no folder ./nothing"),
+        ("missing.gguf", UsageError, "There is no file missing.gguf"),
         ("nobody/nothing", RunError, "neither a local folder nor in the cache, and"),
         ("bad name!", UsageError, "neither a folder here nor a Hub id"),
     ],
@@ -45,7 +45,7 @@ def test_refusals_of_the_hub_say_what_to_do(monkeypatch, error, message):
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access something") from error.__new__(error)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", refuse)
     with pytest.raises(RunError, match=message):
         load_model("some/model")
 
@@ -106,9 +106,9 @@ def test_a_missing_tokenizer_is_one_sentence(checkpoint, tmp_path):
 
 
 def test_dtypes_and_devices_are_checked():
-    with pytest.raises(UsageError, match="--dtype must be one of auto, float32, bfloat16, float16; got 'int8'"):
+    with pytest.raises(UsageError, match="`dtype` must be one of auto, float32, bfloat16, float16; got 'int8'"):
         resolve_dtype("int8")
-    with pytest.raises(UsageError, match="--device must be auto, cpu, or a device of this machine; got 'cuda:77'"):
+    with pytest.raises(UsageError, match="`device` must be auto, cpu, or a device of this machine; got 'cuda:77'"):
         resolve_device("cuda:77")
     assert resolve_dtype("auto") == "auto"
     assert resolve_device("cpu") == "cpu"

@@ -145,12 +145,12 @@ def test_masked_forward_computes_with_the_masked_original_weights(tmp_path, toke
     moved = 0.0
     for target in runs.targets:
         moved += (target.weight.detach() - original[target.name]).abs().sum().item()
-        with runs.swaps.away():
-            runs.swaps.put_masked()
+        with runs.objective.turns.away():
+            runs.objective.turns.put_masked()
             seen = target.weight.detach().clone()
         assert torch.equal(seen, original[target.name] * mask.tensors[target.name])
-        with runs.swaps.away():
-            runs.swaps.put_original()
+        with runs.objective.turns.away():
+            runs.objective.turns.put_original()
             assert torch.equal(target.weight.detach(), original[target.name])
     assert moved > 0
 
@@ -187,11 +187,11 @@ def test_learning_lowers_the_divergence_from_the_dense_model(tmp_path, tokenizer
 
     @torch.no_grad()
     def divergence():
-        with runs.swaps.away():
-            runs.swaps.put_original()
+        with runs.objective.turns.away():
+            runs.objective.turns.put_original()
             dense = runs.model(input_ids=ids).logits.flatten(0, 1)
-        with runs.swaps.away():
-            runs.swaps.put_masked()
+        with runs.objective.turns.away():
+            runs.objective.turns.put_masked()
             return (distillation_loss(runs.model(input_ids=ids).logits.flatten(0, 1), dense) / dense.shape[0]).item()
 
     before = divergence()
@@ -331,31 +331,31 @@ def test_evaluation_measures_the_masked_original_weights(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "--method must be one of paper, masked; got 'magic'"),
-        ({"score": "hessian"}, "--score must be one of activation, weight; got 'hessian'"),
-        ({"lambda_value": -1.0}, "--lambda_value must be a finite number of at least 0, or auto; got -1.0"),
-        ({"distill": 1.5}, "--distill must be between 0 and 1; got 1.5"),
-        ({"epsilon": 0.0}, "--epsilon must be a finite number > 0; got 0.0"),
-        ({"learning_rate": -1e-3}, "--learning_rate must be a finite number > 0"),
-        ({"rounding": "up"}, "--rounding must be one of stochastic, nearest; got 'up'"),
-        ({"lambda2_value": 1.0}, "--lambda2_value has no effect without --project_lambda2 1"),
-        ({"project_lambda2": 1}, "Use --method paper, or leave lambda2 out"),
-        ({"project_lambda2": 2}, "--project_lambda2 must be one of 0, 1; got 2"),
-        ({"keep_base": "disk"}, "--keep_base must be one of device, cpu, checkpoint; got 'disk'"),
-        ({"keep_base": "checkpoint"}, "--keep_base checkpoint reads the original weights from safetensors files, and "),
+        ({"method": "magic"}, "`method` must be one of paper, masked; got 'magic'"),
+        ({"score": "hessian"}, "`score` must be one of activation, weight; got 'hessian'"),
+        ({"lambda_value": -1.0}, "`lambda_value` must be a finite number of at least 0, or auto; got -1.0"),
+        ({"distill": 1.5}, "`distill` must be between 0 and 1; got 1.5"),
+        ({"epsilon": 0.0}, "`epsilon` must be a finite number > 0; got 0.0"),
+        ({"learning_rate": -1e-3}, "`learning_rate` must be a finite number > 0"),
+        ({"rounding": "up"}, "`rounding` must be one of stochastic, nearest; got 'up'"),
+        ({"lambda2_value": 1.0}, "`lambda2_value` has no effect without `project_lambda2=1`"),
+        ({"project_lambda2": 1}, "Use `method=paper`, or leave lambda2 out"),
+        ({"project_lambda2": 2}, "`project_lambda2` must be one of 0, 1; got 2"),
+        ({"keep_base": "disk"}, "`keep_base` must be one of device, cpu, checkpoint; got 'disk'"),
+        ({"keep_base": "checkpoint"}, "`keep_base=checkpoint` reads the original weights from safetensors files, and "),
         (
             {"optim_in_backward": True, "gradient_accumulation_steps": 2},
-            "--gradient_accumulation_steps must be 1; got 2",
+            "`gradient_accumulation_steps` must be 1; got 2",
         ),
-        ({"optim_in_backward": True, "fp16": True}, "use --bf16 true in place of --fp16 true"),
-        ({"optim_in_backward": True, "max_grad_norm": 0.5}, "--max_grad_norm must be 0; got 0.5"),
+        ({"optim_in_backward": True, "fp16": True}, "use `bf16=True` instead of `fp16=True`"),
+        ({"optim_in_backward": True, "max_grad_norm": 0.5}, "`max_grad_norm` must be 0; got 0.5"),
         (
             {"optim_in_backward": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "leave use_reentrant out",
         ),
-        ({"method": "paper", "distill": 1.0}, "--distill needs the dense model.*give --train_only_pruned true too"),
-        ({"norm_samples": 0}, "--norm_samples must be at least 1; got 0"),
-        ({"include": "("}, "--include must be a regular expression, got '\\('"),
+        ({"method": "paper", "distill": 1.0}, "`distill` needs the dense model.*give `train_only_pruned=True` too"),
+        ({"norm_samples": 0}, "`norm_samples` must be at least 1; got 0"),
+        ({"include": "("}, "`include` must be a regular expression, got '\\('"),
         ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),
     ],
 )

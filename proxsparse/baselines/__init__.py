@@ -1,17 +1,13 @@
-"""One-shot baselines: magnitude, Wanda, SparseGPT and ADMM, on one calibration walk for every architecture.
-
-A method is a class with two members: ``statistic(target)`` makes what it collects of a weight's inputs (or None), and
-``prune(rows, statistic, pattern)`` returns (mask, new weights or None).
-"""
-
-from typing import Any
+"""Baselines for every architecture: magnitude, Wanda, SparseGPT and ADMM look once, MaskLLM learns."""
 
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.magnitude import Magnitude
+from proxsparse.baselines.method import MaskLLM, Method, OneShot, Wanted
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.operator.pattern import Pattern
 
-METHODS: dict[str, type[Any]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM}
+ONE_SHOT: dict[str, type[OneShot]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM}
+METHODS: dict[str, type[Method]] = {**ONE_SHOT, "maskllm": MaskLLM}
 
-__all__ = ["ADMM", "METHODS", "Magnitude", "Pattern", "SparseGPT", "Wanda"]
+__all__ = ["ADMM", "METHODS", "ONE_SHOT", "Magnitude", "MaskLLM", "Method", "Pattern", "SparseGPT", "Wanda", "Wanted"]

@@ -1,4 +1,4 @@
-"""How much of each decoder block is removed: OWL and AlphaPruning, in place of the same share everywhere.
+"""How much of each decoder block is removed: OWL and AlphaPruning, instead of the same share everywhere.
 
 Both need freedom that 2:4 does not have: they give blocks of the model different shares, as unstructured patterns or as
 N of every 8. At exactly 2:4 every block has the same share, so asking for it there is refused.
@@ -111,7 +111,8 @@ def tail_exponents(model: PreTrainedModel) -> Tensor:
     for target in targets:
         rows = target.rows(target.weight.detach())
         for matrix in rows if rows.dim() == 3 else (rows,):
-            spectrum = torch.linalg.svdvals(matrix.float()).double().square()
+            # On the CPU from here on: accelerators have no histograms, and some no float64.
+            spectrum = torch.linalg.svdvals(matrix.float()).cpu().double().square()
             exponents.setdefault(target.block, []).append(tail_exponent(spectrum))
     return torch.tensor([sum(found) / len(found) for _, found in sorted(exponents.items())], dtype=torch.float64)
 

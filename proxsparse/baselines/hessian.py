@@ -6,6 +6,7 @@ Shapes: I = in_features; T = tokens.
 import torch
 from torch import Tensor
 
+from proxsparse.baselines.method import OneShot
 from proxsparse.errors import RunError
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import Pattern
@@ -14,7 +15,7 @@ DAMPING_STEPS = 6
 
 
 class GramStatistic:
-    """Running mean of X^T X over tokens: (I, I) float32, one a expert. Non-finite tokens are skipped and counted."""
+    """Running mean of X^T X over tokens: (I, I) float32, one per expert. Non-finite tokens are skipped and counted."""
 
     def __init__(self, target: Prunable):
         self.name = target.name
@@ -40,7 +41,7 @@ class GramStatistic:
         return self.grams[expert] / self.tokens[expert]
 
 
-class GramMethod:
+class GramMethod(OneShot):
     """A method that solves one matrix at a time with the Gram matrix of its inputs, and changes weights."""
 
     updates_weights = True

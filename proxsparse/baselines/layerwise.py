@@ -49,7 +49,7 @@ def prune_layerwise(
 
     Args:
         windows: (N, T) calibration token ids.
-        method: one of ``proxsparse.baselines.METHODS``.
+        method: one of ``proxsparse.baselines.ONE_SHOT``.
         pattern: for all blocks, or by block index (see ``allocation.allocate``).
         update: keep the method's new weights; False keeps its mask on the original weights, so that the blocks
             after it also see those.

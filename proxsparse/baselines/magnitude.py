@@ -2,12 +2,13 @@
 
 from torch import Tensor
 
+from proxsparse.baselines.method import OneShot
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import Pattern
 
 
-class Magnitude:
-    updates_weights = False
+class Magnitude(OneShot):
+    reads_text = False
 
     def statistic(self, target: Prunable) -> None:
         return None

@@ -26,14 +26,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.errors import RunError, UsageError
-from proxsparse.learning.original import copy_of
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.trainable import clean_generation_config, window_collator
 from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.rounding import noise_seed
-from proxsparse.record import read_json, write_json
-from proxsparse.resume import complete_checkpoints, last_complete_checkpoint
+from proxsparse.resume import claim, complete_checkpoints, last_complete_checkpoint
 
 # The six ways to keep two of four.
 MASKS = torch.tensor(
@@ -65,7 +64,7 @@ class MaskLLMConfig(SFTConfig):
 
 
 class MaskLLMTrainer(SFTTrainer):
-    """SFTTrainer that learns mask logits in place of weights.
+    """SFTTrainer that learns mask logits instead of weights.
 
     Args:
         model: its weights at this moment are the ones to prune.
@@ -94,7 +93,7 @@ class MaskLLMTrainer(SFTTrainer):
             )
         for target in self.targets:
             target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
-        self.base = {t.name: copy_of(t.weight, on_cpu=False) for t in self.targets}
+        self.base = {t.name: t.weight.detach().clone() for t in self.targets}
         self._choices: dict[str, Tensor] = {}  # of this step, from the forward to the backward pass
         complete_checkpoints(self, self._save_logits)
 
@@ -121,11 +120,13 @@ class MaskLLMTrainer(SFTTrainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with self._soft_masks():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self._gradients_of_logits()
-        if not loss.isfinite():
-            raise RunError(f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate.")
+        step = self.state.global_step + 1
+        with doing(f"step {step} of learning"):
+            with self._soft_masks():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                self._gradients_of_logits()
+            if not loss.isfinite():
+                raise RunError(f"The loss is {loss.item()} at step {step}; lower the learning rate.")
         return loss
 
     def mask(self) -> Mask:
@@ -198,42 +199,35 @@ def learn_mask(
     Returns:
         The mask; the model's weights are as they were.
     """
-    _claim(Path(output_dir), model, windows, prior, settings)
+    claim(output_dir, _record(model, windows, prior, settings))
     accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
+    generation_config = model.generation_config
+    clean_generation_config(model)
     own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
     settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
     config = MaskLLMConfig(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
-    trainer = MaskLLMTrainer(model, config, prior=prior, train_dataset=data, processing_class=tokenizer)
+    given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
+    trainer = MaskLLMTrainer(model, config, prior=prior, **given)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
     mask = trainer.mask()
     # Leave the model as it came: the trainer puts a forward of its own on it, and turns its cache off.
     model.__dict__.pop("forward", None)
     model.__dict__.update(own_forward)
-    model.config.use_cache = use_cache
+    model.config.use_cache, model.generation_config = use_cache, generation_config
     for target in trainer.targets:
         delattr(target.module, _attribute(target))
     return mask
 
 
-def _claim(
-    folder: Path, model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict
-) -> None:
-    """Write down what a run learns from; refuse a folder with the checkpoints of another.
-
-    Raises:
-        UsageError: names the folder.
-    """
+def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict) -> dict:
+    """What a run learns from, for its claim."""
     digest = hashlib.sha256(windows.numpy().tobytes())
     for name, kept in sorted((prior or {}).items()):
         digest.update(name.encode() + kept.numpy().tobytes())
     weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    record: dict[str, Any] = {"model": str(model.config._name_or_path), "weights": weights, "data": digest.hexdigest()}
-    record |= {"settings": {name: str(value) for name, value in settings.items()}}
-    path = folder / "run.json"
-    if path.is_file() and read_json(path) != record:
-        raise UsageError(f"{folder} holds the checkpoints of another MaskLLM run: delete it, or save elsewhere.")
-    write_json(path, record)
+    record = {"model": str(model.config._name_or_path), "weights": weights, "dataset": digest.hexdigest()}
+    return {"settings": record | {name: str(value) for name, value in settings.items()}}
 
 
 def one_shot_prior(model: PreTrainedModel, windows: Tensor, method: Any, **options: Any) -> dict[str, Tensor]:
@@ -241,11 +235,11 @@ def one_shot_prior(model: PreTrainedModel, windows: Tensor, method: Any, **optio
 
     Args:
         windows: (N, T) token ids.
-        method: one of ``proxsparse.baselines.METHODS``.
+        method: one of ``proxsparse.baselines.ONE_SHOT``.
         options: of ``prune_layerwise``.
     """
     targets = find_prunable(model)
-    kept = {t.name: copy_of(t.weight, on_cpu=True) for t in targets}
+    kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}
     mask = prune_layerwise(model, windows, method, Pattern.parse("2:4"), update=False, **options)
     with torch.no_grad():
         for target in targets:

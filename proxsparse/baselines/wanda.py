@@ -5,15 +5,14 @@ Source: Sun et al., A Simple and Effective Pruning Approach for Large Language M
 
 from torch import Tensor
 
+from proxsparse.baselines.method import OneShot
 from proxsparse.model.inputs import NormStatistic
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.prox import expand_scale
 
 
-class Wanda:
-    updates_weights = False
-
+class Wanda(OneShot):
     def statistic(self, target: Prunable) -> NormStatistic:
         return NormStatistic(target)
 

@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
     model = load(args)
     put_mask(model, mask, args)
     if args.save:
-        save_pruned(model, load_tokenizer(args.model, **options_of(args)), args.save)
+        tokenizer = load_tokenizer(args.model, **options_of(args))
+        save_pruned(model, mask, args.save, tokenizer=tokenizer)
         print(f"pruned checkpoint written to {args.save}")
     results = evaluate(model, windows, args)
     write_result(model, args, perplexity=as_record(results), measured=decisive_of(args))

@@ -2,29 +2,36 @@
 
     python -m proxsparse check --model runs/mine/pruned
     python -m proxsparse check --model runs/mine/pruned --base the/original
+    python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
-Every block has at most two non-zeros. With --base, kept weights are the base's bit for bit, and everything else is
-unchanged. Otherwise the exit code is 1 and the first offenders are named: for people who fine-tune or merge after
-pruning.
+It reads every form that export writes, and a base from the Hub's cache too. Every block has at most two non-zeros. With
+--base, kept weights are the base's bit for bit, and everything else is unchanged. Otherwise the exit code is 1 and the
+first offenders are named: for people who fine-tune or merge after pruning.
 """
 
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.deploy.dense import MOST_OFFENDERS, check_sparsity
+from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity
 from proxsparse.errors import RunError
 
 
 def arguments() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="pruned checkpoint")
-    parser.add_argument("--base", default=None, metavar="FOLDER", help="checkpoint of the original model")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="pruned checkpoint, dense or compact")
+    parser.add_argument(
+        "--base", default=None, metavar="MODEL", help="original model: folder, Hub id in the cache, or GGUF file"
+    )
+    parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
 
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    counts, offenders = check_sparsity(args.model, args.base)
+    counts, offenders = check_sparsity(
+        args.model, args.base, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
     print(f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not 2:4")
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:

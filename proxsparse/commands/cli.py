@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -151,6 +152,8 @@ def _first(text: str, length: int) -> str:
 def describe_os_error(error: OSError) -> str:
     """One sentence for a full disk, a missing right, or another refusal by the operating system."""
     where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (cache := _cache_of(str(error.filename or ""))):
+        return f"The cache can't be written{where}: set {cache} to a folder that you can write to."
     match type(error).__name__, error.errno:
         case _, errno.ENOSPC:
             return f"The disk is full{where}: free some space or choose another output folder, then start again."
@@ -159,6 +162,19 @@ def describe_os_error(error: OSError) -> str:
         case _, errno.EROFS:
             return f"The file system is read-only{where}: choose another output folder."
     return f"{' '.join(str(error.strerror or error).split()) or type(error).__name__}{where}."
+
+
+def _cache_of(path: str) -> str | None:
+    """The variable that says where the cache lies to which a path belongs; None: it belongs to none."""
+    home = os.path.expanduser("~/.cache")
+    caches = {
+        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR"),
+        "HF_HOME": os.environ.get("HF_HOME") or os.path.join(home, "huggingface"),
+        "HF_DATASETS_CACHE": os.environ.get("HF_DATASETS_CACHE"),
+        "HF_HUB_CACHE": os.environ.get("HF_HUB_CACHE"),
+        "XDG_CACHE_HOME (and HF_HOME)": os.environ.get("XDG_CACHE_HOME") or home,
+    }
+    return next((name for name, folder in caches.items() if folder and path.startswith(folder)), None)
 
 
 def with_flags(message: str, parser: argparse.ArgumentParser | None) -> str:

@@ -50,8 +50,8 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     if done_already(args, "dense perplexity", decisive_of(args)):
         return
-    windows = windows_of(args)
-    model = load(args)
+    windows = windows_of(args, evaluating=True)
+    model = load(args, evaluating=True)
     shares = shares_24(model)
     report_sparsity(shares)
     results = evaluate(model, windows, args)
@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
 def shares_24(model: PreTrainedModel) -> dict[str, float]:
     """Share of 2:4 blocks of every layer kind, and over 'all'; empty where nothing has blocks of four."""
     try:
-        targets = find_prunable(model, multiple=1)
+        coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
+        targets = [] if coded else find_prunable(model, multiple=1)
     except UsageError:  # nothing to prune; its perplexity can be measured all the same
         return {}
     blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]

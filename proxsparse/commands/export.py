@@ -28,21 +28,20 @@ from proxsparse.commands.groups import (
     add_mask_argument,
     add_model_arguments,
     model_of,
+    options_of,
     require,
 )
 from proxsparse.deploy.card import model_card
-from proxsparse.deploy.dense import save_pruned, stream_pruned, targets_of
+from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.mask import apply_mask, load_mask
-from proxsparse.model.compact import save_compact
+from proxsparse.mask import fit_mask, load_mask
 from proxsparse.model.hub_errors import UNREACHABLE
-from proxsparse.model.loading import load_model, load_tokenizer
+from proxsparse.model.loading import empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_json, refuse_to_overwrite
 
-SAVE = {"dense": save_pruned, "compact": save_compact}
 MASKS = ("mask", "npz")  # forms without weights
 
 
@@ -51,7 +50,7 @@ def arguments() -> Parser:
     add_model_arguments(parser, computes=False)
     add_mask_argument(parser)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--form", default="dense", choices=[*SAVE, *MASKS], help="default: %(default)s")
+    parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="default: %(default)s")
     parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
     parser.add_argument(
         "--push_to_hub",
@@ -84,17 +83,16 @@ def main(args: argparse.Namespace) -> None:
     else:
         mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
+    title = args.push_to_hub or to.name
     if args.form == "mask":
         save_hashed(mask, to)
     elif args.form == "npz":
-        save_npz(mask, targets_of(args.model, args.trust_remote_code, args.revision), to)
-    elif args.form != "dense" or not stream_pruned(args.model, mask, to, args.trust_remote_code):
-        options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        model, tokenizer = load_model(args.model, **options), load_tokenizer(args.model, **options)
-        apply_mask(model, mask)
-        SAVE[args.form](model, tokenizer, to)
-    card = model_card(args.push_to_hub or to.name, mask, results, form=args.form)
-    (to / "README.md").write_text(card, encoding="utf-8")
+        fitting = fit_mask(empty_model(args.model, **options_of(args)), mask)
+        save_npz(mask, fitting, to)
+    else:
+        save_pruned(args.model, mask, to, form=args.form, title=title, results=results, **options_of(args))
+    if args.form in MASKS:
+        (to / "README.md").write_text(model_card(title, mask, results, form=args.form), encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     print(f"{args.form} export written to {to} ({size / 1e6:,.1f} MB)")
     if args.push_to_hub:

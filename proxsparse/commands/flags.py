@@ -92,13 +92,13 @@ class LearnParser(HfArgumentParser):
             raise SystemExit(0)
         recipe = option(words, "recipe")
         if recipe is not None:
-            words = _with_defaults(_without(words, "recipe"), find_recipe(recipe).settings())
+            words = _with_defaults(without(words, "recipe"), find_recipe(recipe).settings())
         machine = self._machine(words) if self.defaults is None else self.defaults
         named = option(words, "output_dir") is not None
         rest = _with_defaults(words, machine | ({} if named else {"output_dir": "runs"}))
         run, config, own = self._dataclasses(rest)
         self._check(run, config)
-        config.per_device_train_batch_size = run.batch_size
+        self._one_batch_size(words, run, config)
         if config.eval_strategy == "no" and run.eval_samples:
             config.eval_strategy, config.eval_steps = IntervalStrategy.STEPS, 0.1
         if not named:
@@ -143,6 +143,19 @@ class LearnParser(HfArgumentParser):
         for name, least in (("ctx_len", 1), ("samples", 1), ("batch_size", 1), ("eval_samples", 0)):
             if getattr(run, name) < least:
                 raise UsageError(f"--{name} must be at least {least}; got {getattr(run, name)}.")
+
+    @staticmethod
+    def _one_batch_size(words: list[str], run: LearnArguments, config: ProxSparseConfig) -> None:
+        """--batch_size and the Trainer's --per_device_train_batch_size are one setting."""
+        theirs = option(words, "per_device_train_batch_size")
+        if theirs is not None and option(words, "batch_size") not in (None, theirs):
+            raise UsageError(
+                "--batch_size and --per_device_train_batch_size are the same setting; got "
+                f"{run.batch_size} and {theirs}."
+            )
+        if theirs is not None:
+            run.batch_size = config.per_device_train_batch_size
+        config.per_device_train_batch_size = run.batch_size
 
     def print_short_help(self) -> None:
         """The flags of this project in groups; those of SFTConfig are two hundred more."""
@@ -250,7 +263,7 @@ def underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
-def _without(words: list[str], name: str) -> list[str]:
+def without(words: list[str], name: str) -> list[str]:
     """The words without --name and its value."""
     kept: list[str] = []
     skip = False

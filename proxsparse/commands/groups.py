@@ -181,15 +181,15 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
 
 
-def load(args: argparse.Namespace) -> PreTrainedModel:
-    """The model that the arguments name."""
+def load(args: argparse.Namespace, evaluating: bool = False) -> PreTrainedModel:
+    """The model that the arguments name; see ``load_model`` for ``evaluating``."""
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
-    return load_model(args.model, dtype=dtype, device=device, **options_of(args))
+    return load_model(args.model, dtype=dtype, device=device, evaluating=evaluating, **options_of(args))
 
 
-def windows_of(args: argparse.Namespace) -> dict[str, Tensor]:
+def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, Tensor]:
     """Evaluation windows of every text that the arguments name; read before the model is loaded."""
-    check_ctx_len(args.ctx_len, load_config(args.model, **options_of(args)))
+    check_ctx_len(args.ctx_len, load_config(args.model, evaluating=evaluating, **options_of(args)))
     tokenizer = load_tokenizer(args.model, **options_of(args))
     return {
         text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows) for text in args.dataset

@@ -18,7 +18,7 @@ import torch
 from transformers import set_seed
 
 from proxsparse.commands.cli import command, print_json
-from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed
+from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, without
 from proxsparse.commands.plan import print_plan
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
@@ -43,8 +43,8 @@ def main(parsed: Parsed) -> None:
         return
     if parsed.own.dry_run:
         print_plan(run, config)
-        kept = [word for word in parsed.words if word != "--dry_run"]
-        print(f"python end-to-end/main.py {shlex.join(kept)}")
+        words = without([word for word in parsed.words if word != "--dry_run"], "output_dir")
+        print(f"python end-to-end/main.py {shlex.join([*words, '--output_dir', str(folder.folder)])}")
         return
     data = dataclasses.asdict(run)
     folder.refuse_another(described(data, config))

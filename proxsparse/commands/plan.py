@@ -89,8 +89,8 @@ def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None =
     show(plan, str(run.model), str(config.output_dir), dtype)
     if gpus is None:
         compare_with_this_machine(plan, on_cpu)
-    if note:
-        print(f"note: {note}")
+    for line in filter(None, (note, plan.note)):
+        print(f"note: {line}")
     return plan
 
 

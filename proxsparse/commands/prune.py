@@ -13,16 +13,13 @@ It writes mask.safetensors to --save wherever the weights keep their values, and
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from proxsparse.baselines import METHODS, Pattern
-from proxsparse.baselines.allocation import ALLOCATIONS, allocate, refuse_without_freedom
-from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
+from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
     TEXT_HELP,
@@ -38,18 +35,16 @@ from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
-from proxsparse.mask import MASK_FILE, Mask, apply_mask, save_mask
+from proxsparse.mask import MASK_FILE, save_mask
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len
-
-LEARNED = "maskllm"
 
 
 def arguments() -> Parser:
     parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", required=True, choices=[*METHODS, LEARNED], help="the baseline")
+    parser.add_argument("--prune_method", required=True, choices=METHODS, help="the baseline")
     parser.add_argument("--sparsity_type", default="2:4", help="N:M or unstructured; default: %(default)s")
     parser.add_argument("--sparsity_ratio", type=float, default=0.5, help="share removed, for unstructured")
     parser.add_argument(
@@ -60,7 +55,7 @@ def arguments() -> Parser:
     )
     parser.add_argument("--mask_only", action="store_true", help="keep the original weights under the method's mask")
     parser.add_argument(
-        "--prior", default="sparsegpt", choices=[*METHODS, "none"], help="mask that maskllm starts from"
+        "--prior", default="sparsegpt", choices=[*ONE_SHOT, "none"], help="mask that maskllm starts from"
     )
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
     parser.add_argument(
@@ -107,21 +102,32 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    pattern = Pattern.parse(args.sparsity_type, args.sparsity_ratio)
     if args.run and args.save and (Path(args.save) / MASK_FILE).is_file():
         print(f"{args.prune_method}: done already ({Path(args.save) / MASK_FILE})")
         return
-    changes_weights = args.prune_method != LEARNED and METHODS[args.prune_method].updates_weights and not args.mask_only
-    check(args, pattern, changes_weights)
+    method = METHODS[args.prune_method]()
+    wanted = Wanted(
+        Pattern.parse(args.sparsity_type, args.sparsity_ratio),
+        args.allocation,
+        update=not args.mask_only,
+        prior=None if args.prior == "none" else ONE_SHOT[args.prior](),
+        seed=args.seed,
+        folder=learning_folder(args),
+    )
+    changes_weights = method.updates_weights and wanted.update
+    check(args, wanted.pattern, changes_weights)
+    method.check(wanted)
     tokenizer = load_tokenizer(args.model, **options_of(args))
     windows = None
-    if args.prune_method != "magnitude" or args.allocation == "owl":
+    if method.reads_text or args.allocation == "owl":
         check_ctx_len(args.ctx_len, load_config(args.model, **options_of(args)))
         windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
     model = load(args)
-    if windows is None:
-        windows = model.dummy_inputs["input_ids"]
-    mask = prune(model, tokenizer, windows, pattern, args)
+    windows = model.dummy_inputs["input_ids"] if windows is None else windows
+    wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
+    automatic = native_bf16("cpu") if model.device.type == "cpu" else None
+    wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
+    mask = method.prune_model(model, tokenizer, windows, wanted)
     mask.base_model = args.model
     mask.info = {
         "method": args.prune_method,
@@ -137,9 +143,8 @@ def main(args: argparse.Namespace) -> None:
     if args.save:
         save_mask(mask, Path(args.save) / MASK_FILE)
     if args.save_model:
-        save_pruned(model, tokenizer, args.save_model)
-    if args.prune_method == LEARNED:
-        shutil.rmtree(learning_folder(args), ignore_errors=True)
+        save_pruned(model, mask, args.save_model, tokenizer=tokenizer)
+    method.forget(wanted)
     if args.eval_zero_shot is not None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
@@ -158,32 +163,9 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
         refuse_to_overwrite(Path(args.save_model))
     if args.allocation != "uniform":
         refuse_without_freedom(pattern, args.allocation)
-    if args.prune_method == LEARNED and str(pattern) != "2:4":
-        raise UsageError(f"--prune_method maskllm learns 2:4 masks only; got --sparsity_type {args.sparsity_type}.")
-
-
-def prune(model, tokenizer, windows: torch.Tensor, pattern: Pattern, args: argparse.Namespace) -> Mask:
-    """Prune the model in place by the method the arguments name."""
-    bf16 = args.bf16 == "true" or (args.bf16 == "auto" and model.device.type == "cpu" and native_bf16("cpu"))
-    hidden = "cpu" if args.hidden_device == "cpu" else str(model.device)
-    options: dict[str, Any] = {"hidden_device": hidden, "bf16": bf16}
-    if args.prune_method != LEARNED:
-        patterns = allocate(model, pattern, args.allocation, windows)
-        method, update = METHODS[args.prune_method](), not args.mask_only
-        label = f"{args.prune_method} {pattern}"
-        return prune_layerwise(model, windows, method, patterns, update=update, progress=label, **options)
-    from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
-
-    prior = None if args.prior == "none" else one_shot_prior(model, windows, METHODS[args.prior](), **options)
-    if model.dtype == torch.float16:
-        model.to(torch.bfloat16)  # as end-to-end/main.py: gradients underflow in float16
-    settings = {"seed": args.seed} | ({} if args.bf16 == "auto" and model.device.type != "cpu" else {"bf16": bf16})
-    mask = learn_mask(model, tokenizer, windows, learning_folder(args), prior=prior, **settings)
-    apply_mask(model, mask)
-    return mask
 
 
 def learning_folder(args: argparse.Namespace) -> Path:
-    """Where maskllm keeps its checkpoints while it learns."""
-    folder = Path(args.save or args.save_model)
+    """Where a learned method keeps its checkpoints while it learns."""
+    folder = Path(args.save or args.save_model or ".")
     return folder.parent / f"{folder.name}-learning"

@@ -1,7 +1,9 @@
 """The model card of a pruned checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from proxsparse.mask import Mask
@@ -12,9 +14,8 @@ TEMPLATE = """---
 
 # {{ name }}, pruned to {{ pattern }}
 
-{{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. The kept weights are the original ones,
-bit for bit; the others are exact zeros. Which ones to keep was chosen by {{ method }}
-([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
+{{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. {{ origin }} the others are exact zeros.
+Which ones to keep was chosen by {{ method }} ([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
 {% if settings %}
 | setting | value |
 |---|---|
@@ -43,17 +44,26 @@ folder = snapshot_download("{name}")             # or the folder itself, where i
 model = proxsparse.load(folder)                  # the dense model
 model = proxsparse.load(folder, sparse=True)     # compact weights: faster decoding on a CPU
 ```"""
-MASK = """This is the mask alone, one bit a weight; the weights are those of the base model.
+MASK = """This is the mask alone, one bit per weight; the weights are those of the base model.
 
 ```bash
 proxsparse export --model {base} --mask mask.safetensors --to pruned
 ```"""
 NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
 mask_compressed.npz`."""
+ORIGINAL = {
+    "files": "The kept weights are the original ones, bit for bit;",
+    "dequantised": "The original weights are quantised; the kept ones are their values in bfloat16;",
+    "memory": "The base has no files to copy from, so configuration, tokenizer and all tensors were written anew with "
+    "transformers {version}, in the dtype they were loaded in;",
+}
+UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
 
 
-def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, form: str = "dense") -> str:
+def model_card(
+    name: str, mask: Mask, results: Mapping[str, Any] | None = None, *, form: str = "dense", origin: str = "files"
+) -> str:
     """Text of the README.md of a pruned checkpoint.
 
     Args:
@@ -61,9 +71,14 @@ def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, 
         mask: that was applied; its info holds method and settings.
         form: as it was exported, one of ``LOADING``.
         results: text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
+        origin: where the weights came from, one of ``ORIGINAL``.
     """
     info = dict(mask.info)
     method = str(info.pop("method", "an unnamed method"))
+    said = [ORIGINAL[origin].format(version=transformers.__version__)]
+    if info.get("weights_updated"):
+        updated = UPDATED.format(method=method)
+        said = [updated] if origin == "files" else [*said, updated]
     data = ModelCardData(
         base_model=mask.base_model if mask.base_model.count("/") == 1 else None,
         tags=["2:4", "semi-structured-sparsity", "pruning", "proxsparse"],
@@ -82,6 +97,7 @@ def model_card(name: str, mask: Mask, results: dict[str, Any] | None = None, *, 
         kept=f"{mask.density():.0%}",
         pattern=mask.pattern,
         method=method,
+        origin=" ".join(said),
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
         loading=LOADING[form].format(name=name, base=mask.base_model),

@@ -12,6 +12,10 @@ import numba
 import numpy as np
 from numba.extending import overload
 
+from proxsparse.operator.kernels.cache import choose_cache
+
+choose_cache()
+
 PANEL = 32  # rows: two or more SIMD registers
 RUN = 32  # pairs of blocks widened together: 16 KiB, inside the L1 cache
 MOST_TOKENS = 8  # beyond, a dense product is faster

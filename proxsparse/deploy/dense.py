@@ -1,160 +1,250 @@
-"""Write a pruned model: an ordinary checkpoint that every runtime loads, whole or shard by shard; and check one."""
+"""Write a pruned model: the base's own files, streamed shard by shard, in which only the pruned weights change.
+
+config.json, the tokenizer and every other small file stay as the base has them, byte for byte, and every tensor that is
+not pruned keeps its bits and its dtype. A model that has no such files (a GGUF, one made in memory) is written anew,
+and its card says so.
+"""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import UsageError
-from proxsparse.mask import Mask
-from proxsparse.model.checkpoint import local_checkpoint, shards, tensor_readers
+from proxsparse.deploy.card import model_card
+from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.mask import Mask, fit_mask
+from proxsparse.model.checkpoint import INDEX, Checkpoint
+from proxsparse.model.compact import FORMAT, packed
+from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.hub_errors import quiet_bars
-from proxsparse.model.loading import load_config
-from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.layout import Group, Layout
+from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
+from proxsparse.model.prunable import Prunable
+from proxsparse.model.quantised import without_quantisation
+from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import atomic_path
+from proxsparse.record import atomic_path, refuse_to_overwrite, versions, write_json
 
-NOT_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5")
-MOST_OFFENDERS = 5
-
-
-def save_pruned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
-    """Save model and tokenizer in the dense layout, with exact zeros and no sparsity or quantisation config.
-
-    The folder appears complete or not at all.
-    """
-    with quiet_bars(), atomic_path(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+FORMS = ("dense", "compact")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
+ANEW = (".index.json", "README.md", COMPACT_INDEX)  # lists of weights and the card are not copied but written
 
 
-def targets_of(name: str, trust_remote_code: bool = False, revision: str | None = None) -> dict[str, Prunable]:
-    """Prunable weights of a checkpoint by name, from its configuration alone: no weights are read."""
-    with torch.device("meta"):
-        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {target.name: target for target in find_prunable(model, multiple=1)}
-
-
-def stream_pruned(name: str, mask: Mask, folder: Path | str, trust_remote_code: bool = False) -> bool:
-    """Write original weights x mask shard by shard: one shard is in memory at a time. Everything else is copied.
+def save_pruned(
+    model: PreTrainedModel | str,
+    mask: Mask,
+    folder: Path | str,
+    *,
+    form: str = "dense",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    title: str = "",
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned checkpoint, with its model card. The folder appears complete or not at all.
 
     Args:
-        name: a checkpoint folder (or the embedded model).
-
-    Returns:
-        False, and nothing written, where this can't be done: no local folder, or the checkpoint names its tensors
-        otherwise than the model does (stacked experts), so that the model has to be loaded.
+        model: name or folder of the base, whose weights are pruned while they are copied; or a model in memory, whose
+            own values are written where they differ from its files, in the dtype of the files.
+        mask: which weights to keep; the others are +0.0.
+        folder: new.
+        form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
+        tokenizer: written only where the model has no files to copy one from.
+        revision: of a Hub model that is given by name.
+        trust_remote_code: run code that comes with the model.
+        title: of the model card; default: the folder's name.
+        results: for the card, see ``proxsparse.deploy.card.model_card``.
 
     Raises:
-        UsageError: the mask has other shapes than the weights.
+        UsageError: the mask does not fit the model, or has no compact form; the folder holds something else.
+        RunError: the base's files are missing or damaged.
     """
-    source = local_checkpoint(name)
-    if source is None or not set(mask.tensors) <= set(tensor_readers(source)):
-        return False
-    targets = targets_of(name, trust_remote_code)
-    with atomic_path(folder) as scratch:
+    folder = Path(folder)
+    if form not in FORMS:
+        raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
+    if form == "compact" and mask.pattern != TWO_OF_FOUR:
+        raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
+    refuse_to_overwrite(folder)
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(model, str):
+        base, shape = _named(model, mask, hub)
+        if base is None:
+            shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
+    else:
+        base, shape = _files_of(model), model
+    with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(NOT_WEIGHTS) and not path.name.startswith("."):
-                shutil.copy2(path, scratch / path.name)
-        for shard in shards(source):
-            with safe_open(shard, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                metadata = file.metadata()
-            for key in set(tensors) & set(mask.tensors):
-                rows = targets[key].rows(tensors[key])
-                kept = mask.tensors[key]
-                if rows.shape != kept.shape:
-                    raise UsageError(
-                        f"The mask of {key} has shape {tuple(kept.shape)}, its weight {tuple(rows.shape)}."
-                    )
-                rows.masked_fill_(~kept, 0.0)
-            save_file(tensors, scratch / shard.name, metadata=metadata)
-            del tensors
-    return True
+        if base is not None:
+            changes = _Changes(base, shape, mask)
+            _copy_small_files(base, scratch)
+            _stream(base, changes, scratch, form)
+        else:
+            _save_from_memory(shape, mask, tokenizer, scratch, form)
+        origin = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
+        card = model_card(title or folder.name, mask, results, form=form, origin=origin)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_sparsity(name: str, base: str | None = None) -> tuple[dict[str, int], list[str]]:
-    """Whether a checkpoint is 2:4 and, beside its base, nothing but pruned.
+def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | None, PreTrainedModel]:
+    """The files of a model on disk or on the Hub (None: a GGUF), and the model without values."""
+    empty = empty_model(name, **hub)
+    fit_mask(empty, mask)  # before anything is downloaded
+    return None if model_source(name)[1] else fetch(name, hub["revision"]), empty
 
-    Every block of every prunable weight has at most two non-zeros. With a base: kept weights are its bits, and all
-    other tensors are unchanged. One tensor of each is in memory at a time.
+
+def _files_of(model: PreTrainedModel) -> Checkpoint | None:
+    """The files that a model in memory came from; None where there are none, or where it is another one by now."""
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        found = Checkpoint.find(name, getattr(model.config, "_commit_hash", None)) if name else None
+    except UsageError:  # the folder that it came from is gone
+        return None
+    if found is None:
+        return None
+    layout, own = Layout(found.tensors, model), model.named_parameters()
+    shapes = {name: shape for group in layout.groups for name, shape in group.parameters.items()}
+    tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
+    same = all(shapes.get(name) == tuple(p.shape) for name, p in own if name not in tied or name in shapes)
+    return found if same else None
+
+
+def _copy_small_files(base: Checkpoint, folder: Path) -> None:
+    """Everything but weights and hidden files, as it is; the configuration of dequantised weights says so."""
+    for place in (base.folder, *(path for path in sorted(base.folder.rglob("*")) if path.is_dir())):
+        inner = place.relative_to(base.folder)
+        names = [path.name for path in place.iterdir()]
+        other = place != base.folder and any(name == "config.json" or name.endswith(WEIGHTS) for name in names)
+        if other or any(part.startswith(".") for part in inner.parts):
+            continue  # a model of its own, the same one in another format, or git's folder
+        for name in names:
+            copied = not name.startswith(".") and not name.endswith((*WEIGHTS, *ANEW))
+            if copied and (place / name).is_file():
+                (folder / inner).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(place / name, folder / inner / name)
+    if not base.is_plain and not base.is_compact:
+        write_json(folder / "config.json", without_quantisation(base.config))
+
+
+class _Changes:
+    """What becomes of each tensor of the base's files.
 
     Args:
-        name: checkpoint folder.
-        base: checkpoint folder of the original model, or None.
-
-    Returns:
-        (counts of weights, blocks and offending blocks, one sentence for each of the first offenders).
-
-    Raises:
-        UsageError: a folder without safetensors, or whose tensors the model does not know.
+        base: the files.
+        model: of their class; with values, those are written where they differ.
+        mask: of its parameters.
     """
-    folder = _folder(name, "model")
-    read = tensor_readers(folder)
-    original = tensor_readers(_folder(base, "base")) if base else None
-    targets = targets_of(name)
-    counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
-    offenders: list[str] = []
-    names = set(read)
-    if not set(targets) <= names:
-        raise UsageError(
-            f"{name} stores its weights under other names than its model has, as {min(set(targets) - names)}; "
-            "such checkpoints (stacked experts) can't be checked.",
-            "model",
-        )
-    for key in sorted(names):
-        tensor = read[key]()
-        target = targets.get(key)
-        if target is not None and target.rows(tensor).shape[-1] % 4 == 0:
-            rows = target.rows(tensor)
-            counts["weights"] += 1
-            wrong = TWO_OF_FOUR.violations(rows)
-            counts["blocks"] += wrong.numel()
-            counts["wrong_blocks"] += int(wrong.sum())
-            if wrong.any():
-                row, block = (int(i) for i in wrong.nonzero()[0][-2:])
-                offenders.append(f"{key}: {int(wrong.sum())} blocks are not 2:4, the first is row {row}, block {block}")
-        if original is not None:
-            sentence = _difference(key, tensor, original, pruned=target is not None)
-            counts["changed_tensors"] += sentence is not None
-            offenders += [sentence] if sentence else []
-    if original is not None:
-        offenders += [f"{key}: is in the base and not in the model" for key in sorted(set(original) - names)]
-    return counts, offenders
+
+    def __init__(self, base: Checkpoint, model: PreTrainedModel, mask: Mask):
+        self.targets: dict[str, Prunable] = fit_mask(model, mask)
+        self.mask = mask
+        self.layout = Layout(base.tensors, model)
+        self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
+        missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
+        if missing:
+            raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
+        self._kept: dict[str, Tensor] = {}  # by name in the files, of groups at work
+        self._new: dict[str, Tensor] = {}
+
+    def of(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tensor to write, and which of its entries are kept where it is pruned, both as the files hold them."""
+        group = self.layout.of_stored.get(name)
+        if group is None:  # a part that the model's class lacks, as a vision tower
+            return tensor, None
+        if name not in self._kept and name not in self._new:
+            self._work_out(group)
+        kept, new = self._kept.pop(name, None), self._new.pop(name, None)
+        if new is not None:
+            same = tensor.to(new.dtype) == new
+            if not (same if kept is None else same | ~kept).all():
+                tensor = new.to(tensor.dtype)
+        if kept is not None:
+            tensor = tensor.masked_fill(~kept, 0.0)
+        return tensor, kept
+
+    def _work_out(self, group: Group) -> None:
+        masks = {
+            parameter: self.mask.tensors[parameter].movedim(-1, self.targets[parameter].in_dim)
+            for parameter in group.parameters
+            if parameter in self.mask.tensors
+        }
+        if masks:
+            self._kept |= group.stored(masks, True)
+        values = {name: self.values[name].cpu() for name in group.parameters if name in self.values}
+        if len(values) == len(group.parameters):
+            self._new |= group.stored(values, 0.0)
 
 
-def _difference(key: str, tensor: Tensor, original: dict[str, Callable[[], Tensor]], pruned: bool) -> str | None:
-    if key not in original:
-        return f"{key}: is not in the base"
-    before = original[key]()
-    if before.shape != tensor.shape or before.dtype != tensor.dtype:
-        ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, before))
-        return f"{key}: {ours} in the model, {theirs} in the base"
-    changed = _bits(tensor) != _bits(before)
-    if pruned:
-        changed &= _bits(tensor) != 0  # a pruned weight is +0.0, bit for bit
-    if not changed.any():
-        return None
-    place = tuple(int(i) for i in changed.nonzero()[0])
-    kind = "kept weights differ from the base" if pruned else "entries differ from the base"
-    return f"{key}: {int(changed.sum())} {kind}, the first at {place}"
+def _stream(base: Checkpoint, changes: _Changes, folder: Path, form: str) -> None:
+    """Write the tensors file by file, in files of the same division: one is in memory at a time."""
+    as_it_is = form == "dense" and base.is_plain
+    written: dict[str, str] = {}
+    compact: dict[str, dict[str, Any]] = {}
+    size = 0
+    for number, path in enumerate(base.files, 1):
+        name = path.name if as_it_is else _file_name(form, number, len(base.files))
+        tensors: dict[str, Tensor] = {}
+        for key, stored in base.of_file(path).items():
+            tensor, kept = changes.of(key, stored.read())
+            found = _packed(key, tensor, kept) if form == "compact" and kept is not None else None
+            if found is None:
+                tensors[key] = tensor.contiguous()
+            else:
+                parts, compact[key] = found
+                tensors |= parts
+        save_file(tensors, folder / name, metadata=base.metadata(path))
+        written |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if form == "compact":
+        write_json(folder / COMPACT_INDEX, {"format": FORMAT, "weights": compact, "versions": versions()})
+    elif as_it_is and len(base.files) > 1:
+        shutil.copyfile(base.folder / base.first, folder / base.first)
+    elif len(base.files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": written})
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.element_size()])
+def _file_name(form: str, number: int, count: int) -> str:
+    stem = "compact" if form == "compact" else "model"
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _folder(name: str, argument: str) -> Path:
-    folder = local_checkpoint(name)
-    if folder is None:
-        raise UsageError(f"`{argument}` must be a checkpoint folder with safetensors files; got {name}.", argument)
-    return folder
+def _packed(key: str, tensor: Tensor, kept: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The compact form along whichever dimension is 2:4, as the file lays it out; None: none is, so it stays dense."""
+    for dim in reversed(range(kept.dim())):
+        mask, rows = kept.movedim(dim, -1), tensor.movedim(dim, -1)
+        if mask.shape[-1] % 4 == 0 and not TWO_OF_FOUR.violations(mask.to(torch.uint8)).any():
+            return packed(key, rows), {"rows": list(rows.shape), "in_dim": dim}
+    return None
+
+
+def _save_from_memory(
+    model: PreTrainedModel, mask: Mask, tokenizer: PreTrainedTokenizerBase | None, folder: Path, form: str
+) -> None:
+    """Write a model that has no files."""
+    targets = fit_mask(model, mask)
+    state = dict(model.state_dict())
+    for name, target in targets.items():
+        kept = mask.tensors[name].movedim(-1, target.in_dim)
+        state[name] = state[name].masked_fill(~kept.to(state[name].device), 0.0)
+    if form == "dense":
+        model.save_pretrained(folder, state_dict=state)
+    else:
+        index = {}
+        for name, target in targets.items():
+            rows = target.rows(state.pop(name))
+            state |= packed(name, rows)
+            index[name] = {"rows": list(rows.shape), "in_dim": target.in_dim}
+        save_torch_state_dict(state, folder, filename_pattern="compact{suffix}.safetensors")
+        write_json(folder / COMPACT_INDEX, {"format": FORMAT, "weights": index, "versions": versions()})
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from proxsparse.errors import UsageError
 from proxsparse.mask import MASK_FILE, Mask, save_mask
 from proxsparse.model.prunable import Prunable
 from proxsparse.record import atomic_path, versions, write_json
@@ -30,15 +29,11 @@ def save_npz(mask: Mask, targets: dict[str, Prunable], folder: Path | str) -> No
     """Write a mask as MaskLLM's programs read it: ``NAME.mask`` -> bits of the whole weight, highest bit first.
 
     Args:
-        targets: prunable weights by name; the bits follow the parameter's own layout, not inputs last.
-
-    Raises:
-        UsageError: the mask names a weight that the model lacks.
+        targets: the weights of the mask by name, see ``proxsparse.mask.fit_mask``; the bits follow the parameter's own
+            layout, not inputs last.
     """
     packed: dict[str, Any] = {}
     for name, kept in mask.tensors.items():
-        if name not in targets:
-            raise UsageError(f"The mask has {name}, which the model lacks.")
         own_layout = kept.movedim(-1, targets[name].in_dim)
         packed[f"{name}.mask"] = np.packbits(own_layout.contiguous().numpy().reshape(-1))
     with atomic_path(folder) as scratch:

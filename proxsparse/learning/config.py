@@ -3,17 +3,69 @@
 The paper's method and this project's default differ only in the values of these fields; ``METHODS`` lists both.
 """
 
+import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from proxsparse.errors import UsageError
-from proxsparse.learning.original import PLACES
+from proxsparse.learning import objective, optim
+from proxsparse.learning.copies import PLACES
+from proxsparse.learning.refusals import Refusal, refuse
 
-ROUNDINGS = ("stochastic", "nearest")
-SCORES = ("activation", "weight")
+CHOICES: dict[str, tuple] = {
+    "score": ("activation", "weight"),
+    "rounding": ("stochastic", "nearest"),
+    "keep_base": PLACES,
+    "project_lambda2": (0, 1),
+}
+_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_POSITIVE = (lambda value: 0 < value < float("inf"), "a finite number > 0")
+_COUNT = (lambda value: value >= 1, "at least 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lambda2_value": (lambda value: 0 <= value < float("inf"), "a finite number of at least 0.0"),
+    "target_share": (lambda value: 0 < value < 1, "more than 0 and less than 1"),
+    "distill": _SHARE,
+    "lambda_ramp": _SHARE,
+    "epsilon": _POSITIVE,
+    "temperature": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "norm_samples": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+}
+# What SFTConfig offers for conversations and for texts of several lengths; here all are windows of one length.
+REFUSALS = (
+    *(
+        Refusal(
+            attrgetter(name),
+            f"`{name}=True` is for conversations or texts of several lengths, and calibration texts are cut into "
+            f"windows of one length: leave `{name}` out.",
+        )
+        for name in ("assistant_only_loss", "completion_only_loss", "packing", "eval_packing", "padding_free")
+    ),
+    Refusal(
+        lambda c: c.fsdp and "RANK" not in os.environ,
+        "`fsdp` shards a model over several processes, and this is one: start with accelerate launch --config_file "
+        "script/accelerate/fsdp2.yaml, and leave `fsdp` out.",
+    ),
+    Refusal(
+        lambda c: c.save_strategy == "best" and c.eval_strategy == "no",
+        "`save_strategy=best` saves when the evaluation is better than before, and there is none: give "
+        "`eval_strategy=steps` and `eval_samples` too.",
+    ),
+)
+# Where the name of a reporter is not that of its package; of several, one is enough.
+REPORTERS = {
+    name: name
+    for name in ("wandb", "trackio", "comet_ml", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "swanlab")
+} | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
 
 # Defaults by method; a value the user gives wins.
 METHODS: dict[str, dict[str, Any]] = {
@@ -143,6 +195,8 @@ class ProxSparseConfig(SFTConfig):
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
         self._check()
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         if self.optim_in_backward:
             self.max_grad_norm = 0.0  # the norm of all gradients is known only when the first ones are gone
         super().__post_init__()
@@ -163,55 +217,28 @@ class ProxSparseConfig(SFTConfig):
         return value
 
     def _check(self) -> None:
-        _in("score", self.score, SCORES)
-        _in("rounding", self.rounding, ROUNDINGS)
-        _in("keep_base", self.keep_base, PLACES)
-        _in("project_lambda2", self.project_lambda2, (0, 1))
-        _at_least("lambda2_value", self.lambda2_value, 0.0)
-        if not 0 < self.target_share < 1:
-            raise UsageError(f"`target_share` must lie between 0 and 1; got {self.target_share}.")
-        for name in ("distill", "lambda_ramp"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"`{name}` must be between 0 and 1; got {getattr(self, name)}.")
-        for name in ("epsilon", "temperature", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"`{name}` must be a finite number > 0; got {getattr(self, name)}.")
-        if self.distill and not self.train_only_pruned:
-            raise UsageError(
-                "`distill` needs the dense model, and embeddings and norms that move are no longer its own: give "
-                "`train_only_pruned=True` too."
-            )
-        if self.optim_in_backward and self.gradient_accumulation_steps > 1:
-            raise UsageError(
-                f"`optim_in_backward` has no gradient to accumulate in: `gradient_accumulation_steps` must be 1; got "
-                f"{self.gradient_accumulation_steps}."
-            )
-        again = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)  # two names of one setting
-        if self.optim_in_backward and any(isinstance(k, dict) and k.get("use_reentrant") for k in again):
-            raise UsageError("`optim_in_backward` needs checkpointing that does not re-enter: leave use_reentrant out.")
-        if self.optim_in_backward and self.max_grad_norm not in (None, 0.0, 1.0):  # 1 is the Trainer's default
-            raise UsageError(
-                f"`optim_in_backward` can't clip by the norm of all gradients: `max_grad_norm` must be 0; got "
-                f"{self.max_grad_norm}."
-            )
-        if self.optim_in_backward and self.fp16:
-            raise UsageError("`optim_in_backward` needs no loss scaling: use `bf16=True` instead of `fp16=True`.")
-        if self.norm_samples < 1:
-            raise UsageError(f"`norm_samples` must be at least 1; got {self.norm_samples}.")
-        if self.lambda2_value and not self.project_lambda2:
-            raise UsageError("`lambda2_value` has no effect without `project_lambda2=1`; give both or neither.")
-        if self.project_lambda2 and self.masked_forward:
-            raise UsageError(
-                "`project_lambda2=1` pulls learned weights to the original ones, but with masked_forward the loss does "
-                "not see learned weights. Use `method=paper`, or leave lambda2 out."
-            )
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                listed = ", ".join(map(str, accepted))
+                raise UsageError(f"`{name}` must be one of {listed}; got {getattr(self, name)!r}.")
+        for name, (allowed, words) in RANGES.items():
+            if not allowed(getattr(self, name)):
+                raise UsageError(f"`{name}` must be {words}; got {getattr(self, name)}.")
+        refuse((*objective.REFUSALS, *optim.REFUSALS, *REFUSALS), self)
 
+    def require_packages(self) -> None:
+        """Refuse settings that need a package which is not here; to be called before a model is loaded.
 
-def _in(name: str, value: Any, accepted: tuple) -> None:
-    if value not in accepted:
-        raise UsageError(f"`{name}` must be one of {', '.join(map(str, accepted))}; got {value!r}.")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < float("inf"):
-        raise UsageError(f"`{name}` must be a finite number of at least {least}; got {value}.")
+        Raises:
+            UsageError: names the package.
+        """
+        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        needed = [("report_to", name, REPORTERS.get(name)) for name in reporters]
+        needed += [("optim", optim.name_of(self), optim.package_of(optim.name_of(self)))]
+        for setting, value, packages in needed:
+            if packages and not any(importlib.util.find_spec(package) for package in packages.split()):
+                first = packages.split()[0]
+                raise UsageError(
+                    f"`{setting}={value}` needs the package {first}, which is not installed here: pip install {first}, "
+                    f"or choose another `{setting}`."
+                )

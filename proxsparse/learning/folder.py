@@ -22,10 +22,11 @@ from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask,
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
-from proxsparse.record import git_commit, read_json, versions, write_json
-from proxsparse.resume import last_complete_checkpoint
+from proxsparse.record import git_commit, read_json, versions
+from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
-RUN_FILE, HISTORY_FILE, BLOCKS_FILE, ZEROS_FILE = "run.json", "history.json", "blocks.json", "zeros.json"
+HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
+ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
 DENSE, PRUNED, ZERO_SHOT = "dense", "pruned", "zero_shot"  # names of results, and of the pruned checkpoint
 
 # Settings of TRL's and transformers' configurations that decide the mask; our own all do, but for these.
@@ -150,14 +151,11 @@ class Run:
         Raises:
             UsageError: names the first setting that differs.
         """
-        before = self.settings
-        for name in settings:
-            if name in before and _decides(name) and not _same(before[name], settings[name]):
-                made = f"{self.mask_file} was made by another command: " if self.is_finished else ""
-                what = "another text" if name == "data" else f"`{name}={before[name]}`, now it is {settings[name]}"
-                raise UsageError(
-                    f"{made}{self.folder} holds a run with {what}: give another `output_dir`, or delete that folder."
-                )
+        try:
+            claim(self.folder, {"settings": settings}, filter(_decides, settings), write=False)
+        except UsageError as error:
+            made = f"{self.mask_file} was made by another command: " if self.is_finished else ""
+            raise UsageError(f"{made}{error}") from error
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Write down whose run this is, once nothing speaks against it any more.
@@ -165,9 +163,8 @@ class Run:
         Raises:
             UsageError: see ``refuse_another``.
         """
-        self.refuse_another(settings)
-        if not self._record_file.is_file():
-            write_json(self._record_file, {"settings": settings, "versions": versions(), "commit": git_commit()})
+        record = {"settings": settings, "versions": versions(), "commit": git_commit()}
+        claim(self.folder, record, filter(_decides, settings))
 
     def share_24(self) -> float | None:
         """Share of the learned blocks that were 2:4 at the last look; None before the first."""
@@ -261,10 +258,3 @@ def _decides(name: str) -> bool:
     if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:
         return name in DECISIVE or (name in ProxSparseConfig.__annotations__ and name not in UNDECIDED)
     return True
-
-
-def _same(before: Any, now: Any) -> bool:
-    """Equal, or two spellings of one path."""
-    if before == now or not (isinstance(before, str) and isinstance(now, str)):
-        return bool(before == now)
-    return Path(before).exists() and Path(now).exists() and Path(before).resolve() == Path(now).resolve()

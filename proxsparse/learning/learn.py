@@ -27,6 +27,7 @@ from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.loading import native_bf16
 from proxsparse.model.restoring import restored
 from proxsparse.record import write_json
+from proxsparse.resume import starting_point
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def learn_mask(
         data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": "windows given in Python"}
         data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
         run = Run(str(config.output_dir))
-        settled = described(data | {"data": digest(windows)}, config)
+        settled = described(data | {"text": digest(windows)}, config)
         run.refuse_another(settled)
         if run.is_finished:
             return load_mask(run.mask_file)
@@ -113,7 +114,7 @@ def learn(
         UsageError, RunError: see ``learn_mask``.
     """
     run = Run(str(config.output_dir))
-    settings = described(data | {"data": digest(windows)}, config)
+    settings = described(data | {"text": digest(windows)}, config)
     run.refuse_another(settings)
     disable_progress_bars()  # three bars of tokenising for windows that are tokens already
     config.max_length = windows.shape[1]
@@ -128,11 +129,11 @@ def learn(
     if first:  # only now, so that a mistake leaves no folder behind that refuses the right one
         run.claim(settings)
     show_progress(trainer)
-    checkpoint = run.last_checkpoint()
+    checkpoint = starting_point(run.folder, config.resume_from_checkpoint)
     if checkpoint and first:
         logger.info("going on from %s", checkpoint)
     with quiet_bars():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     mask = trainer.mask()
     if first:
         run.save(mask)

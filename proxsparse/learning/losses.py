@@ -52,7 +52,7 @@ def frozen_weight_penalty(weight: Tensor, base: Tensor, epsilon: float) -> Tenso
 
 
 class _Distillation(torch.autograd.Function):
-    """Computes the gradient with the value, in place of the student's logits' size of autograd temporaries."""
+    """Computes the gradient with the value: autograd would keep temporaries of the size of the student's logits."""
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

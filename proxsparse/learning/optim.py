@@ -10,17 +10,33 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.errors import RunError
+from proxsparse.learning.refusals import Refusal
 from proxsparse.model.sharding import local, settled
 from proxsparse.operator.rounding import noise_seed, round_stochastically
 
+if TYPE_CHECKING:
+    from proxsparse.learning.config import ProxSparseConfig
+
 logger = logging.getLogger(__name__)
+
+
+class Cost(NamedTuple):
+    """What an optimizer takes.
+
+    Attributes:
+        states: bytes per trained weight.
+        copies: float32 copies of one weight while it is stepped.
+    """
+
+    states: float
+    copies: int = 0
 
 
 class _Rounded(torch.optim.Optimizer):
@@ -42,7 +58,7 @@ class _Rounded(torch.optim.Optimizer):
                 self._place(parameter)
 
     def _place(self, parameter: Tensor) -> int:
-        """Number of a weight; FSDP2 brings new ones in the place of the old, which must be free to go."""
+        """Number of a weight; FSDP2 puts new ones where the old were, which must be free to go."""
         if parameter not in self._places:
             self._numbered += 1
             self._places[parameter] = self._numbered
@@ -97,6 +113,8 @@ class StochasticAdamW(_Rounded):
     Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
     """
 
+    COST = Cost(states=6.0, copies=6)  # a bfloat16 and a float32 moment
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, seed, stochastic=True)
@@ -136,6 +154,7 @@ class Adafactor(_Rounded):
     """
 
     DECAY, CLIP, EPSILON = -0.8, 1.0, 1e-30
+    COST_FLOAT32, COST_BFLOAT16 = Cost(0.01, copies=3), Cost(0.01, copies=6)
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, seed: int = 0, stochastic: bool = True):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed, stochastic)
@@ -170,17 +189,93 @@ class Adafactor(_Rounded):
         return state[name]
 
 
+# Of the others, states in bytes per trained weight: (float32 weights, bfloat16 weights).
+STATES = {
+    "adamw_torch_fused": (8.0, 4.0),
+    "adamw_torch": (8.0, 4.0),
+    "adamw_torch_8bit": (2.03, 2.03),
+    "adamw_torch_4bit": (1.06, 1.06),
+    "adamw_8bit": (2.03, 2.03),
+    "adamw_bnb_8bit": (2.03, 2.03),
+    "sgd": (0.0, 0.0),
+}
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+# Parts of an optimizer's name -> the package that brings it. transformers has it from nowhere else.
+PACKAGES = {
+    "torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "32bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "schedule_free": "schedulefree",
+    "anyprecision": "torchdistx",
+    "xla": "torch_xla",
+    "npu": "torch_npu",
+}
+REFUSALS = (
+    Refusal(
+        lambda c: c.optim_in_backward and c.gradient_accumulation_steps > 1,
+        "`optim_in_backward` has no gradient to accumulate in: `gradient_accumulation_steps` must be 1; got "
+        "{0.gradient_accumulation_steps}.",
+    ),
+    Refusal(
+        lambda c: c.optim_in_backward and _reenters(c.activation_checkpointing_kwargs, c.gradient_checkpointing_kwargs),
+        "`optim_in_backward` needs checkpointing that does not re-enter: leave use_reentrant out.",
+    ),
+    Refusal(
+        lambda c: c.optim_in_backward and c.max_grad_norm not in (None, 0.0, 1.0),  # 1 is the Trainer's default
+        "`optim_in_backward` can't clip by the norm of all gradients: `max_grad_norm` must be 0; got "
+        "{0.max_grad_norm}.",
+    ),
+    Refusal(
+        lambda c: c.optim_in_backward and c.fp16,
+        "`optim_in_backward` needs no loss scaling: use `bf16=True` instead of `fp16=True`.",
+    ),
+)
+
+
+def _reenters(*settings: Any) -> bool:
+    """Of the two names of one setting."""
+    return any(isinstance(setting, dict) and setting.get("use_reentrant") for setting in settings)
+
+
+def name_of(args: "ProxSparseConfig") -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def package_of(name: str) -> str | None:
+    """The package that an optimizer of the Trainer needs next to torch."""
+    return next((package for part, package in PACKAGES.items() if part in name), None)
+
+
+def cost_of(args: "ProxSparseConfig", dtype: torch.dtype) -> Cost:
+    """What the optimizer of these settings takes for trained weights of this dtype."""
+    name, low = name_of(args), dtype == torch.bfloat16
+    if name == "adafactor":
+        return Adafactor.COST_BFLOAT16 if low else Adafactor.COST_FLOAT32
+    if low and args.rounding == "stochastic" and name in ADAMW:
+        return StochasticAdamW.COST
+    return Cost(STATES.get(name, STATES["adamw_torch"])[dtype != torch.float32])
+
+
 def own_optimizer(
-    args: ProxSparseConfig, model: nn.Module
+    args: "ProxSparseConfig", model: nn.Module
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """Class and options of the optimizer where it is one of ours: Adafactor, and AdamW with stochastic rounding."""
-    name = str(getattr(args.optim, "value", args.optim))
+    name = name_of(args)
     low_precision = any(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
     stochastic = low_precision and args.rounding == "stochastic"
     options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     if name == "adafactor":
         return Adafactor, options | {"stochastic": stochastic}
-    if stochastic and name in ("adamw_torch", "adamw_torch_fused"):
+    if stochastic and name in ADAMW:
         return StochasticAdamW, options | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if stochastic:
         logger.warning(
@@ -194,7 +289,16 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[int, fl
 
     Args:
         factors: id of a parameter -> its factor.
+
+    Raises:
+        RunError: the optimizer lacks a listed weight, because it was made of other parameters.
     """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if absent := len(factors.keys() - known):
+        raise RunError(
+            f"The optimizer lacks {absent} of {len(factors)} weights whose learning rate is relative to their scale: "
+            "the model's parameters were replaced after the optimizer was made. Use `relative=False`, or report it."
+        )
     groups = []
     for group in optimizer.param_groups:
         rest = [p for p in group["params"] if id(p) not in factors]

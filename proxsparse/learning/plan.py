@@ -5,6 +5,7 @@ by a formula: the forward pass runs on fake tensors, which have shapes and no me
 up. So it holds for every architecture, and takes seconds for any size.
 """
 
+import logging
 import warnings
 from dataclasses import dataclass, field
 
@@ -21,24 +22,15 @@ from transformers import (
     Qwen2Config,
 )
 
+from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.objective import Objective
+from proxsparse.learning.optim import cost_of
+from proxsparse.model.hub_errors import clear_errors
 from proxsparse.model.loading import load_config
 from proxsparse.model.prunable import decoder_blocks, find_prunable
 
-# Optimizer states in bytes a trainable weight: (for float32 weights, for bfloat16 weights).
-OPTIMIZER_BYTES = {
-    "adamw_torch_fused": (8.0, 4.0),
-    "adamw_torch": (8.0, 4.0),
-    "adamw_torch_8bit": (2.03, 2.03),
-    "adamw_torch_4bit": (1.06, 1.06),
-    "adamw_8bit": (2.03, 2.03),
-    "adamw_bnb_8bit": (2.03, 2.03),
-    "adafactor": (0.01, 0.01),
-    "sgd": (0.0, 0.0),
-}
-STOCHASTIC_BYTES = 6.0  # bfloat16 first moment, float32 second
-# Float32 copies of one weight while it is stepped: rounded stochastically, or by Adafactor in float32.
-STOCHASTIC_COPIES, ADAFACTOR_COPIES = 6, 3
+logger = logging.getLogger(__name__)
 PROCESS_BYTES = 64 * 2**20  # what the libraries allocate while they train, measured on tiny models
 
 # Dimensions of the models that the recipes name, from their published config.json files: a plan needs no network.
@@ -74,6 +66,7 @@ class Plan:
         parameters, trainable, prunable: numbers of weights.
         steps: optimizer steps.
         parts: name -> bytes on one device, of what exists at the worst moment.
+        note: what could not be counted, or nothing.
     """
 
     parameters: int
@@ -81,6 +74,7 @@ class Plan:
     prunable: int
     steps: int
     parts: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def total(self) -> float:
@@ -119,95 +113,126 @@ def plan_learning(
         devices: processes.
         sharded: over all devices (FSDP2), or a whole model in each.
         on_cpu: the device is the CPU, so that what waits there still counts.
+
+    Raises:
+        UsageError, RunError: there is nothing to prune, or no causal language model of these dimensions.
     """
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as learning does
-    low = dtype == torch.bfloat16
     compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
-        parameters = sum(p.numel() for p in model.parameters())
-        targets = find_prunable(model, config.include, config.exclude)
-        prunable = sum(t.weight.numel() for t in targets)
-        trainable = prunable if config.train_only_pruned else parameters
-        names = {t.name for t in targets}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not config.train_only_pruned or name in names)
-        largest = max(p.numel() for p in model.parameters() if p.requires_grad)
-        block = max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model))
-        embeddings = {id(m.weight): m.weight.numel() for m in _ends(model)}
-        activations, logits = _activations(model, batch_size, ctx_len, compute, bool(config.activation_checkpointing))
+    sizes = _sizes(dimensions, config, dtype, (batch_size, ctx_len), compute)
+    low = dtype
     if sharded and compute != torch.float32:
         dtype = torch.float32  # accelerate keeps trained shards in float32 and computes in the lower precision
     wide, parts_of = dtype.itemsize, devices if sharded else 1
-    frozen = (parameters - trainable) * (torch.bfloat16 if low else dtype).itemsize
-    swaps = bool(config.masked_forward or config.distill)
-    waiting = swaps and (on_cpu or not config.offload_learned)
-    # In a file, or on the CPU where that is not the device, the original weights cost the device nothing.
-    kept = (swaps or bool(config.project_lambda2)) and (
-        config.keep_base == "device" or (config.keep_base == "cpu" and on_cpu)
-    )
+    cost = cost_of(config, dtype)
+    frozen = (sizes.parameters - sizes.trainable) * (low if low == torch.bfloat16 else dtype).itemsize
+    copies = Objective.copies_on_device(config, on_cpu)
+    gradients = (sizes.largest if config.optim_in_backward else sizes.trainable) * wide / parts_of
     parts = {
-        "weights": (trainable * wide + frozen) / parts_of,
-        "optimizer states": trainable * _optimizer_bytes(config, dtype) / parts_of,
-        "copies of W0 and of learned weights": prunable * wide * (waiting + kept) / parts_of,
+        "weights": (sizes.trainable * wide + frozen) / parts_of,
+        "optimizer states": sizes.trainable * cost.states / parts_of,
+        "copies of W0 and of learned weights": sizes.prunable * wide * copies / parts_of,
+        "gradients or activations": _worst(gradients, sizes, config, batch_size),
+        "working memory": PROCESS_BYTES + 4 * sizes.largest * cost.copies / parts_of,
     }
-    if config.bf16 or config.fp16:
-        logits *= 2  # accelerate hands the model's outputs on in float32
-    if config.distill:
-        # The teacher's and the gradient; the shifted copy of a batch; what the language-model loss keeps.
-        activations += (2 + (batch_size > 1) + (config.distill < 1)) * logits
-    gradients = (largest if config.optim_in_backward else trainable) * wide / parts_of
-    # Activations are freed while gradients appear, so the worst moment has the larger of the two.
-    parts["gradients or activations"] = max(gradients, activations + logits)
-    if config.gradient_accumulation_steps > 1:
-        parts["gradients or activations"] = gradients + activations + logits
-    parts["working memory"] = PROCESS_BYTES + 4 * largest * _step_copies(config, dtype) / parts_of
     if sharded:
         # The block at work, the next one, and the gradient of one; what is not in blocks stays gathered.
-        parts["gathered weights"] = (3 * block + sum(embeddings.values())) * compute.itemsize
+        parts["gathered weights"] = (3 * sizes.block + sizes.ends) * compute.itemsize
     elif devices > 1:
         parts["buckets for averaging gradients"] = gradients
     steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
     steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
-    return Plan(parameters, trainable, prunable, steps, parts)
+    return Plan(sizes.parameters, sizes.trainable, sizes.prunable, steps, parts, sizes.note)
+
+
+@dataclass
+class _Sizes:
+    """Numbers of weights of a model, and bytes of what its forward pass leaves.
+
+    Attributes:
+        largest: of the trained weights.
+        block: of the largest decoder block.
+        ends: embeddings and LM head.
+    """
+
+    parameters: int
+    trainable: int
+    prunable: int
+    largest: int
+    block: int
+    ends: int
+    activations: float = 0.0
+    logits: float = 0.0
+    note: str = ""
+
+
+def _sizes(
+    dimensions: PreTrainedConfig,
+    config: ProxSparseConfig,
+    dtype: torch.dtype,
+    batch: tuple[int, int],
+    compute: torch.dtype,
+) -> _Sizes:
+    """From a model on fake tensors: see the module's docstring."""
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with clear_errors(dimensions._name_or_path or type(dimensions).__name__):
+            model = AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
+        targets = find_prunable(model, config.include, config.exclude)
+        names = {t.name for t in targets}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not config.train_only_pruned or name in names)
+        parameters = sum(p.numel() for p in model.parameters())
+        prunable = sum(t.weight.numel() for t in targets)
+        found = _Sizes(
+            parameters,
+            prunable if config.train_only_pruned else parameters,
+            prunable,
+            largest=max(p.numel() for p in model.parameters() if p.requires_grad),
+            block=max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model)),
+            ends=sum({id(m.weight): m.weight.numel() for m in _ends(model)}.values()),
+        )
+        try:
+            found.activations, found.logits = _activations(model, batch, compute, bool(config.activation_checkpointing))
+        except (UsageError, RunError):
+            raise
+        except Exception as error:  # whatever code of a model does with tensors that have no values
+            logger.debug("the forward pass on fake tensors failed", exc_info=error)
+            found.note = (
+                f"activations are not counted: the forward pass of {type(model).__name__} can't be run without values"
+            )
+    return found
 
 
 def _ends(model: PreTrainedModel) -> list:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 
 
-def _optimizer_bytes(config: ProxSparseConfig, dtype: torch.dtype) -> float:
-    name = _optimizer(config)
-    if dtype == torch.bfloat16 and config.rounding == "stochastic" and name in ("adamw_torch", "adamw_torch_fused"):
-        return STOCHASTIC_BYTES
-    return OPTIMIZER_BYTES.get(name, OPTIMIZER_BYTES["adamw_torch"])[dtype != torch.float32]
-
-
-def _step_copies(config: ProxSparseConfig, dtype: torch.dtype) -> int:
-    name = _optimizer(config)
-    if dtype == torch.bfloat16 and (name == "adafactor" or _optimizer_bytes(config, dtype) == STOCHASTIC_BYTES):
-        return STOCHASTIC_COPIES
-    return ADAFACTOR_COPIES if name == "adafactor" else 0
-
-
-def _optimizer(config: ProxSparseConfig) -> str:
-    return str(getattr(config.optim, "value", config.optim))
+def _worst(gradients: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int) -> float:
+    """Bytes of gradients and activations where they are most together."""
+    logits = sizes.logits
+    if config.bf16 or config.fp16:
+        logits *= 2  # accelerate hands the model's outputs on in float32
+    activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
+    if config.gradient_accumulation_steps > 1:
+        return gradients + activations + logits
+    # Activations are freed while gradients appear, so the worst moment has the larger of the two.
+    return max(gradients, activations + logits)
 
 
 def _activations(
-    model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch.dtype, checkpointing: bool
+    model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype, checkpointing: bool
 ) -> tuple[float, float]:
     """Bytes that autograd keeps between forward and backward pass, and bytes of the logits."""
-    kept, logits = _saved(model, batch_size, ctx_len, compute)
+    kept, logits = _saved(model, batch, compute)
     if checkpointing:
         of_a_block = kept / len(decoder_blocks(model))  # recomputed one at a time in the backward pass
         model.activation_checkpointing_enable()
-        kept = _saved(model, batch_size, ctx_len, compute)[0] + of_a_block
+        kept = _saved(model, batch, compute)[0] + of_a_block
     return kept, logits
 
 
-def _saved(model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch.dtype) -> tuple[float, float]:
+def _saved(model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype) -> tuple[float, float]:
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, tuple[int, Tensor]] = {}
 
@@ -218,7 +243,7 @@ def _saved(model: PreTrainedModel, batch_size: int, ctx_len: int, compute: torch
         return tensor
 
     model.train()
-    ids = torch.zeros(batch_size, ctx_len, dtype=torch.long)
+    ids = torch.zeros(batch, dtype=torch.long)
     lower = compute != next(model.parameters()).dtype
     autocast = torch.autocast("cpu", dtype=compute, enabled=lower, cache_enabled=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:

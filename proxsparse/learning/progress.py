@@ -1,4 +1,4 @@
-"""What a learning run shows while it runs: a bar, and one readable line a log."""
+"""What a learning run shows while it runs: a bar, and one readable line per log."""
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -19,7 +19,7 @@ SHOWN = (
 
 
 class RunProgress(ProgressCallback):
-    """The Trainer's bar, with the numbers that matter here in place of a dictionary."""
+    """The Trainer's bar, with the numbers that matter here instead of a dictionary."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

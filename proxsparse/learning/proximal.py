@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.feedback import ShareController
 from proxsparse.model.prunable import Prunable
@@ -36,7 +36,8 @@ class ProxCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         overflowed = scaler is not None and scaler.get_scale() < self._scale
         if not (overflowed or getattr(optimizer, "step_was_skipped", False)):
-            self.proximal_step(state.global_step, state.max_steps)
+            with doing(f"step {state.global_step + 1} of learning"):
+                self.proximal_step(state.global_step, state.max_steps)
 
 
 class ProximalStep:

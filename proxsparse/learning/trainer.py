@@ -5,40 +5,73 @@
     mask = trainer.mask()
 
 Three things are added, none by copying the Trainer: a callback applies the operator after each real optimizer step;
-``training_step`` puts the masked original weights in place for the forward and backward pass (method 'masked');
-``compute_loss`` adds the frozen-weight regulariser or distils from the dense model.
+``training_step`` has the objective put the weights in place that the loss is taken of; ``compute_loss`` asks it for the
+loss.
 """
 
-import contextlib
+import hashlib
 import logging
 import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from accelerate.utils import broadcast
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.learning.config import ProxSparseConfig
-from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss
+from proxsparse.learning.folder import ZEROS_FILE
+from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_in_backward
-from proxsparse.learning.original import OriginalWeights
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
-from proxsparse.learning.swaps import WeightSwaps
+from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
 from proxsparse.model.inputs import NORMS_FILE, stored_norms
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.model.sharding import local, matching_part, reshard
+from proxsparse.model.sharding import matching_part, reshard
+from proxsparse.model.trainable import clean_generation_config, window_collator
 from proxsparse.operator.prox import kernel_for, prox_op_
-from proxsparse.record import write_json
+from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, resume_hint
 
 logger = logging.getLogger(__name__)
-ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
+TEXT_FILE = "text.json"  # in checkpoints: of the windows that were learned from
+OF_THE_TRAINER = ("labels", "use_cache", "output_router_logits")  # inputs that a plain forward pass goes without
+
+
+def _plugin(trainer: Any) -> Any:
+    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+
+
+# How processes share a model, and what that excludes.
+REFUSALS = (
+    Refusal(
+        lambda t: t.is_deepspeed_enabled,
+        "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks "
+        "of four. Use FSDP2, as script/accelerate/fsdp2.yaml sets it up.",
+    ),
+    Refusal(
+        lambda t: _plugin(t) and getattr(_plugin(t), "fsdp_version", 1) != 2,
+        "FSDP1 flattens weights, so that rows are cut through; set fsdp_version: 2, as in "
+        "script/accelerate/fsdp2.yaml.",
+    ),
+    Refusal(
+        lambda t: t.is_fsdp_enabled and t.args.keep_base == "checkpoint",
+        "`keep_base=checkpoint` reads whole weights; under FSDP use device or cpu.",
+    ),
+    Refusal(
+        lambda t: t.args.optim_in_backward and (t.args.world_size > 1 or t.is_fsdp_enabled),
+        "`optim_in_backward` steps before gradients of several processes are averaged; use one process, and no FSDP.",
+    ),
+    Refusal(
+        lambda t: _plugin(t) and t.args.project_lambda2 and not _plugin(t).reshard_after_forward,
+        "`project_lambda2=1` needs the shards while the loss is computed: set fsdp_reshard_after_forward: true.",
+    ),
+)
 
 
 class ProxSparseTrainer(SFTTrainer):
@@ -51,29 +84,38 @@ class ProxSparseTrainer(SFTTrainer):
         kwargs: of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
 
     Raises:
-        UsageError: settings that exclude each other, or nothing to prune.
+        UsageError: settings that exclude each other, a package that is missing, or nothing to prune.
     """
 
     args: ProxSparseConfig
     model: PreTrainedModel
+    objective: Objective
     proximal: ProximalStep  # once the weights are where they will be trained
 
     def __init__(
         self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs: Any
     ):
+        args.require_packages()
+        if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
+            raise UsageError(
+                f"`eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)}` needs samples to evaluate "
+                "on: give `eval_samples`, or leave it out."
+            )
         self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude)
         if args.train_only_pruned:
             pruned = {target.name for target in self.targets}
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in pruned)
+        clean_generation_config(model)
+        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
+            kwargs["data_collator"] = window_collator(kwargs["processing_class"])
         self.norms = norms
-        self.swaps: WeightSwaps | None = None
-        self.original: OriginalWeights | None = None
+        self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = False
         self._step_seconds = 0.0
-        self._teacher_logits: Tensor | None = None
+        self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         super().__init__(model, args, **kwargs)
-        self._refuse_unsupported()
+        refuse(REFUSALS, self)
         if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
             self._measure_original()
         complete_checkpoints(self, self._add_to_checkpoint)
@@ -88,66 +130,56 @@ class ProxSparseTrainer(SFTTrainer):
     # The loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        start = time.perf_counter()
-        with self.swaps.away() if self.swaps else contextlib.nullcontext():
-            if self.swaps and self.args.distill:
-                self.swaps.put_original()
-                self._teacher_logits = self._logits(model, inputs)
-            if self.swaps:
-                (self.swaps.put_masked if self.args.masked_forward else self.swaps.put_learned)()
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._teacher_logits = None
-        self._step_seconds += time.perf_counter() - start
-        if not loss.isfinite():
-            raise RunError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. "
-                f"Lower `learning_rate` or `lambda_value`. {resume_hint(str(self.args.output_dir))}"
-            )
+        start, step = time.perf_counter(), self.state.global_step + 1
+        with doing(f"step {step} of learning"):
+            with self.objective.computing(lambda: self._logits(model, inputs)):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            self._step_seconds += time.perf_counter() - start
+            if not loss.isfinite():
+                raise RunError(
+                    f"The loss is {loss.item()} at step {step}. "
+                    f"Lower `learning_rate` or `lambda_value`. {resume_hint(str(self.args.output_dir))}"
+                )
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.model.training or self._teacher_logits is None:
-            out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = out[0] if return_outputs else out
+        share = self._share(num_items_in_batch)
+        if self.objective.teacher is None and self._fused_head:
+            try:
+                out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                self._leave_fused_head(error)
+                return self.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = out if return_outputs else (out, None)
             if self.model.training:
                 # With num_items_in_batch it is this micro-batch's share of the whole batch's mean.
-                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-                self._record("lm_loss", loss * steps)
-                loss = loss + self._frozen_weight_term(num_items_in_batch)
-            return (loss, out[1]) if return_outputs else loss
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
-        logits, targets = outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
-        teacher, self._teacher_logits = self._teacher_logits, None  # not kept through the backward pass
-        kept = targets != -100
-        tokens = kept.sum()
-        if tokens < len(targets):  # else selecting them would only copy the logits, which are large
-            logits, teacher, targets = logits[kept], teacher[kept], targets[kept]
-        distilled = distillation_loss(logits, teacher, self.args.temperature)
-        lm_counts = self.args.distill < 1  # else it is logged only
-        lm = cross_entropy(logits.float(), targets, reduction="sum") if lm_counts else lm_loss(logits, targets)
-        self._record("kl", distilled / tokens)
-        self._record("lm_loss", lm / tokens)
-        loss = self.args.distill * distilled + ((1 - self.args.distill) * lm if lm_counts else 0.0)
-        # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
-        loss = loss / (tokens if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        loss = loss + self._frozen_weight_term(num_items_in_batch)
+                self._record("lm_loss", loss * share.steps)
+        else:
+            outputs = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False)
+            loss = self.objective.loss(outputs.logits, inputs["labels"], share)
+        if self.model.training:
+            loss = loss + self.objective.penalty(share, self.args.device)
         return (loss, outputs) if return_outputs else loss
 
-    def _frozen_weight_term(self, num_items_in_batch) -> Tensor | float:
-        if not self.args.project_lambda2:
-            return 0.0
-        assert self.original is not None
-        penalty = torch.zeros((), device=self.args.device)
-        for target in self.targets:
-            # Of a shard, its rows: gradients of rows elsewhere are made where they are.
-            base = self.original.of(target)
-            penalty = penalty + frozen_weight_penalty(local(target.weight), base, self.args.epsilon)
-        term = self.args.lambda2_value * penalty
-        self._record("lambda2_loss", self.proximal.total(term.detach()))
+    def _share(self, num_items_in_batch) -> Share:
+        if num_items_in_batch is None:
+            return Share()
         # With num_items_in_batch the Trainer leaves the division by the accumulation steps to the loss.
-        return term / (self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return Share(num_items_in_batch, steps, processes)
+
+    def _leave_fused_head(self, error: Exception) -> None:
+        """Compute the language-model loss from logits from here on; the routers' own loss is left out."""
+        logger.info(
+            "TRL's fused loss can't be had of a %s (%s): the loss is computed from logits, which takes more memory, "
+            "and without a loss of the routers",
+            type(self.model).__name__, error,
+        )  # fmt: skip
+        self._fused_head = self.aux_loss_enabled = False
+        config: Any = self.model.config.get_text_config()
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
 
     @torch.no_grad()
     def _logits(self, model, inputs) -> Tensor:
@@ -155,21 +187,21 @@ class ProxSparseTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             model.eval()
-            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+            logits = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False).logits
             model.train()
         return logits[:, :-1].flatten(0, 1)
 
-    # Evaluation, logging, checkpoints
+    def _record(self, name: str, value: Tensor) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value.detach().item())
+
+    # Evaluation and logging
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's would call the run a fine-tuned model. The product is a mask; exports have a card of their own."""
 
     def evaluate(self, *args, **kwargs):
         """Evaluate what will be deployed: the original weights under the current mask, where they are at hand."""
-        masked = self.swaps if self.args.masked_forward else None
-        with masked.away() if masked else contextlib.nullcontext():
-            if masked:
-                masked.put_masked()
+        with doing("evaluating on held-out samples"), self.objective.evaluating():
             found = super().evaluate(*args, **kwargs)
         reshard(self.model)
         return found
@@ -184,6 +216,8 @@ class ProxSparseTrainer(SFTTrainer):
         else:
             super().log(logs, start_time)
 
+    # Optimizer and checkpoints
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             own = own_optimizer(self.args, self.model)
@@ -191,7 +225,7 @@ class ProxSparseTrainer(SFTTrainer):
                 self.optimizer_cls_and_kwargs = own
             optimizer = super().create_optimizer(model)
             if self.args.optim_in_backward:
-                step_in_backward(optimizer, self._learned)
+                step_in_backward(optimizer, self.objective.learned)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -213,51 +247,48 @@ class ProxSparseTrainer(SFTTrainer):
         if mask:
             save_mask(mask, folder / MASK_FILE)
             write_json(folder / ZEROS_FILE, zeros)
+        write_json(folder / TEXT_FILE, {"sha256": self._text()})
         self.proximal.save(folder)
 
+    def _text(self) -> str:
+        """Digest of the windows that are learned from."""
+        windows = torch.tensor(cast(Any, self.train_dataset)["input_ids"][:])
+        return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+    def _save_checkpoint(self, model, trial):
+        with doing(f"saving the checkpoint of step {self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        with doing(f"reading the checkpoint {folder}"):
+            if (folder / TEXT_FILE).is_file() and read_json(folder / TEXT_FILE)["sha256"] != self._text():
+                raise UsageError(
+                    f"{folder} was learned from another text than the one given now: give the same text, or another "
+                    "`output_dir`."
+                )
+            self._load_weights(folder, model)
+            self.proximal.restore(folder)
+
+    def _load_best_model(self) -> None:
+        logger.info("taking the best checkpoint, %s", self.state.best_model_checkpoint)
+        self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_weights(self, folder: Path, model=None) -> None:
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
-            trusted = self.args.trust_remote_code
-            stored = load_model(str(resume_from_checkpoint), dtype=self.model.dtype, trust_remote_code=trusted)
-            self.model.load_state_dict(stored.state_dict())
-        self.proximal.restore(Path(resume_from_checkpoint))
-
-    def _learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
-        """Inside, a parameter holds what it learns, not what the forward pass saw."""
-        return self.swaps.learned(parameter) if self.swaps else contextlib.nullcontext()
-
-    def _record(self, name: str, value: Tensor) -> None:
-        self._metrics["train"][name].append(value.detach().item())
+            super()._load_from_checkpoint(str(folder), model)
+            return
+        # Through from_pretrained, which undoes the renaming that stacked experts undergo when they are saved.
+        stored = load_model(str(folder), dtype=self.model.dtype, trust_remote_code=self.args.trust_remote_code)
+        self.model.load_state_dict(stored.state_dict())
 
     # Set-up
 
-    def _refuse_unsupported(self) -> None:
-        args = self.args
-        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if self.is_deepspeed_enabled:
-            raise UsageError(
-                "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks "
-                "of four. Use FSDP2, as script/accelerate/fsdp2.yaml sets it up."
-            )
-        if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-            raise UsageError(
-                "FSDP1 flattens weights, so that rows are cut through; set fsdp_version: 2, as in "
-                "script/accelerate/fsdp2.yaml."
-            )
-        if self.is_fsdp_enabled and args.keep_base == "checkpoint":
-            raise UsageError("`keep_base=checkpoint` reads whole weights; under FSDP use device or cpu.")
-        if args.optim_in_backward and (args.world_size > 1 or self.is_fsdp_enabled):
-            raise UsageError(
-                "`optim_in_backward` steps before gradients of several processes are averaged; use one process, and no "
-                "FSDP."
-            )
-        if plugin is not None and args.project_lambda2 and not plugin.reshard_after_forward:
-            raise UsageError(
-                "`project_lambda2=1` needs the shards while the loss is computed: set fsdp_reshard_after_forward: true."
-            )
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # Else whole gradients stay in every process until the last micro-batch.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def _measure_original(self) -> None:
         """What is taken from the weights while they are the original ones: W0, input norms and scales."""
@@ -269,21 +300,22 @@ class ProxSparseTrainer(SFTTrainer):
                     "first dimension, and this layer (Conv1D, as in GPT-2) has its inputs there. Learn it with DDP."
                 )
         if args.score == "activation" and self.norms is None:
-            windows = torch.tensor(cast(Any, self.train_dataset)[: args.norm_samples]["input_ids"])
-            path = Path(str(args.output_dir)) / NORMS_FILE
-            self.norms = stored_norms(path, self.model, self.targets, windows, first=self.is_world_process_zero())
+            self.norms = self._measure_norms()
         if self.norms is not None:
             self.norms = {t.name: matching_part(self.norms[t.name], t.weight) for t in self.targets}
-        swaps = args.masked_forward or args.distill
-        if swaps or args.project_lambda2:
-            config = self.model.config
-            source = (config._name_or_path, getattr(config, "_commit_hash", None))
-            self.original = OriginalWeights(self.targets, args.keep_base, *source)
-        if swaps:
-            assert self.original is not None
-            self.swaps = WeightSwaps(self.model, self.targets, self.original, self.norms, args.offload_learned)
+        self.objective.begin(self.model, self.norms)
         self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
         weight = self.targets[0].stored
         prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
         logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
+
+    def _measure_norms(self) -> dict[str, Tensor]:
+        windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])
+        path = Path(str(self.args.output_dir)) / NORMS_FILE
+        norms = stored_norms(path, self.model, self.targets, windows, first=self.is_world_process_zero())
+        if self.args.world_size == 1:
+            return norms
+        # Of one process for all: unequal devices sum in unequal orders, and replicas would part.
+        norms = {name: norm.to(self.accelerator.device) for name, norm in norms.items()}
+        return {name: norm.cpu() for name, norm in broadcast(norms).items()}

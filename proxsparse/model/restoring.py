@@ -20,15 +20,15 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     kept = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if weights else {}
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
-    training, use_cache, checkpointing = model.training, model.config.use_cache, model.is_gradient_checkpointing
+    training, use_cache, checkpointing = model.training, model.config.use_cache, model.is_activation_checkpointing
     try:
         yield
     finally:
         model.__dict__.pop("forward", None)
         model.__dict__.update(forward)
         model.config.use_cache = use_cache
-        if model.is_gradient_checkpointing and not checkpointing:
-            model.gradient_checkpointing_disable()
+        if model.is_activation_checkpointing and not checkpointing:
+            model.activation_checkpointing_disable()
         model.train(training)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -52,7 +52,7 @@ class ProxStats(NamedTuple):
 def kernel_for(weight: Tensor) -> str:
     """Name of the fastest kernel for this weight: 'cpu' (numba), 'triton' (GPU), or 'eager' (torch operations)."""
     name = _BY_DEVICE.get(weight.device.type, "eager")
-    return name if name in _KERNELS and weight.dtype in _FUSED_DTYPES[name] else "eager"
+    return name if name in _KERNELS and weight.dtype in _FUSED_DTYPES.get(name, ()) else "eager"
 
 
 def _check(weight: Tensor, lambda_: float, scale: Tensor | None) -> None:

@@ -16,7 +16,10 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from proxsparse.operator.kernels.cache import choose_cache
 from proxsparse.operator.kernels.threads import match_torch
+
+choose_cache()
 
 TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
 MAX_STEPS = 32

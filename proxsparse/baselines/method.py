@@ -1,0 +1,139 @@
+"""What every baseline is: one call that prunes a model, whether it looks at each weight once or learns.
+
+A one-shot method adds two members: ``statistic(target)`` makes what it collects of a weight's inputs (or None), and
+``prune(rows, statistic, pattern)`` returns (mask, new weights or None).
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from proxsparse.baselines.allocation import allocate
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.errors import UsageError
+from proxsparse.mask import Mask, apply_mask
+from proxsparse.model.prunable import Prunable
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+
+
+@dataclass
+class Wanted:
+    """What a method is asked for, next to a model and a text; each reads what concerns it.
+
+    Attributes:
+        pattern: of the mask; with another allocation than uniform, on average.
+        allocation: see ``allocation.allocate``.
+        update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
+        prior: one-shot method whose mask a learned one starts from, or None.
+        hidden_device: where the hidden states of the calibration walk lie between blocks.
+        bf16: compute in bfloat16 autocast; None: what suits the method and the device.
+        seed: of a learned method's noise.
+        folder: where a learned method keeps what it goes on from after an interruption.
+    """
+
+    pattern: Pattern = TWO_OF_FOUR
+    allocation: str = "uniform"
+    update: bool = True
+    prior: "OneShot | None" = None
+    hidden_device: str = "cpu"
+    bf16: bool | None = None
+    seed: int = 0
+    folder: Path | None = None
+
+
+class Method(Protocol):
+    """A baseline.
+
+    Attributes:
+        updates_weights: whether it changes the weights that it keeps.
+        reads_text: whether it needs calibration windows.
+    """
+
+    updates_weights: ClassVar[bool]
+    reads_text: ClassVar[bool]
+
+    def check(self, wanted: Wanted) -> None:
+        """Raises:
+        UsageError: the method can't do this; asked before a model is loaded.
+        """
+
+    def prune_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
+    ) -> Mask:
+        """Prune a model in place.
+
+        Args:
+            windows: (N, T) calibration token ids.
+        """
+
+    def forget(self, wanted: Wanted) -> None:
+        """Remove what was kept to go on from; called once the result is safe."""
+
+
+class OneShot:
+    """A method that looks at every weight once, on the calibration walk."""
+
+    updates_weights: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = True
+
+    def statistic(self, target: Prunable) -> Any:
+        raise NotImplementedError
+
+    def prune(self, rows: Tensor, statistic: Any, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def check(self, wanted: Wanted) -> None:
+        """Every pattern is fine."""
+
+    def prune_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
+    ) -> Mask:
+        return prune_layerwise(
+            model,
+            windows,
+            self,
+            allocate(model, wanted.pattern, wanted.allocation, windows),
+            update=wanted.update,
+            hidden_device=wanted.hidden_device,
+            bf16=bool(wanted.bf16),
+            progress=f"{type(self).__name__.lower()} {wanted.pattern}",
+        )
+
+    def forget(self, wanted: Wanted) -> None:
+        """Nothing is kept."""
+
+
+class MaskLLM:
+    """The learned baseline, see ``maskllm``."""
+
+    updates_weights: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = True
+
+    def check(self, wanted: Wanted) -> None:
+        if str(wanted.pattern) != "2:4":
+            raise UsageError(f"`prune_method=maskllm` learns 2:4 masks only; got `sparsity_type={wanted.pattern}`.")
+
+    def prune_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
+    ) -> Mask:
+        from proxsparse.baselines.maskllm import learn_mask, one_shot_prior  # TRL takes seconds to import
+
+        assert wanted.folder is not None
+        options: dict[str, Any] = {"hidden_device": wanted.hidden_device, "bf16": bool(wanted.bf16)}
+        prior = None if wanted.prior is None else one_shot_prior(model, windows, wanted.prior, **options)
+        if model.dtype == torch.float16:
+            model.to(torch.bfloat16)  # type: ignore[arg-type]  # as in learning: gradients underflow in float16
+        settings = {"seed": wanted.seed} | ({} if wanted.bf16 is None else {"bf16": wanted.bf16})
+        mask = learn_mask(model, tokenizer, windows, wanted.folder, prior=prior, **settings)
+        apply_mask(model, mask)
+        return mask
+
+    def forget(self, wanted: Wanted) -> None:
+        if wanted.folder is not None:
+            shutil.rmtree(wanted.folder, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""Check a checkpoint of any form: 2:4, and compared with its base nothing but pruned."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from proxsparse.errors import UsageError
+from proxsparse.model.checkpoint import Checkpoint
+from proxsparse.model.layout import Group, Layout
+from proxsparse.model.loading import empty_model, load_model
+from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.source import model_source
+from proxsparse.operator.pattern import TWO_OF_FOUR
+
+MOST_OFFENDERS = 5
+
+
+def check_sparsity(
+    name: str, base: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[dict[str, int], list[str]]:
+    """Whether a checkpoint is 2:4 and, compared with its base, nothing but pruned.
+
+    Every block of every prunable weight has at most two non-zeros. With a base: kept weights are its bits, and all
+    other tensors are unchanged. One tensor of each is in memory at a time (of stacked experts, one layer's).
+
+    Args:
+        name: checkpoint folder of any form, or a Hub id that is in the cache.
+        base: the original model: the same, or a GGUF file; None: only the blocks are looked at.
+        revision: of the base.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        (counts of weights, blocks and offending blocks, one sentence for each of the first offenders).
+
+    Raises:
+        UsageError: no checkpoint, or one that lacks weights of its model.
+    """
+    model = empty_model(name, trust_remote_code=trust_remote_code)
+    targets = {target.name: target for target in find_prunable(model, multiple=1)}
+    found = _checkpoint(name, None, "model")
+    layout = Layout(found.tensors, model)
+    missing = sorted(set(targets) - set(layout.of_parameter))
+    if missing:
+        raise UsageError(f"{name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
+    original = _original(base, revision, trust_remote_code) if base else None
+    counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
+    offenders: list[str] = []
+    seen: set[str] = set()
+    for tensors in _parts(layout):
+        for key, tensor in tensors.items():
+            seen.add(key)
+            target = targets.get(key)
+            if target is not None and target.rows(tensor).shape[-1] % 4 == 0:
+                offenders += _wrong_blocks(key, target, tensor, counts)
+            if original is not None:
+                sentence = _difference(key, tensor, original, pruned=target is not None)
+                counts["changed_tensors"] += sentence is not None
+                offenders += [sentence] if sentence else []
+    if original is not None:
+        tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
+        gone = sorted(key for key in set(original) - seen if key not in tied)
+        offenders += [f"{key}: is in the base and not in the model" for key in gone]
+    return counts, offenders
+
+
+def _checkpoint(name: str, revision: str | None, argument: str) -> Checkpoint:
+    found = Checkpoint.find(name, revision)
+    if found is None:
+        raise UsageError(
+            f"`{argument}` must be a checkpoint folder with safetensors files, or a Hub id in the cache; got {name}.",
+            argument,
+        )
+    return found
+
+
+def _parts(layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """All tensors, a few at a time: by the names of parameters, and by their own where no parameter has them."""
+    for group in layout.groups:
+        yield layout.read(group)
+    for name, stored in layout.tensors.items():
+        if name not in layout.of_stored:
+            yield {name: stored.read()}
+
+
+class _Original(Mapping[str, Tensor]):
+    """The base's tensors by the names of ``_parts``; those of the last group stay, as several are asked for."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        rest = [name for name in layout.tensors if name not in layout.of_stored]
+        self.groups: dict[str, Group | None] = {**layout.of_parameter, **dict.fromkeys(rest)}
+        self.last: tuple[Group | None, dict[str, Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        group = self.groups[name]
+        if group is None:
+            return self.layout.tensors[name].read()
+        if self.last[0] is not group:
+            self.last = (group, self.layout.read(group))
+        return self.last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def _original(base: str, revision: str | None, trust_remote_code: bool) -> Mapping[str, Tensor]:
+    """The base's tensors, by the names of parameters; those that the model's class lacks by their own."""
+    if model_source(base)[1]:  # a GGUF, whose tensors have other names and forms
+        return dict(load_model(base).state_dict())
+    model = empty_model(base, revision=revision, trust_remote_code=trust_remote_code)
+    return _Original(Layout(_checkpoint(base, revision, "base").tensors, model))
+
+
+def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, counts: dict[str, int]) -> list[str]:
+    """Count the blocks of a weight, and say where the first one is that is not 2:4."""
+    wrong = TWO_OF_FOUR.violations(target.rows(tensor))
+    counts["weights"] += 1
+    counts["blocks"] += wrong.numel()
+    counts["wrong_blocks"] += int(wrong.sum())
+    if not wrong.any():
+        return []
+    *expert, row, block = (int(i) for i in wrong.nonzero()[0])
+    place = f"expert {expert[0]}, " if expert else ""
+    return [f"{key}: {int(wrong.sum())} blocks are not 2:4, the first is {place}row {row}, block {block}"]
+
+
+def _difference(key: str, tensor: Tensor, original: Mapping[str, Tensor], pruned: bool) -> str | None:
+    if key not in original:
+        return f"{key}: is not in the base"
+    before = original[key]
+    if before.shape != tensor.shape or before.dtype != tensor.dtype:
+        ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, before))
+        return f"{key}: {ours} in the model, {theirs} in the base"
+    changed = _bits(tensor) != _bits(before)
+    if pruned:
+        changed &= _bits(tensor) != 0  # a pruned weight is +0.0, bit for bit
+    if not changed.any():
+        return None
+    place = tuple(int(i) for i in changed.nonzero()[0])
+    kind = "kept weights differ from the base" if pruned else "entries differ from the base"
+    return f"{key}: {int(changed.sum())} {kind}, the first at {place}"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])

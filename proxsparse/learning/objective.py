@@ -1,0 +1,173 @@
+"""What is minimised: which weights the model holds while it computes, and the terms of the loss.
+
+    held while computing    masked_forward: W0 under the current mask; else the learned weights
+    main term               the language-model loss, or distillation from the dense model, or a mixture
+    added term              the frozen-weight penalty (lambda2)
+
+Each part says what it can't be combined with (``REFUSALS``) and what it costs in memory.
+Shapes: B = batch, T = ctx_len, V = vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from proxsparse.learning.copies import OriginalWeights, TakingTurns
+from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss
+from proxsparse.learning.refusals import Refusal
+from proxsparse.model.prunable import Prunable
+from proxsparse.model.sharding import local, total
+
+REFUSALS = (
+    Refusal(
+        lambda c: c.distill and not c.train_only_pruned,
+        "`distill` needs the dense model, and embeddings and norms that move are no longer its own: give "
+        "`train_only_pruned=True` too.",
+    ),
+    Refusal(
+        lambda c: c.lambda2_value and not c.project_lambda2,
+        "`lambda2_value` has no effect without `project_lambda2=1`; give both or neither.",
+    ),
+    Refusal(
+        lambda c: c.project_lambda2 and c.masked_forward,
+        "`project_lambda2=1` pulls learned weights to the original ones, but with masked_forward the loss does "
+        "not see learned weights. Use `method=paper`, or leave lambda2 out.",
+    ),
+)
+
+
+class Share(NamedTuple):
+    """Which part of an optimizer step a micro-batch is.
+
+    Attributes:
+        tokens: of all its micro-batches and processes, or None where the mean of this one counts.
+        steps: by which a loss has to divide what is not counted in tokens.
+        processes: whose gradients are averaged, so that a sum is to be multiplied by them; 1 where it is not.
+    """
+
+    tokens: Tensor | int | None = None
+    steps: int = 1
+    processes: int = 1
+
+
+class Objective:
+    """What the model holds while it computes, and the loss.
+
+    Args:
+        args: ProxSparseConfig.
+        targets: the prunable weights.
+        record: takes the name and the value of each part of the loss, to be logged.
+    """
+
+    def __init__(self, args: Any, targets: list[Prunable], record: Callable[[str, Tensor], None]):
+        self.args, self.targets, self.record = args, targets, record
+        self.original: OriginalWeights | None = None
+        self.turns: TakingTurns | None = None
+        self.teacher: Tensor | None = None  # logits of the dense model, from its forward pass to the loss
+
+    @staticmethod
+    def swaps(args: Any) -> bool:
+        """Whether the parameters hold other weights than the learned ones at times."""
+        return bool(args.masked_forward or args.distill)
+
+    @classmethod
+    def copies_on_device(cls, args: Any, on_cpu: bool) -> int:
+        """Copies of the pruned weights in the device's memory; ``on_cpu``: the device is the CPU."""
+        swaps = cls.swaps(args)
+        learned = swaps and TakingTurns.on_device(args.offload_learned, on_cpu)
+        return learned + ((swaps or bool(args.project_lambda2)) and OriginalWeights.on_device(args.keep_base, on_cpu))
+
+    @staticmethod
+    def logits_copies(args: Any, batch_size: int) -> int:
+        """Buffers of the size of the logits that the loss makes at its worst moment, next to the logits."""
+        if not args.distill:
+            return 0
+        # The teacher's and the gradient; the shifted copy of a batch; what the language-model loss keeps.
+        return 2 + (batch_size > 1) + (args.distill < 1)
+
+    def begin(self, model: PreTrainedModel, norms: dict[str, Tensor] | None) -> None:
+        """Keep what is needed of the weights; called while they are the original ones, where they will be trained."""
+        swaps = self.swaps(self.args)
+        if swaps or self.args.project_lambda2:
+            source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+            self.original = OriginalWeights(self.targets, self.args.keep_base, *source)
+        if swaps:
+            assert self.original is not None
+            self.turns = TakingTurns(model, self.targets, self.original, norms, self.args.offload_learned)
+
+    @contextlib.contextmanager
+    def computing(self, logits: Callable[[], Tensor]) -> Iterator[None]:
+        """Inside, the model holds what the loss is taken of; the learned weights are back afterwards.
+
+        Args:
+            logits: of the batch, (B * (T - 1), V), by the weights that the model holds when it is called.
+        """
+        if not self.turns:
+            yield
+            return
+        with self.turns.away():
+            if self.args.distill:
+                self.turns.put_original()
+                self.teacher = logits()
+            (self.turns.put_masked if self.args.masked_forward else self.turns.put_learned)()
+            yield
+        self.teacher = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model holds what will be deployed: W0 under the current mask, where it is at hand."""
+        if not (self.turns and self.args.masked_forward):
+            yield
+            return
+        with self.turns.away():
+            self.turns.put_masked()
+            yield
+
+    def learned(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        """Inside, a parameter holds what it learns, not what the forward pass saw."""
+        return self.turns.learned(parameter) if self.turns else contextlib.nullcontext()
+
+    def loss(self, logits: Tensor, labels: Tensor, share: Share) -> Tensor:
+        """Distillation or the language-model loss of a micro-batch, without the penalty.
+
+        Args:
+            logits: (B, T, V).
+            labels: (B, T) token ids; -100 is left out.
+        """
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        teacher, self.teacher = self.teacher, None  # not kept through the backward pass
+        kept = labels != -100
+        tokens = kept.sum()
+        if tokens < len(labels):  # else selecting them would only copy the logits, which are large
+            logits, labels = logits[kept], labels[kept]
+            teacher = None if teacher is None else teacher[kept]
+        weight = 0.0 if teacher is None else self.args.distill
+        lm_counts = weight < 1  # else it is logged only
+        lm = cross_entropy(logits.float(), labels, reduction="sum") if lm_counts else lm_loss(logits, labels)
+        loss: Any = (1 - weight) * lm if lm_counts else 0.0
+        if teacher is not None:
+            distilled = distillation_loss(logits, teacher, self.args.temperature)
+            self.record("kl", distilled / tokens)
+            loss = weight * distilled + loss
+        self.record("lm_loss", lm / tokens)
+        # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
+        return loss / (tokens if share.tokens is None else share.tokens) * share.processes
+
+    def penalty(self, share: Share, device: torch.device | str) -> Tensor | float:
+        """The frozen-weight term, 0 without it."""
+        if not self.args.project_lambda2:
+            return 0.0
+        assert self.original is not None
+        penalty = torch.zeros((), device=device)
+        for target in self.targets:
+            # Of a shard, its rows: gradients of rows elsewhere are made where they are.
+            base = self.original.of(target)
+            penalty = penalty + frozen_weight_penalty(local(target.weight), base, self.args.epsilon)
+        term = self.args.lambda2_value * penalty
+        self.record("lambda2_loss", total(term.detach(), self.targets[0].weight))
+        return term / share.steps
