@@ -25,8 +25,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import transformers
 from tiny_models import KINDS, byte_tokenizer, tiny_model
 
@@ -56,7 +54,18 @@ def commands(base: str, text: str, out: Path) -> dict[str, list[str]]:
     return {
         "plan": ["plan", "--model", base, "--ctx_len", str(CONTEXT)],
         "prune": ["prune", "--model", base, "--prune_method", "magnitude", "--save", mask],
-        "prune with wanda": ["prune", "--model", base, "--prune_method", "wanda", "--nsamples", "2", *data, "--save", str(out / "w")],
+        "prune with wanda": [
+            "prune",
+            "--model",
+            base,
+            "--prune_method",
+            "wanda",
+            "--nsamples",
+            "2",
+            *data,
+            "--save",
+            str(out / "w"),
+        ],
         "learn": ["learn", "--model", base, *data, *learning, "--output_dir", str(out / "run")],
         "eval": ["eval", "--model", base, "--max_windows", "2", *data],
         "export": ["export", "--model", base, "--mask", mask, "--to", str(out / "pruned")],
@@ -83,7 +92,8 @@ def run_kind(kind: str) -> dict:
         for step, line in commands(str(base), str(text), out).items():
             start = time.time()
             row["steps"][step] = attempt(lambda line=line: console([*line, "--debug"]))  # type: ignore[misc]
-            if os.environ.get("TIMES"): print(step, round(time.time()-start,1), flush=True)
+            if os.environ.get("TIMES"):
+                print(step, round(time.time() - start, 1), flush=True)
             if step in ("prune", "export") and row["steps"][step] != "holds":
                 break
     return row
@@ -147,13 +157,15 @@ def outcome(row: dict) -> str:
 
 def page(rows: dict[str, dict]) -> str:
     """docs/architectures.md."""
-    counts = {word: sum(outcome(r) == word for r in rows.values()) for word in ("holds", "refused", "fault", "not built")}
+    counts = {
+        word: sum(outcome(r) == word for r in rows.values()) for word in ("holds", "refused", "fault", "not built")
+    }
     lines = [
         "# Architectures",
         "",
-        f"Every decoder that transformers {transformers.__version__} has, as a tiny model with random weights, through",
-        "`plan`, `prune` (magnitude and Wanda), `learn`, `eval`, `export`, `check --base` and `bench` on a CPU. It shows",
-        "that the commands run and which weights they prune, not how good a pruned model is. Written by",
+        f"Every decoder that transformers {transformers.__version__} has, as a tiny model with random weights,",
+        "through `plan`, `prune` (magnitude and Wanda), `learn`, `eval`, `export`, `check --base` and `bench` on a",
+        "CPU. It shows that the commands run and which weights they prune, not how good a pruned model is. Written by",
         "`python benchmarks/architectures.py`.",
         "",
         f"Of {len(rows)}: all commands hold for {counts['holds']}; {counts['refused']} are refused somewhere with a",
@@ -166,7 +178,9 @@ def page(rows: dict[str, dict]) -> str:
         "|---|--:|---|---|",
     ]
     for kind, row in sorted(rows.items()):
-        dense = "; ".join(f"{reason}: {', '.join(f'`{k}`' for k in kinds)}" for reason, kinds in row.get("dense", {}).items())
+        dense = "; ".join(
+            f"{reason}: {', '.join(f'`{k}`' for k in kinds)}" for reason, kinds in row.get("dense", {}).items()
+        )
         share = f"{int(1000 * row['share']) / 10:.1f} %" if row.get("share") is not None else ""
         troubles = [f"{step}: {_cell(said)}" for step, said in row["steps"].items() if said != "holds"]
         lines.append(f"| {kind} | {share} | {dense} | {'<br>'.join(troubles) or 'all'} |")

@@ -139,9 +139,8 @@ def _sizes(config: PretrainedConfig) -> dict[str, Any]:
     for name, value in present.items():
         if isinstance(value, PretrainedConfig):
             found[name] = _sizes(value)
-        elif name in SIZES and not isinstance(value, list | dict | str | bool):
-            if value is not None or name in MAY_BE_NONE:
-                found[name] = SIZES[name]
+        elif name in SIZES and isinstance(value, int | float | None) and not isinstance(value, bool):
+            found |= {name: SIZES[name]} if value is not None or name in MAY_BE_NONE else {}
     if "kv_lora_rank" in found:  # multi-head latent attention has as many keys as queries
         found["num_key_value_heads"] = found["num_attention_heads"]
     if present.get("is_decoder") is False:

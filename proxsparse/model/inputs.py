@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.linears import is_plain
-from proxsparse.model.prunable import Prunable, decoder_of
 from proxsparse.model.products import Products
+from proxsparse.model.prunable import Prunable, decoder_of
 from proxsparse.model.sharding import reshard
 from proxsparse.record import atomic_path
 

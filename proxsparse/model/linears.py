@@ -185,13 +185,13 @@ def _fits(first: Tensor, second: Tensor, in_dim: int) -> bool:
 
 
 def _dim_in_code(kind: type, name: str) -> int | None:
-    """Input dimension by how the code multiplies: linear(x, self.w[i]) reads the last, bmm(x, self.w) the middle one."""
+    """Input dimension by how the code multiplies: the last of linear(x, self.w[i]), the middle one of bmm(x, self.w)."""
     code = _source(kind)
     flipped = r"(\.mT\b|\.T\b|\.t\(\)|\.transpose\()"
     weight = rf"self\.{re.escape(name)}(\[[^\]]*\])?"
     if re.search(rf"linear\([^()]*(\([^()]*\)[^()]*)*{weight}\s*[,)]", code) or re.search(rf"{weight}{flipped}", code):
         return 2
-    return 1 if re.search(rf"((bmm|matmul)\([^)]*,\s*|@\s*){weight}", code) else None
+    return 1 if re.search(rf"(bmm|matmul)\(.*,\s*{weight}\s*\)|@\s*{weight}", code) else None
 
 
 def only_read(owner: type, name: str) -> bool:
