@@ -26,7 +26,7 @@ from proxsparse.commands.groups import (
     positive_int,
 )
 from proxsparse.deploy.sparse import CompactLinear, seconds, use_compact, use_semi_structured
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # transformers' names for a cache
 
@@ -47,7 +47,12 @@ def main(args: argparse.Namespace) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
-    rows = {"dense": measure(model, args)}
+    try:
+        rows = {"dense": measure(model, args)}
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise RunError(f"{type(model).__name__} can't decode with a cache in this version of transformers.") from error
     if model.device.type == "cuda":
         converted = use_semi_structured(model)
         print(f"{converted['sparse']} linears are semi-structured, {converted['dense']} stay dense: no gain, or no fit")

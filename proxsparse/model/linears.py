@@ -185,7 +185,7 @@ def _fits(first: Tensor, second: Tensor, in_dim: int) -> bool:
 
 
 def _dim_in_code(kind: type, name: str) -> int | None:
-    """Input dimension by how the code multiplies: the last of linear(x, self.w[i]), the middle one of bmm(x, self.w)."""
+    """Input dimension by how the code multiplies: the last in linear(x, self.w), the middle one in bmm(x, self.w)."""
     code = _source(kind)
     flipped = r"(\.mT\b|\.T\b|\.t\(\)|\.transpose\()"
     weight = rf"self\.{re.escape(name)}(\[[^\]]*\])?"
