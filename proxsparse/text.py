@@ -131,6 +131,7 @@ def check_ctx_len(ctx_len: int, config) -> None:
         UsageError: with both numbers.
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or ctx_len
+    longest = ctx_len if longest < 0 else longest  # XLNet has no limit and says -1
     if not 8 <= ctx_len <= longest:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 

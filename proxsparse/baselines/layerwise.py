@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.model.inputs import Visit, listen
-from proxsparse.model.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of, find_prunable
 from proxsparse.operator.pattern import Pattern
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
 LONGEST_CONTEXT = 8192
 TOKENS_AT_ONCE = 4096  # of as many windows as divide their number; more make nothing faster
+
+TRIED = 64  # tokens that show whether the layers run one after the other
 
 
 class _Reached(Exception):
@@ -70,6 +72,9 @@ def prune_layerwise(
     masks: dict[str, Tensor] = {}
     needs_data = method.statistic(targets[0]) is not None
     hidden, calls = first_inputs(model, blocks, windows, hidden_device) if needs_data else ([], [])
+    if needs_data and not in_sequence(model, blocks, windows):
+        hidden, calls = [], []
+        logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
     reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
     for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
         own = [t for t in targets if t.block == index]
@@ -78,13 +83,15 @@ def prune_layerwise(
             with reduced, listen(own, _collect_in(statistics)):
                 for states in hidden:
                     run_block(block, states, calls[index], model.device)
+                for window in () if calls else windows:
+                    decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
         for target in own:
             masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
         for statistic in statistics.values():
             if getattr(statistic, "skipped", 0):
                 logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
         del statistics
-        if needs_data and index + 1 < len(blocks):
+        if calls and index + 1 < len(blocks):
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
     model.train(training)
@@ -122,7 +129,7 @@ def first_inputs(
         hidden.append((arguments[0] if arguments else keywords["hidden_states"]).to(hidden_device))
         raise _Reached
 
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     handles = [block.register_forward_pre_hook(remember_call, with_kwargs=True) for block in blocks]
     decoder(input_ids=batches[0].to(model.device), use_cache=False)
     for handle in handles:
@@ -137,6 +144,38 @@ def first_inputs(
     finally:
         handle.remove()
     return hidden, calls
+
+
+def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
+    """Whether each block reads what the one before it wrote, so that they can be run one at a time.
+
+    Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that.
+    """
+    inputs: list[Tensor] = []
+    calls: list[tuple[tuple, dict]] = []
+
+    def remember(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+        inputs.append((arguments[0] if arguments else keywords["hidden_states"]).detach().clone())
+        calls.append((arguments[1:], {k: v for k, v in keywords.items() if k != "hidden_states"}))
+
+    handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
+    decoder_of(model)(input_ids=windows[:1, :TRIED].to(model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    if len(calls) != len(blocks):
+        return False
+    try:
+        return all(
+            _alike(run_block(block, own, call, model.device), following)
+            for block, own, call, following in zip(blocks, inputs, calls, inputs[1:], strict=False)
+        )
+    except (TypeError, RuntimeError):  # a block that wants what another one made
+        return False
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for sums in another order, as GPUs make them."""
+    return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-2 * wanted.norm())
 
 
 def run_block(block, states: Tensor, call: tuple[tuple, dict], device: torch.device | str) -> Tensor:

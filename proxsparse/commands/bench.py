@@ -9,11 +9,14 @@ measurement says that a shape gains. Both runs are of this process, on the same 
 """
 
 import argparse
+import inspect
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
@@ -23,7 +26,9 @@ from proxsparse.commands.groups import (
     positive_int,
 )
 from proxsparse.deploy.sparse import CompactLinear, seconds, use_compact, use_semi_structured
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
+
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # transformers' names for a cache
 
 
 def arguments() -> Parser:
@@ -39,9 +44,15 @@ def arguments() -> Parser:
 def main(args: argparse.Namespace) -> None:
     model = load(args)
     model.eval()
-    if args.prompt + args.tokens > (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9):
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
-    rows = {"dense": measure(model, args)}
+    try:
+        rows = {"dense": measure(model, args)}
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise RunError(f"{type(model).__name__} can't decode with a cache in this version of transformers.") from error
     if model.device.type == "cuda":
         converted = use_semi_structured(model)
         print(f"{converted['sparse']} linears are semi-structured, {converted['dense']} stay dense: no gain, or no fit")
@@ -60,11 +71,10 @@ def measure(model: PreTrainedModel, args) -> dict[str, float]:
     prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
 
     def decode() -> None:
-        past = model(input_ids=ids[:, :1], use_cache=True).past_key_values
-        token = ids[:, 1:2]
-        for _ in range(args.tokens):
-            out = model(input_ids=token, past_key_values=past, use_cache=True)
-            past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        token, cache = ids[:, :1], {}
+        for _ in range(args.tokens + 1):
+            out = model(input_ids=token, use_cache=True, **cache)
+            cache, token = cache_of(model, out), out.logits[:, -1:].argmax(-1)
 
     taken = seconds(decode, model.device, args.repeat)
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
@@ -78,6 +88,19 @@ def measure(model: PreTrainedModel, args) -> dict[str, float]:
         "decode_tokens_per_second": (args.tokens + 1) / taken,
         "weight_bytes": size,
     }
+
+
+def cache_of(model: PreTrainedModel, out: ModelOutput) -> dict[str, Any]:
+    """What a model keeps of the tokens so far, as the argument that takes it back.
+
+    Raises:
+        UsageError: the model keeps nothing, so every token would be computed from all tokens before it.
+    """
+    takes = inspect.signature(model.forward).parameters
+    for name in CACHES:
+        if name in takes and out.get(name) is not None:
+            return {name: out[name]}
+    raise UsageError(f"{type(model).__name__} keeps no cache, so there is no decoding to measure.")
 
 
 def show(rows: dict[str, dict[str, float]], device: str, dtype: str) -> None:

@@ -28,6 +28,7 @@ from proxsparse.commands.groups import (
     windows_of,
     write_result,
 )
+from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, Run
 from proxsparse.mask import sparsity_by_kind
 from proxsparse.model.prunable import find_prunable
@@ -60,8 +61,11 @@ def main(args: argparse.Namespace) -> None:
 
 def shares_24(model: PreTrainedModel) -> dict[str, float]:
     """Share of 2:4 blocks of every layer kind, and over 'all'; empty where nothing has blocks of four."""
-    coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
-    targets = [] if coded else find_prunable(model, multiple=1)
+    try:
+        coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
+        targets = [] if coded else find_prunable(model, multiple=1)
+    except UsageError:  # nothing to prune; its perplexity can be measured all the same
+        return {}
     blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
     sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
     return {kind: sum(row[2:]) for kind, row in sparsity.items()}

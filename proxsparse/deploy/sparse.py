@@ -5,6 +5,8 @@ arithmetic, and falls back to the dense product on the CPU. On a GPU every shape
 are converted. ``proxsparse bench`` shows what a machine gains.
 """
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,8 @@ from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.kernels.threads import match_torch
 from proxsparse.operator.pattern import TWO_OF_FOUR
+
+logger = logging.getLogger(__name__)
 
 WORTHWHILE = 1.05  # a sparse product must be so many times faster than the dense one
 
@@ -70,6 +74,13 @@ class CompactLinear(nn.Module):
         values, positions = compress(weight)
         self.values, self.codes = decode.pack_panels(as_numpy(values), positions.numpy())
         self.bias = linear.bias
+        self.read = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that multiplies with it by itself; ``read`` remembers that somebody asked."""
+        self.read = True
+        return self.dense()
 
     @property
     def nbytes(self) -> int:
@@ -103,21 +114,46 @@ def use_compact(model: PreTrainedModel) -> int:
     """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, one at a time. In place.
 
     Returns:
-        how many were replaced; Conv1D and stacked experts stay dense.
+        how many were replaced; Conv1D, stacked experts, and linears whose weight the model's code reads stay dense.
 
     Raises:
         UsageError: a weight is not 2:4.
     """
-    replaced = 0
+    replaced: list[tuple[Prunable, CompactLinear]] = []
     for target in find_prunable(model):
         if type(target.module) is not nn.Linear:
             continue
         try:
-            _replace(model, target, CompactLinear(target.module))
+            compact = CompactLinear(target.module)
         except ValueError as error:
             raise UsageError(f"{target.name} can't be made compact: {error}.") from error
-        replaced += 1
-    return replaced
+        _replace(model, target, compact)
+        # The target would keep the dense weight alive.
+        replaced.append((dataclasses.replace(target, module=compact), compact))
+    runs(model)
+    unread = 0
+    for target, compact in replaced:
+        if compact.read:
+            _replace(model, target, _dense_linear(compact))
+        unread += not compact.read
+    return unread
+
+
+@torch.no_grad()
+def runs(model: PreTrainedModel) -> bool:
+    """Whether the model computes one token with the weights it has now."""
+    try:
+        model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception:  # whatever code that comes with a model raises
+        return False
+    return True
+
+
+def _dense_linear(compact: CompactLinear) -> nn.Linear:
+    linear = nn.Linear(compact.in_features, compact.out_features, bias=compact.bias is not None, device="meta")
+    linear.weight = nn.Parameter(compact.dense(), requires_grad=False)
+    linear.bias = compact.bias
+    return linear
 
 
 def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
@@ -141,6 +177,7 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
         if TWO_OF_FOUR.violations(target.rows(target.weight.detach())).any():
             raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
     worthwhile: dict[tuple[int, ...], bool] = {}
+    converted: dict[str, list[Prunable]] = {}
     counts = {"sparse": 0, "dense": 0}
     for target in find_prunable(model):
         weight = target.weight
@@ -160,7 +197,16 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
             worthwhile[shape] = dense_time > WORTHWHILE * sparse_time
         if worthwhile[shape]:
             target.module.weight = sparse
+            converted.setdefault(target.kind, []).append(target)
         counts["sparse" if worthwhile[shape] else "dense"] += 1
+    # Code that reads a weight by itself can't do with a sparse one what it does with a dense one.
+    while converted and not runs(model):
+        kind, members = converted.popitem()
+        logger.warning("note: the model's code does not run with a sparse %s, which stays dense", kind)
+        for target in members:
+            target.module.weight = nn.Parameter(target.weight.detach().to_dense(), requires_grad=False)
+        counts["sparse"] -= len(members)
+        counts["dense"] += len(members)
     return counts
 
 

@@ -7,6 +7,8 @@ Shapes: I = in_features; E = experts; T = tokens.
 import contextlib
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model.prunable import Prunable
+from proxsparse.model.linears import is_plain
+from proxsparse.model.products import Products
+from proxsparse.model.prunable import Prunable, decoder_of
 from proxsparse.model.sharding import reshard
 from proxsparse.record import atomic_path
+
+logger = logging.getLogger(__name__)
 
 NORMS_FILE = "input_norms.safetensors"
 Visit = Callable[[Prunable, int | None, Tensor], None]
@@ -33,23 +39,42 @@ def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
     """Call ``visit(target, expert, inputs)`` for everything that flows into the targets inside the block.
 
     ``inputs`` is (T, I) float32; ``expert`` is None but for stacked experts, which are visited one at a time with the
-    tokens routed to them.
+    tokens routed to them. Linears are seen as they are called, transformers' own stacked experts as they are routed,
+    all other experts at their matrix products.
     """
     by_module: dict[nn.Module, list[Prunable]] = {}
     for target in targets:
         by_module.setdefault(target.module, []).append(target)
+    entered: dict[nn.Module, list[Products]] = {}
+
+    def in_float32(target: Prunable, expert: int | None, inputs: Tensor) -> None:
+        visit(target, expert, inputs.reshape(-1, inputs.shape[-1]).float())
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         members = by_module[module]
         with torch.autocast(members[0].weight.device.type, enabled=False):  # statistics are float32
-            if members[0].weight.dim() == 3:
+            if hasattr(module, "has_gate"):
                 _visit_experts(module, arguments, keywords, members, visit)
                 return
             inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
             for target in members:
-                visit(target, None, inputs.reshape(-1, inputs.shape[-1]).float())
+                in_float32(target, None, inputs)
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in by_module]
+    def enter(module: nn.Module, *_: Any) -> None:
+        products = Products(by_module[module], in_float32)
+        products.__enter__()
+        entered.setdefault(module, []).append(products)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        entered[module].pop().__exit__(None, None, None)
+
+    handles: list[Any] = []
+    for module in by_module:
+        if is_plain(module) or hasattr(module, "has_gate"):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -126,13 +151,25 @@ def input_norms(
     training = model.training
     model.eval()
     # FSDP2 gathers weights on the way through the whole model only; else the LM head can be left out.
-    forward = model if isinstance(model, FSDPModule) else model.get_decoder()
+    forward = model if isinstance(model, FSDPModule) else decoder_of(model)
     with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)):
         for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
             forward(input_ids=window[None].to(model.device), use_cache=False)
     reshard(model)
     model.train(training)
+    note_unseen([target for target in targets if not statistics[target.name].tokens.any()])
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
+
+
+def note_unseen(targets: list[Prunable]) -> None:
+    """Say for which weights no input was seen, if there are any: their entries are compared by magnitude alone."""
+    kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", target.kind) for target in targets})
+    if kinds:
+        logger.warning(
+            "note: nothing was seen that flows into %d weights (%s); they are scored by magnitude alone",
+            len(targets),
+            ", ".join(kinds),
+        )
 
 
 def stored_norms(

@@ -2,22 +2,22 @@
 
 Every linear weight inside the decoder blocks is pruned (attention and MLP projections, fused ones and the stacked
 experts of mixture models too). Embeddings, the LM head, norms, biases, convolutions and routers are not.
+``coverage`` says in one sentence what that comes to for a model.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from proxsparse.errors import UsageError
+from proxsparse.model.linears import CONVOLUTION, Weight, expert_counts, weights_of
 from proxsparse.model.sharding import local
 
-ROUTER = re.compile(r"(^|[._])(router|gate|shared_expert_gate)$")  # does not match gate_proj
-FEWEST_OUTPUTS = 8  # smaller matrices are gates, and 2:4 kernels have no use for them
+ODD = "input width no multiple of 4"
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,63 @@ def layer_kind(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model between its token ids and its last hidden states.
+
+    ModernBERT's ``decoder`` is its LM head.
+    """
+    found = model.get_decoder()
+    return model.base_model if found is None or isinstance(found, nn.Linear) else found
+
+
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks of a model, in order.
+
+    They are the layers that transformers checkpoints; else those that the model's code forbids to split; else the
+    ModuleLists of the decoder that hold most of its weights (code written for version 4).
 
     Raises:
         UsageError: the model has none.
     """
-    decoder = model.get_decoder()
-    modules = decoder.modules() if decoder is not None else []
-    blocks: list[nn.Module] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+    decoder = decoder_of(model)
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = (
+        _outermost(decoder, lambda m: isinstance(m, GradientCheckpointingLayer))
+        or _outermost(decoder, lambda m: type(m).__name__ in whole and m is not decoder)
+        or _listed(decoder)
+    )
     if not blocks:
         raise UsageError(f"The model {type(model).__name__} has no decoder blocks to prune; give a decoder-only model.")
     return blocks
+
+
+def _outermost(root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Modules of a kind in the order of the model; those inside of another one are part of it."""
+    found: dict[nn.Module, None] = {}
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if wanted(child):
+                found[child] = None
+            else:
+                walk(child)
+
+    walk(root)
+    return list(found)
+
+
+def _listed(decoder: nn.Module) -> list[nn.Module]:
+    """Members of the decoder's ModuleLists that have as many members as the heaviest one.
+
+    XLM keeps attention and MLPs in lists of their own.
+    """
+    lists = [m for m in _outermost(decoder, lambda m: isinstance(m, nn.ModuleList)) if isinstance(m, nn.ModuleList)]
+    weights = {m: sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in lists}
+    if not any(weights.values()):
+        return []
+    length = len(max(lists, key=weights.__getitem__))
+    members = zip(*(m for m in lists if len(m) == length and weights[m]), strict=True)
+    return [member for layer in members for member in layer]
 
 
 def find_prunable(
@@ -89,27 +134,19 @@ def find_prunable(
         UsageError: a width is no multiple of ``multiple``, an expression is invalid, or nothing is left to prune.
     """
     wanted, unwanted = _expression("include", include), _expression("exclude", exclude)
-    names = {id(p): name for name, p in model.named_parameters()}
     found: list[Prunable] = []
-    seen: set[int] = set()
-    for index, block in enumerate(decoder_blocks(model)):
-        for path, module in block.named_modules():
-            for attribute, in_dim in _weights(module):
-                weight = getattr(module, attribute)
-                if ROUTER.search(path) or id(weight) in seen or id(weight) not in names:
-                    continue
-                name = names[id(weight)]
-                if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
-                    continue
-                if weight.numel() // weight.shape[in_dim] < FEWEST_OUTPUTS:
-                    continue
-                if weight.shape[in_dim] % multiple:
-                    raise UsageError(
-                        f"The input width of {name} is {weight.shape[in_dim]}, not a multiple of {multiple}, so it "
-                        f"has no blocks of {multiple}. Leave it out with `exclude={re.escape(name)}`."
-                    )
-                seen.add(id(weight))
-                found.append(Prunable(name, module, attribute, in_dim, index))
+    for name, weight, index in layer_weights(model):
+        if weight.dense is not None or weight.in_dim is None:
+            continue
+        if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
+            continue
+        width = weight.parameter.shape[weight.in_dim]
+        if width % multiple:
+            raise UsageError(
+                f"The input width of {name} is {width}, not a multiple of {multiple}, so it "
+                f"has no blocks of {multiple}. Leave it out with `exclude={re.escape(name)}`."
+            )
+        found.append(Prunable(name, weight.module, weight.attribute, weight.in_dim, index))
     if not found:
         raise UsageError(
             f"No weight of {type(model).__name__} is left to prune (include={include!r}, exclude={exclude!r})."
@@ -117,16 +154,66 @@ def find_prunable(
     return found
 
 
-def _weights(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Attribute and input dimension of each prunable parameter that belongs to this module itself."""
-    if isinstance(module, nn.Linear):
-        yield "weight", 1
-    elif isinstance(module, Conv1D):
-        yield "weight", 0
-    elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # set by transformers on expert modules
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                yield attribute, 1 if module.is_transposed else 2
+def layer_weights(model: PreTrainedModel) -> Iterator[tuple[str, Weight, int]]:
+    """Name, weight and index of the block of every matrix in the decoder blocks; shared ones once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    counts = expert_counts(model)
+    for index, block in enumerate(decoder_blocks(model)):
+        for weight in weights_of(block, counts):
+            name = names.pop(id(weight.parameter), None)
+            if name is not None:
+                yield name, weight, index
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is pruned of the linear weights inside the decoder blocks. ``str`` of it is one sentence.
+
+    Attributes:
+        pruned: weights that are pruned, counted by entries.
+        linear: all linear weights, routers and what may be linear among them, counted by entries.
+        layers: number of decoder blocks.
+        dense: reason -> kinds of weights that stay dense because of it.
+    """
+
+    pruned: int
+    linear: int
+    layers: int
+    dense: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        return self.pruned / max(self.linear, 1)
+
+    def __str__(self) -> str:
+        # Rounded down, so that 100 % is said of all weights only.
+        head = f"pruned: {int(1000 * self.share) / 10:.1f} % of the linear weights in {self.layers} layers"
+        kinds = [f"{', '.join(kinds)} ({reason})" for reason, kinds in self.dense.items()]
+        return f"{head}; left dense: {', '.join(kinds)}" if kinds else f"{head}; none is left dense"
+
+
+def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
+    """What share of the linear weights is pruned, and which kinds stay dense, with the reason.
+
+    Every matrix in the decoder blocks is a target or is named, but for embeddings, norms and biases.
+
+    Args:
+        targets: of ``find_prunable``.
+    """
+    chosen = {target.name for target in targets}
+    pruned = linear = 0
+    dense: dict[str, list[str]] = {}
+    for name, weight, _ in layer_weights(model):
+        size = weight.parameter.numel()
+        linear += size if weight.dense != CONVOLUTION else 0
+        if name in chosen:
+            pruned += size
+            continue
+        reason = weight.dense or ("excluded" if weight.parameter.shape[weight.in_dim or 0] % 4 == 0 else ODD)
+        kind = re.sub(r"\.\d+(?=\.)", ".*", layer_kind(name))
+        if kind not in dense.setdefault(reason, []):
+            dense[reason].append(kind)
+    return Coverage(pruned, linear, len(decoder_blocks(model)), dense)
 
 
 def _expression(argument: str, pattern: str | None) -> re.Pattern | None:
