@@ -71,7 +71,8 @@ def measure(model: PreTrainedModel, args) -> dict[str, float]:
     prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
 
     def decode() -> None:
-        token, cache = ids[:, :1], {}
+        token = ids[:, :1]
+        cache: dict[str, object] = {}
         for _ in range(args.tokens + 1):
             out = model(input_ids=token, use_cache=True, **cache)
             cache, token = cache_of(model, out), out.logits[:, -1:].argmax(-1)

@@ -12,8 +12,10 @@ first offenders are named: for people who fine-tune or merge after pruning.
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import say_coverage
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity
 from proxsparse.errors import RunError
+from proxsparse.model.loading import empty_model
 
 
 def arguments() -> Parser:
@@ -29,6 +31,7 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
+    say_coverage(empty_model(args.model, trust_remote_code=args.trust_remote_code))
     counts, offenders = check_sparsity(
         args.model, args.base, revision=args.revision, trust_remote_code=args.trust_remote_code
     )

@@ -30,6 +30,7 @@ from proxsparse.commands.groups import (
     model_of,
     options_of,
     require,
+    say_coverage,
 )
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
@@ -84,11 +85,12 @@ def main(args: argparse.Namespace) -> None:
         mask.base_model = args.model  # its weights are what is exported
     results = read_json(args.results).get("perplexity") if args.results else None
     title = args.push_to_hub or to.name
+    model = empty_model(args.model, **options_of(args))
+    say_coverage(model)
     if args.form == "mask":
         save_hashed(mask, to)
     elif args.form == "npz":
-        fitting = fit_mask(empty_model(args.model, **options_of(args)), mask)
-        save_npz(mask, fitting, to)
+        save_npz(mask, fit_mask(model, mask), to)
     else:
         save_pruned(args.model, mask, to, form=args.form, title=title, results=results, **options_of(args))
     if args.form in MASKS:

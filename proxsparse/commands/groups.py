@@ -24,6 +24,7 @@ from proxsparse.model.loading import (
     resolve_device,
     resolve_dtype,
 )
+from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
 from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
 
@@ -184,7 +185,20 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace, evaluating: bool = False) -> PreTrainedModel:
     """The model that the arguments name; see ``load_model`` for ``evaluating``."""
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
-    return load_model(args.model, dtype=dtype, device=device, evaluating=evaluating, **options_of(args))
+    model = load_model(args.model, dtype=dtype, device=device, evaluating=evaluating, **options_of(args))
+    say_coverage(model)
+    return model
+
+
+def say_coverage(model: PreTrainedModel, include: str | None = None, exclude: str | None = None) -> None:
+    """Say in one line what share of the linear weights is pruned, and what is left dense and why."""
+    if getattr(model, "hf_quantizer", None) is not None:  # its weights are codes
+        return
+    try:
+        targets = find_prunable(model, include, exclude, multiple=1)
+    except UsageError:  # nothing to prune: commands that prune say so, others do without
+        return
+    print(coverage(model, targets), flush=True)
 
 
 def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, Tensor]:

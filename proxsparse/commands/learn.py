@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from proxsparse.commands.cli import command, print_json
 from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, without
+from proxsparse.commands.groups import say_coverage
 from proxsparse.commands.plan import print_plan
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
@@ -71,5 +72,6 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     if model.dtype == torch.float16:
         print("float16 weights are learned in bfloat16: second moments underflow in float16")
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]
+    say_coverage(model, config.include, config.exclude)
     held_out = windows[run.samples :] if run.eval_samples else None
     learn(model, tokenizer, windows[: run.samples], config, data, eval_windows=held_out)

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from proxsparse.commands.cli import command, print_json
 from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, option, underscored
+from proxsparse.commands.groups import say_coverage
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import Plan, dimensions, plan_learning
-from proxsparse.model.loading import resolve_dtype
+from proxsparse.model.loading import empty_of, resolve_dtype
 from proxsparse.text import check_ctx_len
 
 GIB = 2**30
@@ -86,6 +87,7 @@ def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None =
         sharded=sharded,
         on_cpu=on_cpu,
     )
+    say_coverage(empty_of(found, config.trust_remote_code), config.include, config.exclude)
     show(plan, str(run.model), str(config.output_dir), dtype)
     if gpus is None:
         compare_with_this_machine(plan, on_cpu)

@@ -138,7 +138,7 @@ def _from_tensors(
     checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool, kwargs: dict
 ) -> tuple[PreTrainedModel, dict]:
     """A model of the plain tensors that a compact or quantised checkpoint stands for."""
-    empty = _empty(config, trust_remote_code)
+    empty = empty_of(config, trust_remote_code)
     own = config.dtype or torch.float32
     found: Any = type(empty).from_pretrained(
         None, config=empty.config, state_dict=checkpoint.tensors, dtype=own, output_loading_info=True, **kwargs
@@ -206,12 +206,13 @@ def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bo
     """A model without values (on torch's meta device), from its configuration alone: no weights are read."""
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with doing(f"building the model {name}"), clear_errors(name):
-        model = _empty(config, trust_remote_code)
+        model = empty_of(config, trust_remote_code)
     model.config._name_or_path = name
     return model
 
 
-def _empty(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def empty_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without values (on torch's meta device), of a configuration."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
