@@ -13,6 +13,7 @@ import sys
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from proxsparse.commands import learn
+from proxsparse.learning import trainer
 from proxsparse.learning.trainer import ProxSparseTrainer
 
 SHARDED = "ACCELERATE_USE_FSDP" in os.environ
@@ -37,17 +38,25 @@ def allow_fsdp_on_the_cpu():
 def watch_the_trainer():
     """Make sure that weights are sharded, or the test would compare ordinary runs; and say what each process holds."""
     measure_original, mask = ProxSparseTrainer._measure_original, ProxSparseTrainer.mask
+    stored_norms = trainer.stored_norms
 
     def measure_and_check(self):
         measure_original(self)
         assert (type(self.targets[0].weight).__name__ == "DTensor") == SHARDED
+        # Shards keep no whole gradients while several batches make a step.
+        assert self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False) == SHARDED
 
     def mask_and_say(self):
         weights = b"".join(t.stored.float().numpy().tobytes() for t in self.targets)
         say(f"WEIGHTS {os.environ['RANK']} {hashlib.sha256(weights).hexdigest()}")
         return mask(self)
 
+    def norms_of_an_own(*args, **kwargs):
+        """Replicas on unequal devices measure unequal norms."""
+        return {name: norm.roll(int(os.environ["RANK"]), -1) for name, norm in stored_norms(*args, **kwargs).items()}
+
     ProxSparseTrainer._measure_original, ProxSparseTrainer.mask = measure_and_check, mask_and_say
+    trainer.stored_norms = norms_of_an_own
 
 
 if __name__ == "__main__":

@@ -102,3 +102,19 @@ def test_at_24_there_is_no_freedom(model):
         allocate(model, Pattern.parse("2:4"), "owl", windows())
     with pytest.raises(UsageError, match="`allocation` must be one of uniform, owl, alphapruning; got 'even'"):
         allocate(model, Pattern.parse("4:8"), "even", windows())
+
+
+class OnAccelerator:
+    """Singular values where nothing works but to bring them to the CPU: GPUs have no histograms, mps no float64."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def cpu(self):
+        return self.values
+
+
+def test_spectra_leave_the_accelerator_before_anything_is_computed_of_them(monkeypatch):
+    plain, expected = torch.linalg.svdvals, tail_exponents(tiny_llama())
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: OnAccelerator(plain(matrix)))
+    assert torch.equal(tail_exponents(tiny_llama()), expected)

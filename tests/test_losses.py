@@ -1,10 +1,10 @@
-"""Distillation, and the optimizer that rounds stochastically."""
+"""Distillation, the frozen-weight penalty, and the optimizer that rounds stochastically."""
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from proxsparse.learning.losses import distillation_loss, lm_loss
+from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss
 from proxsparse.learning.optim import StochasticAdamW
 
 
@@ -55,3 +55,21 @@ def test_in_bfloat16_small_steps_survive_on_average():
         optimizer.step()
     # Twenty steps of 1e-4; a unit in the last place is 2^-8 = 39e-4 below one.
     assert weight.double().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)
+
+
+def test_the_frozen_weight_penalty_is_its_definition():
+    weight, base = torch.tensor([0.5, -1.0, 0.3]), torch.tensor([1.0, -2.0, 0.0])
+    expected = sum((w / (b + 0.1 * (-1 if b < 0 else 1)) * (w - b)) ** 2 for w, b in zip(weight, base, strict=True))
+    assert frozen_weight_penalty(weight, base, 0.1).item() == pytest.approx(expected.item())
+
+
+def test_the_frozen_weight_penalty_has_the_gradient_of_finite_differences_and_autograd():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+    base[0, 0] = 0.0
+    weight = (base + 0.3 * torch.randn(6, 8, dtype=torch.float64, generator=generator)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: frozen_weight_penalty(w, base, 0.2), (weight,))
+    scale = base + 0.2 * torch.where(base < 0, -1.0, 1.0)
+    (plain,) = torch.autograd.grad((weight / scale * (weight - base)).square().sum(), weight)
+    (ours,) = torch.autograd.grad(frozen_weight_penalty(weight, base, 0.2), weight)
+    torch.testing.assert_close(ours, plain)

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 from proxsparse.commands.learn import LearnParser, parse_arguments
 from proxsparse.commands.plan import main as plan_command
+from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.optim import cost_of
 from proxsparse.learning.plan import DIMENSIONS, PROCESS_BYTES, plan_learning
+from proxsparse.model.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = """
@@ -149,3 +154,57 @@ def test_the_command_needs_a_configuration_only(checkpoint, tmp_path, capsys):
     assert "memory a device, computed" in shown
     assert json.loads(shown.splitlines()[-1])["steps"] == 400
     assert not (tmp_path / "out").exists()
+
+
+SIZES = {
+    "vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+WITHOUT_VALUES = {
+    "Gemma 3": lambda: hf.Gemma3Config(text_config=SIZES | {"head_dim": 8}, vision_config=VISION),
+    "JetMoE": lambda: hf.JetMoeConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=64, num_local_experts=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_VALUES)
+def test_a_model_that_computes_with_values_only_has_a_plan_without_activations(name, tmp_path, capsys):
+    dimensions = WITHOUT_VALUES[name]()
+    dimensions.save_pretrained(tmp_path)
+    parameters = sum(p.numel() for p in hf.AutoModelForCausalLM.from_config(dimensions).parameters())
+    assert plan_command(["--model", str(tmp_path), "--ctx_len", "32", "--output_dir", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: activations are not counted: the forward pass of" in shown
+    assert json.loads(shown.splitlines()[-1])["parameters"] == parameters
+
+
+def test_a_model_that_is_no_language_model_is_refused_as_loading_refuses_it(tmp_path, capsys):
+    dimensions = hf.LlavaConfig(text_config=hf.LlamaConfig(**SIZES), vision_config=hf.CLIPVisionConfig(**VISION))
+    dimensions.save_pretrained(tmp_path)
+    assert plan_command(["--model", str(tmp_path), "--ctx_len", "32", "--output_dir", "none"]) != 0
+    planned = capsys.readouterr().err
+    with pytest.raises((UsageError, RunError)) as loading:
+        load_model(str(tmp_path))
+    assert planned.strip() == f"error: {loading.value}"
+
+
+@pytest.mark.parametrize(
+    ("optim", "dtype", "rounding", "cost"),
+    [
+        ("adamw_torch", torch.float32, "stochastic", (8.0, 0)),
+        ("adamw_torch", torch.bfloat16, "nearest", (4.0, 0)),
+        ("adamw_torch_fused", torch.bfloat16, "stochastic", (6.0, 6)),
+        ("adafactor", torch.float32, "stochastic", (0.01, 3)),
+        ("adafactor", torch.bfloat16, "nearest", (0.01, 6)),
+        ("sgd", torch.bfloat16, "stochastic", (0.0, 0)),
+    ],
+)
+def test_an_optimizer_says_what_it_takes(optim, dtype, rounding, cost):
+    config = ProxSparseConfig(output_dir="none", use_cpu=True, bf16=False, optim=optim, rounding=rounding)
+    assert cost_of(config, dtype) == cost

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from proxsparse.resume import CompleteCheckpoints, checkpoints, fault, last_complete_checkpoint
+from proxsparse.errors import RunError, UsageError
+from proxsparse.resume import (
+    RUN_FILE,
+    CompleteCheckpoints,
+    checkpoints,
+    claim,
+    fault,
+    last_complete_checkpoint,
+    starting_point,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -18,7 +27,7 @@ ATTEMPTS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from proxsparse.commands import learn
-import proxsparse.learning.trainer, proxsparse.kernels.cpu
+import proxsparse.learning.trainer, proxsparse.operator.kernels.cpu
 
 whole, broken, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 
@@ -83,10 +92,10 @@ def run(tmp_path):
     return tmp_path
 
 
-def mark(folder, step, keep=None):
+def mark(folder, step, keep=None, best=None):
     from types import SimpleNamespace
 
-    state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=step, best_model_checkpoint=best)
     CompleteCheckpoints(keep).on_save(SimpleNamespace(output_dir=str(folder)), state, None)
 
 
@@ -126,3 +135,37 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(run):
         "model.safetensors",
         "trainer_state.json",
     }
+
+
+def test_the_best_checkpoint_outlives_the_rotation(run):
+    mark(run, 6, keep=1, best=run / "checkpoint-2")
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_folder_belongs_to_the_run_that_claimed_it(tmp_path):
+    record = {"settings": {"samples": 4, "dataset": "d" * 150, "logging_steps": 1}, "commit": "abc"}
+    claim(tmp_path / "run", record, write=False)
+    assert not (tmp_path / "run").exists()
+    claim(tmp_path / "run", record)
+    written = (tmp_path / "run" / RUN_FILE).read_bytes()
+    claim(tmp_path / "run", record | {"commit": "def"})  # only settings decide
+    other = record["settings"] | {"logging_steps": 2}
+    claim(tmp_path / "run", {"settings": other}, decisive=["samples", "a later setting"])
+    with pytest.raises(UsageError, match=r"holds a run with `logging_steps` 1, now it is 2: give another `output_dir`"):
+        claim(tmp_path / "run", {"settings": other})
+    with pytest.raises(UsageError, match=r"holds a run with another `dataset`: give another"):
+        claim(tmp_path / "run", {"settings": record["settings"] | {"dataset": "e" * 150}})
+    assert (tmp_path / "run" / RUN_FILE).read_bytes() == written
+    (tmp_path / "run" / RUN_FILE).write_text("[]")
+    with pytest.raises(RunError, match=r"run.json is damaged"):
+        claim(tmp_path / "run", record)
+
+
+def test_the_checkpoint_that_is_asked_for_is_taken_or_refused(run, tmp_path):
+    assert starting_point(run) == starting_point(run, "true") == str(run / "checkpoint-6")
+    assert starting_point(run, str(run / "checkpoint-2")) == str(run / "checkpoint-2")
+    (run / "checkpoint-2" / "complete.json").unlink()
+    refused = {run / "checkpoint-2": "it was not written to its end", run / "none": "there is no such folder"}
+    for asked, why in refused.items():
+        with pytest.raises(UsageError, match=f"`resume_from_checkpoint=.*` can't be obeyed: {why}"):
+            starting_point(run, str(asked))

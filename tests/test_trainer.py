@@ -9,9 +9,9 @@ from datasets import Dataset
 from test_prunable import build
 from transformers import TrainerCallback
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError
 from proxsparse.learning.config import METHODS, ProxSparseConfig
-from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty
+from proxsparse.learning.losses import distillation_loss
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.operator.prox import prox_op
@@ -326,64 +326,3 @@ def test_evaluation_measures_the_masked_original_weights(tmp_path, tokenizer):
         for target in runs.targets:
             target.weight.mul_(runs.mask().tensors[target.name])
     assert found == pytest.approx(runs.model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "magic"}, "`method` must be one of paper, masked; got 'magic'"),
-        ({"score": "hessian"}, "`score` must be one of activation, weight; got 'hessian'"),
-        ({"lambda_value": -1.0}, "`lambda_value` must be a finite number of at least 0, or auto; got -1.0"),
-        ({"distill": 1.5}, "`distill` must be between 0 and 1; got 1.5"),
-        ({"epsilon": 0.0}, "`epsilon` must be a finite number > 0; got 0.0"),
-        ({"learning_rate": -1e-3}, "`learning_rate` must be a finite number > 0"),
-        ({"rounding": "up"}, "`rounding` must be one of stochastic, nearest; got 'up'"),
-        ({"lambda2_value": 1.0}, "`lambda2_value` has no effect without `project_lambda2=1`"),
-        ({"project_lambda2": 1}, "Use `method=paper`, or leave lambda2 out"),
-        ({"project_lambda2": 2}, "`project_lambda2` must be one of 0, 1; got 2"),
-        ({"keep_base": "disk"}, "`keep_base` must be one of device, cpu, checkpoint; got 'disk'"),
-        ({"keep_base": "checkpoint"}, "`keep_base=checkpoint` reads the original weights from safetensors files, and "),
-        (
-            {"optim_in_backward": True, "gradient_accumulation_steps": 2},
-            "`gradient_accumulation_steps` must be 1; got 2",
-        ),
-        ({"optim_in_backward": True, "fp16": True}, "use `bf16=True` instead of `fp16=True`"),
-        ({"optim_in_backward": True, "max_grad_norm": 0.5}, "`max_grad_norm` must be 0; got 0.5"),
-        (
-            {"optim_in_backward": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "leave use_reentrant out",
-        ),
-        ({"method": "paper", "distill": 1.0}, "`distill` needs the dense model.*give `train_only_pruned=True` too"),
-        ({"norm_samples": 0}, "`norm_samples` must be at least 1; got 0"),
-        ({"include": "("}, "`include` must be a regular expression, got '\\('"),
-        ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),
-    ],
-)
-def test_bad_settings_are_named(tmp_path, tokenizer, changes, message):
-    with pytest.raises(UsageError, match=message):
-        trainer(tmp_path, tokenizer, **changes)
-
-
-def test_a_preset_gives_way_to_what_the_user_sets(tmp_path):
-    assert config(tmp_path).lambda_value == METHODS["masked"]["lambda_value"]
-    assert config(tmp_path, lambda_value=0.5, learning_rate=3e-3).lambda_value == 0.5
-    assert config(tmp_path, learning_rate=3e-3).learning_rate == 3e-3
-    assert config(tmp_path, masked_forward=False).masked_forward is False
-
-
-def test_the_frozen_weight_penalty_is_its_definition():
-    weight, base = torch.tensor([0.5, -1.0, 0.3]), torch.tensor([1.0, -2.0, 0.0])
-    expected = sum((w / (b + 0.1 * (-1 if b < 0 else 1)) * (w - b)) ** 2 for w, b in zip(weight, base, strict=True))
-    assert frozen_weight_penalty(weight, base, 0.1).item() == pytest.approx(expected.item())
-
-
-def test_the_frozen_weight_penalty_has_the_gradient_of_finite_differences_and_autograd():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(6, 8, dtype=torch.float64, generator=generator)
-    base[0, 0] = 0.0
-    weight = (base + 0.3 * torch.randn(6, 8, dtype=torch.float64, generator=generator)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: frozen_weight_penalty(w, base, 0.2), (weight,))
-    scale = base + 0.2 * torch.where(base < 0, -1.0, 1.0)
-    (plain,) = torch.autograd.grad((weight / scale * (weight - base)).square().sum(), weight)
-    (ours,) = torch.autograd.grad(frozen_weight_penalty(weight, base, 0.2), weight)
-    torch.testing.assert_close(ours, plain)

@@ -87,9 +87,7 @@ def prune_layerwise(
                     decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
         for target in own:
             masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
-        for statistic in statistics.values():
-            if getattr(statistic, "skipped", 0):
-                logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
+        _say_what_was_skipped(statistics)
         del statistics
         if calls and index + 1 < len(blocks):
             with reduced:
@@ -187,6 +185,12 @@ def run_block(block, states: Tensor, call: tuple[tuple, dict], device: torch.dev
 
 def _collect_in(statistics: dict[str, Any]) -> Visit:
     return lambda target, expert, inputs: statistics[target.name].add(expert, inputs)
+
+
+def _say_what_was_skipped(statistics: dict[str, Any]) -> None:
+    for statistic in statistics.values():
+        if getattr(statistic, "skipped", 0):
+            logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
 
 
 def _prune_one(target: Prunable, method: Any, statistic: Any, pattern: Pattern, update: bool) -> Tensor:

@@ -36,6 +36,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _POSITIVE,
     "learning_rate": _POSITIVE,
     "norm_samples": _COUNT,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for all samples"),
     "gradient_accumulation_steps": _COUNT,
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
@@ -54,6 +56,16 @@ REFUSALS = (
         lambda c: c.fsdp and "RANK" not in os.environ,
         "`fsdp` shards a model over several processes, and this is one: start with accelerate launch --config_file "
         "script/accelerate/fsdp2.yaml, and leave `fsdp` out.",
+    ),
+    Refusal(
+        attrgetter("deepspeed"),
+        "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks of "
+        "four. Use FSDP2, as script/accelerate/fsdp2.yaml sets it up.",
+    ),
+    Refusal(
+        lambda c: c.activation_offloading and c.use_cpu,
+        "`activation_offloading=True` moves activations from an accelerator to the CPU, and this run is on the CPU: "
+        "leave it out.",
     ),
     Refusal(
         lambda c: c.save_strategy == "best" and c.eval_strategy == "no",
@@ -237,8 +249,7 @@ class ProxSparseConfig(SFTConfig):
         needed += [("optim", optim.name_of(self), optim.package_of(optim.name_of(self)))]
         for setting, value, packages in needed:
             if packages and not any(importlib.util.find_spec(package) for package in packages.split()):
-                first = packages.split()[0]
                 raise UsageError(
-                    f"`{setting}={value}` needs the package {first}, which is not installed here: pip install {first}, "
-                    f"or choose another `{setting}`."
+                    f"`{setting}={value}` needs the package {packages.split()[0]}, which is not installed here: "
+                    f"install it, or choose another `{setting}`."
                 )

@@ -30,6 +30,11 @@ REFUSALS = (
         "`train_only_pruned=True` too.",
     ),
     Refusal(
+        lambda c: c.distill and (c.label_smoothing_factor or c.loss_type != "nll"),
+        "`label_smoothing_factor` and `loss_type` change the language-model loss, and distillation takes its place: "
+        "leave them out, or use `method=paper`.",
+    ),
+    Refusal(
         lambda c: c.lambda2_value and not c.project_lambda2,
         "`lambda2_value` has no effect without `project_lambda2=1`; give both or neither.",
     ),

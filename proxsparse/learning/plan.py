@@ -5,13 +5,15 @@ by a formula: the forward pass runs on fake tensors, which have shapes and no me
 up. So it holds for every architecture, and takes seconds for any size.
 """
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +24,6 @@ from transformers import (
     Qwen2Config,
 )
 
-from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.objective import Objective
 from proxsparse.learning.optim import cost_of
@@ -31,6 +32,7 @@ from proxsparse.model.loading import load_config
 from proxsparse.model.prunable import decoder_blocks, find_prunable
 
 logger = logging.getLogger(__name__)
+UNCOUNTED = "activations are not counted: the forward pass of {} can't be run on tensors without values"
 PROCESS_BYTES = 64 * 2**20  # what the libraries allocate while they train, measured on tiny models
 
 # Dimensions of the models that the recipes name, from their published config.json files: a plan needs no network.
@@ -174,34 +176,62 @@ def _sizes(
     compute: torch.dtype,
 ) -> _Sizes:
     """From a model on fake tensors: see the module's docstring."""
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), _quiet_fakes():
         warnings.simplefilter("ignore")
-        with clear_errors(dimensions._name_or_path or type(dimensions).__name__):
-            model = AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
-        targets = find_prunable(model, config.include, config.exclude)
-        names = {t.name for t in targets}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not config.train_only_pruned or name in names)
-        parameters = sum(p.numel() for p in model.parameters())
-        prunable = sum(t.weight.numel() for t in targets)
-        found = _Sizes(
-            parameters,
-            prunable if config.train_only_pruned else parameters,
-            prunable,
-            largest=max(p.numel() for p in model.parameters() if p.requires_grad),
-            block=max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model)),
-            ends=sum({id(m.weight): m.weight.numel() for m in _ends(model)}.values()),
-        )
-        try:
-            found.activations, found.logits = _activations(model, batch, compute, bool(config.activation_checkpointing))
-        except (UsageError, RunError):
-            raise
-        except Exception as error:  # whatever code of a model does with tensors that have no values
-            logger.debug("the forward pass on fake tensors failed", exc_info=error)
-            found.note = (
-                f"activations are not counted: the forward pass of {type(model).__name__} can't be run without values"
-            )
+        model = _model(dimensions, dtype)
+        if model is not None:
+            found = _counts(model, config)
+            try:
+                checkpointing = bool(config.activation_checkpointing)
+                found.activations, found.logits = _activations(model, batch, compute, checkpointing)
+            except Exception as error:  # whatever a model's code does with tensors that have no values
+                logger.debug("the forward pass on fake tensors failed", exc_info=error)
+                found.note = UNCOUNTED.format(type(model).__name__)
+            return found
+    with torch.device("meta"):  # has no values either, and asks for none while a model is made
+        model = _model(dimensions, dtype)
+    assert model is not None
+    found = _counts(model, config)
+    found.note = UNCOUNTED.format(type(model).__name__)
     return found
+
+
+def _model(dimensions: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+    """A model without values; None where making it needs some."""
+    with clear_errors(dimensions._name_or_path or type(dimensions).__name__):
+        try:
+            return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
+        except DataDependentOutputException:
+            return None
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """torch logs what fake tensors can't do, and the plan says it itself."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _counts(model: PreTrainedModel, config: ProxSparseConfig) -> _Sizes:
+    targets = find_prunable(model, config.include, config.exclude)
+    names = {t.name for t in targets}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not config.train_only_pruned or name in names)
+    parameters = sum(p.numel() for p in model.parameters())
+    prunable = sum(t.weight.numel() for t in targets)
+    return _Sizes(
+        parameters,
+        prunable if config.train_only_pruned else parameters,
+        prunable,
+        largest=max(p.numel() for p in model.parameters() if p.requires_grad),
+        block=max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model)),
+        ends=sum({id(m.weight): m.weight.numel() for m in _ends(model)}.values()),
+    )
 
 
 def _ends(model: PreTrainedModel) -> list:

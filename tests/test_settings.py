@@ -1,0 +1,95 @@
+"""Settings of a run: presets, and one sentence for each that can't work here."""
+
+import importlib.util
+
+import pytest
+from test_trainer import config, trainer
+
+from proxsparse.errors import UsageError
+from proxsparse.learning.config import METHODS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "`method` must be one of paper, masked; got 'magic'"),
+        ({"score": "hessian"}, "`score` must be one of activation, weight; got 'hessian'"),
+        ({"lambda_value": -1.0}, "`lambda_value` must be a finite number of at least 0, or auto; got -1.0"),
+        ({"distill": 1.5}, "`distill` must be between 0 and 1; got 1.5"),
+        ({"epsilon": 0.0}, "`epsilon` must be a finite number > 0; got 0.0"),
+        ({"learning_rate": -1e-3}, "`learning_rate` must be a finite number > 0"),
+        ({"rounding": "up"}, "`rounding` must be one of stochastic, nearest; got 'up'"),
+        ({"lambda2_value": 1.0}, "`lambda2_value` has no effect without `project_lambda2=1`"),
+        ({"project_lambda2": 1}, "Use `method=paper`, or leave lambda2 out"),
+        ({"project_lambda2": 2}, "`project_lambda2` must be one of 0, 1; got 2"),
+        ({"keep_base": "disk"}, "`keep_base` must be one of device, cpu, checkpoint; got 'disk'"),
+        ({"keep_base": "checkpoint"}, "`keep_base=checkpoint` reads the original weights from safetensors files, and "),
+        (
+            {"optim_in_backward": True, "gradient_accumulation_steps": 2},
+            "`gradient_accumulation_steps` must be 1; got 2",
+        ),
+        ({"optim_in_backward": True, "fp16": True}, "use `bf16=True` instead of `fp16=True`"),
+        ({"optim_in_backward": True, "max_grad_norm": 0.5}, "`max_grad_norm` must be 0; got 0.5"),
+        (
+            {"optim_in_backward": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "leave use_reentrant out",
+        ),
+        ({"method": "paper", "distill": 1.0}, "`distill` needs the dense model.*give `train_only_pruned=True` too"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1; got 0"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1; got 0"),
+        ({"max_steps": 0}, "`max_steps` must be at least 1, or -1 for all samples; got 0"),
+        ({"assistant_only_loss": True}, "`assistant_only_loss=True` is for conversations or texts of several lengths"),
+        ({"packing": True}, "`packing=True` is for conversations or texts of several lengths"),
+        ({"fsdp": "full_shard"}, "`fsdp` shards a model over several processes, and this is one"),
+        ({"deepspeed": "zero.json"}, "Learning under DeepSpeed is not supported"),
+        ({"activation_offloading": True}, "and this run is on the CPU: leave it out"),
+        ({"label_smoothing_factor": 0.1}, "change the language-model loss, and distillation takes its place"),
+        ({"save_strategy": "best"}, "saves when the evaluation is better than before, and there is none"),
+        ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs samples to evaluate on: give `eval_samples`"),
+        ({"norm_samples": 0}, "`norm_samples` must be at least 1; got 0"),
+        ({"include": "("}, "`include` must be a regular expression, got '\\('"),
+        ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, tokenizer, changes, message):
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, tokenizer, **changes)
+
+
+def test_a_preset_gives_way_to_what_the_user_sets(tmp_path):
+    assert config(tmp_path).lambda_value == METHODS["masked"]["lambda_value"]
+    assert config(tmp_path, lambda_value=0.5, learning_rate=3e-3).lambda_value == 0.5
+    assert config(tmp_path, learning_rate=3e-3).learning_rate == 3e-3
+    assert config(tmp_path, masked_forward=False).masked_forward is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "package"),
+    [
+        ({"report_to": "wandb"}, "wandb"),
+        ({"report_to": ["trackio", "mlflow"]}, "trackio"),
+        ({"report_to": "tensorboard"}, "tensorboard"),
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim": "paged_adamw_32bit"}, "bitsandbytes"),
+        ({"optim": "adamw_torch_4bit"}, "torchao"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree"),
+    ],
+)
+def test_a_package_that_is_absent_is_named_before_anything_is_loaded(tmp_path, monkeypatch, changes, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    settings = config(tmp_path, **changes)  # a plan for another machine needs no package
+    with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed here"):
+        settings.require_packages()
+
+
+def test_a_package_that_is_there_is_not_missed(tmp_path, monkeypatch):
+    present = {"bitsandbytes", "tensorboardX"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
+    config(tmp_path, optim="adamw_8bit", report_to="tensorboard").require_packages()
+    config(tmp_path, optim="adamw_torch", report_to="none").require_packages()
+
+
+def test_the_best_checkpoint_is_the_one_of_the_least_loss_where_nothing_else_is_said(tmp_path):
+    settings = config(tmp_path, save_strategy="best", eval_strategy="steps", eval_steps=2)
+    assert settings.metric_for_best_model == "loss"
+    assert settings.greater_is_better is False

@@ -1,0 +1,187 @@
+"""Learning with models, tokenizers and checkpoints as they come."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from conftest import byte_tokenizer, tiny_llama
+from test_trainer import STEPS, config, data, trainer
+from transformers import GenerationConfig
+
+from proxsparse.baselines import METHODS, Wanted
+from proxsparse.errors import RunError, UsageError, task_of
+from proxsparse.learning.copies import TakingTurns
+from proxsparse.learning.optim import scale_learning_rates
+from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.mask import load_mask, save_mask
+from proxsparse.model.loading import load_model
+from proxsparse.operator.prox import kernel_for
+
+SIZES = {
+    "vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Of these TRL's fused loss can't be had: no number of experts by its name, other shapes of router logits, or a decoder
+# that is the whole model.
+MIXTURES = {
+    "GraniteMoe": lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**SIZES, **EXPERTS)),
+    "PhiMoE": lambda: hf.PhimoeForCausalLM(hf.PhimoeConfig(**SIZES, **EXPERTS)),
+    "Doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**SIZES)),
+    "Llama 4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(**SIZES, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1, head_dim=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_paper_method_learns_where_the_fused_loss_does_not_work(name, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = MIXTURES[name]()
+    rows = data(1)
+    ids = torch.tensor(rows["input_ids"])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    runs = ProxSparseTrainer(
+        model, config(tmp_path, method="paper"), train_dataset=rows, processing_class=tokenizer, eval_dataset=rows
+    )
+    assert runs.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-3)
+    runs.train()
+    assert runs.state.log_history[-2]["lm_loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def bare_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("method", ["paper", "masked"])
+def test_a_tokenizer_without_padding_and_end_tokens_gives_the_same_mask(tmp_path, tokenizer, method):
+    masks = []
+    for i, given in enumerate((tokenizer, bare_tokenizer())):
+        runs = trainer(tmp_path / str(i), given, method=method)
+        runs.train()
+        masks.append(runs.mask().tensors)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_a_generation_config_that_can_not_be_saved_does_not_stop_a_run(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6, pad_token_id=5, eos_token_id=7)
+    trainer(tmp_path, tokenizer, model, save_strategy="steps", save_steps=3).train()
+    saved = json.loads((tmp_path / "checkpoint-3" / "generation_config.json").read_text())
+    assert not {"temperature", "top_p", "do_sample"} & {name for name, value in saved.items() if value is not None}
+    assert 7 in saved["eos_token_id"]  # what the model ends with stays
+
+
+def test_sampling_settings_stay_where_they_are_used(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7)
+    trainer(tmp_path, tokenizer, model, save_strategy="steps", save_steps=3).train()
+    saved = json.loads((tmp_path / "checkpoint-3" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.7
+
+
+@pytest.mark.parametrize("method", ["paper", "masked"])
+def test_a_run_resumed_with_another_text_is_refused(tmp_path, tokenizer, method):
+    settings = config(tmp_path, method=method, save_strategy="steps", save_steps=3, norm_samples=1)
+    given = {"args": settings, "processing_class": tokenizer}
+    ProxSparseTrainer(tiny_llama(), train_dataset=data(STEPS), **given).train()
+    rows = data(STEPS)["input_ids"][:]
+    rows[-1] = rows[-1][::-1]  # not among those that norms are measured on
+    other = ProxSparseTrainer(tiny_llama(), train_dataset=data(0).from_dict({"input_ids": rows}), **given)
+    with pytest.raises(UsageError, match="checkpoint-3 was learned from another text than the one given now"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_best_checkpoint_is_kept_and_gives_the_mask(tmp_path, tokenizer):
+    losses = iter([3.0, 1.0, 2.0])
+
+    class Known(ProxSparseTrainer):
+        def evaluate(self, *args, **kwargs):
+            found = super().evaluate(*args, **kwargs) | {"eval_loss": next(losses)}
+            return found
+
+    settings = config(
+        tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, save_total_limit=1,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    given = {"train_dataset": data(), "eval_dataset": data(2, seed=1), "processing_class": tokenizer}
+    runs = Known(tiny_llama(), settings, **given)
+    runs.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    best = load_model(str(tmp_path / "checkpoint-4"))
+    for target in runs.targets:
+        assert torch.equal(target.weight, best.get_parameter(target.name))
+
+
+def test_an_error_says_in_which_step_it_happened(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer)
+
+    def fail(*args):
+        if runs.state.global_step == 2:
+            raise IndexError("something")
+        return plain(*args)
+
+    plain, runs.objective.loss = runs.objective.loss, fail
+    with pytest.raises(IndexError) as found:
+        runs.train()
+    assert task_of(found.value) == "step 3 of learning"
+
+
+def test_an_error_while_a_checkpoint_is_written_says_so(tmp_path, tokenizer, monkeypatch):
+    runs = trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2)
+
+    def fail(folder):
+        raise OSError("no")
+
+    monkeypatch.setattr(runs.proximal, "save", fail)
+    with pytest.raises(OSError, match="no") as found:
+        runs.train()
+    assert task_of(found.value) == f"completing the checkpoint {tmp_path / 'checkpoint-2'}"
+
+
+def test_a_learning_rate_without_its_weight_is_an_error():
+    kept, replaced = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = torch.optim.SGD([kept], lr=0.1)
+    with pytest.raises(RunError, match="lacks 1 of 2 weights"):
+        scale_learning_rates(optimizer, {id(kept): 0.5, id(replaced): 0.5})
+    scale_learning_rates(optimizer, {id(kept): 0.5})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05]
+
+
+def test_offloaded_shards_are_overwritten_only_when_the_device_is_through(tmp_path, tokenizer, monkeypatch):
+    runs, waits = trainer(tmp_path, tokenizer), []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    runs.train()
+    assert not waits  # the CPU computes what it stores
+    monkeypatch.setattr("proxsparse.learning.copies.computed_on", lambda weight: "cuda")
+    turns: TakingTurns = runs.objective.turns
+    with turns.away():
+        for done, put in enumerate((turns.put_original, turns.put_masked, turns.put_learned), 1):
+            put()
+            assert len(waits) == done
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("given", [byte_tokenizer, bare_tokenizer])
+def test_every_baseline_prunes_by_one_call_and_leaves_nothing(tmp_path, method, given):
+    model, ids = tiny_llama(), torch.tensor(data(4)["input_ids"])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.generation_config = GenerationConfig(temperature=0.9)
+    made, wanted = METHODS[method](), Wanted(update=False, bf16=False, folder=tmp_path / "learning")
+    made.check(wanted)
+    mask = made.prune_model(model, given(), ids, wanted)
+    made.forget(wanted)
+    assert not list(tmp_path.iterdir())
+    assert model.generation_config.temperature == 0.9
+    save_mask(mask, tmp_path / "mask.safetensors")  # checks the pattern
+    for name, kept in load_mask(tmp_path / "mask.safetensors").tensors.items():
+        assert torch.equal(model.get_parameter(name), before[name] * kept)
+
+
+def test_a_device_without_a_kernel_of_its_own_computes_in_torch():
+    assert kernel_for(torch.empty(4, device="meta")) == "eager"
