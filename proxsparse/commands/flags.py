@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import HfArgumentParser, IntervalStrategy
+from transformers import HfArgumentParser
 
 from proxsparse.commands.cli import HelpFormatter
 from proxsparse.commands.groups import MODEL_HELP, TEXT_HELP
@@ -95,12 +95,12 @@ class LearnParser(HfArgumentParser):
             words = _with_defaults(without(words, "recipe"), find_recipe(recipe).settings())
         machine = self._machine(words) if self.defaults is None else self.defaults
         named = option(words, "output_dir") is not None
+        if (option(words, "eval_samples") or "0") != "0":
+            machine = machine | {"eval_strategy": "steps", "eval_steps": 0.1}
         rest = _with_defaults(words, machine | ({} if named else {"output_dir": "runs"}))
         run, config, own = self._dataclasses(rest)
         self._check(run, config)
         self._one_batch_size(words, run, config)
-        if config.eval_strategy == "no" and run.eval_samples:
-            config.eval_strategy, config.eval_steps = IntervalStrategy.STEPS, 0.1
         if not named:
             config.output_dir = str(Path("runs") / default_folder(run, config))
         return Parsed(run, config, words, own)

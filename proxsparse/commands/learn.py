@@ -59,6 +59,7 @@ def main(parsed: Parsed) -> None:
 
 def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) -> None:
     """Read the texts, then load the model, then learn: what is wrong with a text costs no wait for the model."""
+    config.require_packages()
     options: dict[str, Any] = {"revision": run.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(run.dtype)
     set_seed(config.seed)
