@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--ctx_len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=None, help="evaluation windows a text; default: all")
+    parser.add_argument("--windows", type=int, default=None, help="evaluation windows per text; default: all")
     parser.add_argument(
         "--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while calibrating"
     )

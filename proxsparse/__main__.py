@@ -15,7 +15,7 @@ COMMANDS = {
     "prune": ("prune", "the baselines (baseline/main.py)"),
     "export": ("export", "write the pruned checkpoint, the mask alone, or the compact form"),
     "check": ("check", "is a checkpoint 2:4, and nothing but pruned?"),
-    "bench": ("bench", "what 2:4 gains on this machine: tokens a second, dense beside sparse"),
+    "bench": ("bench", "what 2:4 gains on this machine: tokens per second, dense compared with sparse"),
     "report": ("report", "table and picture of a run (eval/report.py)"),
     "download": ("download", "the released pruned models (proxsparse_pruned_model_download.py)"),
     "operator": ("operator", "try the proximal operator (end-to-end/prox_op.py)"),

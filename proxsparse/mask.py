@@ -1,6 +1,6 @@
-"""Masks: taken from learned weights, stored at one bit a weight, checked, and applied to original weights.
+"""Masks: taken from learned weights, stored at one bit per weight, checked, and applied to original weights.
 
-A mask file is a safetensors file with one uint8 tensor a weight: bits packed along the input dimension
+A mask file is a safetensors file with one uint8 tensor per weight: bits packed along the input dimension
 (``numpy.packbits`` little-endian), so a weight of (O, I) inputs-last has (O, ceil(I / 8)) bytes. Its metadata says
 what it belongs to. Names are those of ``model.named_parameters()``.
 

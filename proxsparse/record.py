@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingfa
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary file or folder beside ``path``, renamed to it when the block ends without an error.
+    """A temporary file or folder next to ``path``, renamed to it when the block ends without an error.
 
     Raises:
         UsageError: a file would replace a folder, or a folder one that is not empty and was not written this way.

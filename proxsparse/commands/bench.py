@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, args) -> dict[str, float]:
-    """Tokens a second of prefill and decoding, and bytes of the weights."""
+    """Tokens per second of prefill and decoding, and bytes of the weights."""
     ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
     prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
 

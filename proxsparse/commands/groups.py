@@ -168,7 +168,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SPLITS,
         help="part of a local or embedded text: all, or heldout where another part calibrated; default: %(default)s",
     )
-    parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens a window; default: %(default)s")
+    parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
     parser.add_argument(
         "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
     )

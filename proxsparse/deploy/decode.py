@@ -1,7 +1,7 @@
 """Matrix-vector product with a compact 2:4 weight on the CPU: reads 0.56 of the bytes that a dense weight has.
 
 Decoding one token reads every weight once and is bound by memory, so fewer bytes are less time. The layout makes the
-arithmetic SIMD without gathers: PANEL rows lie beside each other, so that one input value goes to all of them and each
+arithmetic SIMD without gathers: PANEL rows lie next to each other, so that one input value goes to all of them and each
 row picks its two of four inputs by comparisons of its position bits. numba compiles the loops on first use.
 
 Shapes: O = out_features, I = in_features, P = panels of PANEL rows, G = pairs of blocks (I / 8, rounded up),

@@ -26,7 +26,7 @@ def zero_shot(
     Args:
         tasks: names of the harness's tasks, or paths of YAML files that describe one each.
         batch_size: requests computed together.
-        limit: examples a task; None for all.
+        limit: examples per task; None for all.
 
     Returns:
         task -> metric -> value, as the harness names them, without its bookkeeping ('acc', 'acc_stderr', ...).

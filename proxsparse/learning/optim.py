@@ -142,7 +142,7 @@ class Adafactor(_Rounded):
     """Adafactor without momentum and with a given learning rate; bfloat16 weights are rounded stochastically.
 
     As transformers' with ``scale_parameter=False, relative_step=False``, which it equals on float32 weights; this one
-    takes shards (DTensor) too. A weight's second moments are one number a row and one a column, so that it costs no
+    takes shards (DTensor) too. A weight's second moments are one number per row and one per column, so that it costs no
     memory. A float32 gradient is used up: the update is made in its place.
 
     Args:

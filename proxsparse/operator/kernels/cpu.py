@@ -1,4 +1,4 @@
-"""The 2:4 proximal operator fused for the CPU: one read and one write a weight, all cores.
+"""The 2:4 proximal operator fused for the CPU: one read and one write per weight, all cores.
 
 The algorithm and its derivation are in ``proxsparse/kernels/__init__.py``. numba compiles it on first use
 (some seconds, then cached on disk). A tile of blocks is sorted and solved in structure-of-arrays form, so that

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from proxsparse.operator.rounding import round_stochastically
 
-CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB beside the weight
+CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB next to the weight
 MAX_STEPS = 32  # near a double root Newton halves its error, and 2^-32 is below float32's resolution
 TINY = 1e-30
 SETTLED = 1e-7

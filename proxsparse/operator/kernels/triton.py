@@ -1,4 +1,4 @@
-"""The 2:4 proximal operator as one Triton kernel for CUDA and ROCm: a read and a write a weight, a launch a tensor.
+"""The 2:4 proximal operator as one Triton kernel for CUDA and ROCm: a read and a write per weight, one launch per tensor.
 
 The algorithm and its derivation are in ``proxsparse/kernels/__init__.py``. Weights are float32, bfloat16 or float16 and
 are solved in float32; bfloat16 results are rounded stochastically on request. Under TRITON_INTERPRET=1 the same kernel
