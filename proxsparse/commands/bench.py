@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
     try:
-        decode(model, torch.ones(1, 1, dtype=torch.long, device=model.device), 2)
+        decode(model, torch.ones(1, 1, dtype=torch.long, device=model.device), 4)
     except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the model's own code, before anything of ours is in it
