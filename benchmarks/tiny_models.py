@@ -74,6 +74,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "falcon_h1": _SSM | {"mamba_d_ssm": 64},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
