@@ -25,7 +25,7 @@ _NAMES = {
     32: "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim input_embedding_size "
     "output_embedding_size expert_ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size lru_width "
     "moe_shared_expert_intermediate_size shared_intermediate_size attention_hidden_size adapter_in_dim "
-    "hidden_size_global router_hidden_size",
+    "adapter_input_size hidden_size_global router_hidden_size",
     64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner dff dim_ff d_inner "
     "feed_forward_size intermediate_size_mlp dense_intermediate_size sliding_window rel_extent",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
@@ -74,6 +74,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "falcon_h1": _SSM | {"mamba_d_ssm": 64},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,

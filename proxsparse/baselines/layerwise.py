@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
-from proxsparse.model.inputs import Visit, listen
+from proxsparse.model.inputs import listen, note_unseen
 from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of, find_prunable
 from proxsparse.operator.pattern import Pattern
 
+Call = tuple[tuple, dict[str, Any]]  # arguments of a block but for the hidden states
 logger = logging.getLogger(__name__)
 
 # The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
@@ -71,40 +72,66 @@ def prune_layerwise(
     model.eval()
     masks: dict[str, Tensor] = {}
     needs_data = method.statistic(targets[0]) is not None
-    hidden, calls = first_inputs(model, blocks, windows, hidden_device) if needs_data else ([], [])
-    if needs_data and not in_sequence(model, blocks, windows):
-        hidden, calls = [], []
+    hidden: list[Tensor] = []
+    calls: list[Call] = []
+    if needs_data and in_sequence(model, blocks, windows):
+        hidden, calls = first_inputs(model, blocks, windows, hidden_device)
+    elif needs_data:
         logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
+    unseen: list[Prunable] = []
     reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
     for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
         own = [t for t in targets if t.block == index]
         statistics = {t.name: method.statistic(t) for t in own}
         if needs_data:
-            with reduced, listen(own, _collect_in(statistics)):
-                for states in hidden:
-                    run_block(block, states, calls[index], model.device)
-                for window in () if calls else windows:
-                    decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
+            with reduced:
+                unseen += _look(model, block, statistics, own, (hidden, calls[index]) if calls else windows)
         for target in own:
             masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
-        _say_what_was_skipped(statistics)
         del statistics
         if calls and index + 1 < len(blocks):
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
+    note_unseen(unseen)
     model.train(training)
     return Mask(masks, _common(patterns, width), model.config._name_or_path)
 
 
+def _look(
+    model: PreTrainedModel,
+    block: Any,
+    statistics: dict[str, Any],
+    own: list[Prunable],
+    inputs: Tensor | tuple[list[Tensor], Call],
+) -> list[Prunable]:
+    """Fill the statistics of a block's weights, and give the weights that nothing was seen to flow into.
+
+    Args:
+        inputs: the hidden states that enter the block, in batches, with its other arguments; or windows of token ids,
+            with which the whole model is run.
+    """
+    with listen(own, lambda target, expert, seen: statistics[target.name].add(expert, seen)) as visited:
+        if isinstance(inputs, tuple):
+            for states in inputs[0]:
+                run_block(block, states, inputs[1], model.device)
+        else:
+            for window in inputs:
+                decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
+    for statistic in statistics.values():
+        if getattr(statistic, "skipped", 0):
+            logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
+    return [target for target in own if target.name not in visited]
+
+
 def _common(patterns: dict[int, Pattern], width: int) -> Pattern:
-    """The pattern of all layers, or a mixed one."""
+    """The pattern of all layers, or a mixed one where they differ."""
     kinds = {str(p): p for p in patterns.values()}
     return next(iter(kinds.values())) if len(kinds) == 1 else Pattern(0, width)
 
 
 def first_inputs(
     model: PreTrainedModel, blocks: list, windows: Tensor, hidden_device: str
-) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
+) -> tuple[list[Tensor], list[Call]]:
     """Hidden states that enter the first block, in batches (B, T, H), and every block's other arguments.
 
     The other arguments (positions, masks) depend on the shape of the batch only, and batches have one shape; blocks
@@ -117,7 +144,7 @@ def first_inputs(
         )
     count, most = len(windows), max(1, TOKENS_AT_ONCE // windows.shape[1])
     batches = windows.split(max(size for size in range(1, min(most, count) + 1) if count % size == 0))
-    calls: list[tuple[tuple, dict]] = []
+    calls: list[Call] = []
     hidden: list[Tensor] = []
 
     def remember_call(module, arguments, keywords):
@@ -150,7 +177,7 @@ def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
     Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that.
     """
     inputs: list[Tensor] = []
-    calls: list[tuple[tuple, dict]] = []
+    calls: list[Call] = []
 
     def remember(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
         inputs.append((arguments[0] if arguments else keywords["hidden_states"]).detach().clone())
@@ -176,21 +203,11 @@ def _alike(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-2 * wanted.norm())
 
 
-def run_block(block, states: Tensor, call: tuple[tuple, dict], device: torch.device | str) -> Tensor:
+def run_block(block, states: Tensor, call: Call, device: torch.device | str) -> Tensor:
     """Output hidden states of one block, which may return a tensor or a tuple that begins with it."""
     arguments, keywords = call
     output = block(states.to(device), *arguments, **keywords)
     return output if torch.is_tensor(output) else output[0]
-
-
-def _collect_in(statistics: dict[str, Any]) -> Visit:
-    return lambda target, expert, inputs: statistics[target.name].add(expert, inputs)
-
-
-def _say_what_was_skipped(statistics: dict[str, Any]) -> None:
-    for statistic in statistics.values():
-        if getattr(statistic, "skipped", 0):
-            logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
 
 
 def _prune_one(target: Prunable, method: Any, statistic: Any, pattern: Pattern, update: bool) -> Tensor:

@@ -7,7 +7,7 @@ A window of ctx_len tokens has ctx_len - 1 predictions. Logits are compared in f
 
 import math
 import time
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -52,7 +52,7 @@ def fitting_batch_size(model: PreTrainedModel, ctx_len: int) -> int:
     A batch beyond ``TOKENS_AT_ONCE`` tokens makes nothing faster; below that it takes a quarter of the free memory.
     """
     config = model.config.get_text_config()
-    width = getattr(config, "hidden_size", None) or cast(Tensor, model.get_input_embeddings().weight).shape[-1]
+    width = getattr(config, "hidden_size", None) or next(model.get_input_embeddings().parameters()).shape[-1]
     # Logits in the model's dtype and one chunk in float32; about twenty hidden states of a layer in flight.
     token = config.vocab_size * model.dtype.itemsize + 20 * width * model.dtype.itemsize
     chunk = POSITIONS_AT_ONCE * config.vocab_size * 8

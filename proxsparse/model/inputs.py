@@ -35,33 +35,39 @@ Visit = Callable[[Prunable, int | None, Tensor], None]
 
 
 @contextlib.contextmanager
-def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
+def listen(targets: list[Prunable], visit: Visit) -> Iterator[set[str]]:
     """Call ``visit(target, expert, inputs)`` for everything that flows into the targets inside the block.
 
     ``inputs`` is (T, I) float32; ``expert`` is None but for stacked experts, which are visited one at a time with the
     tokens routed to them. Linears are seen as they are called, transformers' own stacked experts as they are routed,
     all other experts at their matrix products.
+
+    Yields:
+        The names of the targets that were visited, as they come.
     """
+    seen: set[str] = set()
     by_module: dict[nn.Module, list[Prunable]] = {}
     for target in targets:
         by_module.setdefault(target.module, []).append(target)
     entered: dict[nn.Module, list[Products]] = {}
 
-    def in_float32(target: Prunable, expert: int | None, inputs: Tensor) -> None:
-        visit(target, expert, inputs.reshape(-1, inputs.shape[-1]).float())
+    def remember(target: Prunable, expert: int | None, inputs: Tensor) -> None:
+        seen.add(target.name)
+        with torch.autocast(target.weight.device.type, enabled=False):  # statistics are float32
+            visit(target, expert, inputs.reshape(-1, inputs.shape[-1]).float())
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         members = by_module[module]
-        with torch.autocast(members[0].weight.device.type, enabled=False):  # statistics are float32
-            if hasattr(module, "has_gate"):
-                _visit_experts(module, arguments, keywords, members, visit)
-                return
-            inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
-            for target in members:
-                in_float32(target, None, inputs)
+        if hasattr(module, "has_gate"):
+            with torch.autocast(members[0].weight.device.type, enabled=False):
+                _visit_experts(module, arguments, keywords, members, remember)
+            return
+        inputs = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
+        for target in members:
+            remember(target, None, inputs)
 
     def enter(module: nn.Module, *_: Any) -> None:
-        products = Products(by_module[module], in_float32)
+        products = Products(by_module[module], remember)
         products.__enter__()
         entered.setdefault(module, []).append(products)
 
@@ -76,7 +82,7 @@ def listen(targets: list[Prunable], visit: Visit) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -97,14 +103,14 @@ def _visit_experts(module: Any, arguments: tuple, keywords: dict, members: list[
             continue
         tokens = hidden[(chosen == expert).any(-1)]
         if first is not None:
-            visit(first, expert, tokens.float())
+            visit(first, expert, tokens)
         if second is not None:
             weight = weight[expert].detach()
             middle = tokens @ (weight if module.is_transposed else weight.T)
             bias = getattr(module, f"{first_name}_bias", None)
             middle = middle if bias is None else middle + bias[expert].detach()
             middle = module._apply_gate(middle) if module.has_gate else module.act_fn(middle)
-            visit(second, expert, middle.detach().float())
+            visit(second, expert, middle.detach())
 
 
 class NormStatistic:
@@ -152,12 +158,12 @@ def input_norms(
     model.eval()
     # FSDP2 gathers weights on the way through the whole model only; else the LM head can be left out.
     forward = model if isinstance(model, FSDPModule) else decoder_of(model)
-    with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)):
+    with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)) as seen:
         for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
             forward(input_ids=window[None].to(model.device), use_cache=False)
     reshard(model)
     model.train(training)
-    note_unseen([target for target in targets if not statistics[target.name].tokens.any()])
+    note_unseen([target for target in targets if target.name not in seen])
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
 
 

@@ -49,9 +49,10 @@ class Products(TorchFunctionMode):
             return
         inputs = inputs.detach()
         if weight.dim() == 3:  # all experts at once, each with inputs of its own
+            inputs = inputs if inputs.dim() == 3 else inputs[None]
             for expert, own in enumerate(inputs.expand(len(weight), *inputs.shape[1:])):
                 # Llama 4 gives every expert all tokens, and zeros for those of other experts.
-                self.visit(target, expert, own[own.any(-1)] if own.any() else own[:0])
+                self.visit(target, expert, own[own.any(-1)])
             return
         flat = inputs.reshape(-1, inputs.shape[-1])
         whole = target.weight
