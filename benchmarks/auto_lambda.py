@@ -2,10 +2,10 @@
 
     python benchmarks/auto_lambda.py
 
-Three models of different weight scale: SmolLM2-135M; the same function with up_proj multiplied, down_proj divided by
-30 in every block; a tiny Llama trained for a moment on the same text. Each learns with the paper's method, once with
-lambda 0.25 (the paper's for Llama-2-7B), once with a fixed relative lambda, once with auto; the table shows the share
-of 2:4 blocks at the end. Writes benchmarks/results/auto_lambda.json.
+There are three models of different weight scale: SmolLM2-135M; the same function with up_proj multiplied by 30 and
+down_proj divided by 30 in every layer; a tiny Llama, trained for a moment on the same text. Each learns with the
+paper's method, once with lambda 0.25 (the paper's for Llama-2-7B), once with a fixed relative lambda, once with auto.
+The table shows the share of 2:4 blocks at the end. It writes benchmarks/results/auto_lambda.json.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def smollm2() -> PreTrainedModel:
 
 
 def rescaled() -> PreTrainedModel:
-    """The same function: what up_proj gains, down_proj loses."""
+    """The same function with other weights: up_proj is multiplied by what down_proj is divided by."""
     model = smollm2()
     with torch.no_grad():
         for block in model.get_decoder().layers:
@@ -76,7 +76,7 @@ def rescaled() -> PreTrainedModel:
 
 
 def tiny() -> PreTrainedModel:
-    """Two blocks, trained for 30 steps."""
+    """Two layers, trained for 30 steps."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(EMBEDDED)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py
 
-Large layers of 7B models and the layers of SmolLM2-135M; float32 and bfloat16. Small ones fit into the cache here, and
-in a model their weights come from memory: ``proxsparse bench`` measures whole models. Writes
+It takes the shapes of 7B models and of SmolLM2-135M, in float32 and bfloat16. Small ones fit into the cache here, but
+in a model their weights come from memory: ``proxsparse bench`` measures whole models. It writes
 benchmarks/results/decode.json.
 """
 

@@ -2,9 +2,9 @@
 
     python benchmarks/exports.py
 
-The mask is magnitude's: sizes do not depend on which weights are kept. Loading is the best of three, files in the
-operating system's cache, until a model with every weight in memory is there. npz is read by other programs. Writes
-benchmarks/results/exports.json.
+The mask is magnitude's, because sizes do not depend on which weights are kept. Loading ends when every weight of the
+model is in memory; the best of three counts, with the files in the operating system's cache. Only other programs read
+npz. It writes benchmarks/results/exports.json.
 """
 
 import sys
@@ -68,7 +68,7 @@ def under_mask(base: Path, folder: Path) -> nn.Module:
 
 
 def best_time(loader: Callable[[Path], nn.Module], folder: Path) -> float:
-    """Seconds to load, and to touch every weight: mapped files are read only then."""
+    """Seconds to load and to touch every weight, because mapped files are read only then."""
 
     def load_and_touch() -> None:
         for weight in loader(folder).state_dict().values():

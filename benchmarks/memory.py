@@ -1,12 +1,12 @@
-"""Peak memory of learning on the CPU, in bytes per parameter: a plain loop as the original's, and each of our settings.
+"""Peak memory of learning on the CPU, in bytes per parameter: a plain loop like upstream's, and each of our settings.
 
     python benchmarks/memory.py                      the table of BENCHMARKS.md (about ten minutes on 2 cores)
     python benchmarks/memory.py --hidden_size 1024   larger
 
-A Llama of random weights, windows of 32 tokens, three steps; every row in a process of its own. Counted is anonymous
-memory above what the process holds before it loads the model, sampled every ms: pages of files that are mapped
-(--keep_base checkpoint reads weights from them) can be dropped at any time, and are given in a column of their own.
-glibc is told to give every freed block back (MALLOC_MMAP_THRESHOLD_), or its heap's holes would be counted too.
+The model is a Llama of random weights, with windows of 32 tokens and three steps. Every row runs in its own process.
+What counts is anonymous memory above what the process holds before it loads the model, sampled every ms. Pages of
+mapped files (--keep_base checkpoint reads weights from them) can be dropped at any time, so they have their own column.
+glibc is told to give every freed block back (MALLOC_MMAP_THRESHOLD_); otherwise the holes in its heap would count too.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from peaks import Sampler, status
 
 CTX_LEN, STEPS = 32, 3
 PLAIN = "plain loop"
-# name -> flags beside the method's own; the paper's method first, as the plain loop learns that
+# name -> settings on top of the method's own; the paper's method comes first, because the plain loop learns with it
 SETTINGS: dict[str, dict] = {
     "paper": {"method": "paper"},
     "paper, step in backward": {"method": "paper", "optim_in_backward": True},
@@ -107,7 +107,7 @@ def measure(name: str, dtype: torch.dtype, folder: str) -> dict:
 
 
 def plain_loop(name: str, folder: str, dtype: torch.dtype) -> tuple[int, float, None]:
-    """The original's loop, rendered plainly: AdamW, a copy of W0 at every layer, the operator in plain torch."""
+    """Upstream's loop, written plainly: AdamW, a copy of every pruned weight, the operator in plain torch."""
     model = load_model(folder, dtype=dtype)
     targets = find_prunable(model)
     copies = [target.weight.detach().clone() for target in targets]  # ProxLinear.original_weight

@@ -1,12 +1,12 @@
-"""Speed, memory and exactness of the operator: fused, eager, and a plain rendering of the original's method.
+"""Speed, memory and exactness of the operator: fused, eager, and upstream's method in plain torch ("original").
 
     python benchmarks/operator_speed.py                    the table of BENCHMARKS.md (about ten minutes on 2 cores)
     python benchmarks/operator_speed.py --sizes 1e5 1e6    smaller
 
 Seconds are the best of the repetitions. A copy of the same weights (``torch.Tensor.copy_``, same threads) is timed in
-the same run; GB/s counts one read and one write a weight. The gap is the worst relative excess of the objective over
+the same run; GB/s counts one read and one write per weight. The gap is the worst relative excess of the objective over
 the least of many float64 descents (tests/oracle.py), on a sample of blocks. Extra memory is how far the process's peak
-rises above what it holds before the call, measured in a process of its own.
+rises during the call, measured in a process of its own.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         for kernel in KERNELS:
             gap = worst_gap(kernel, tensors, lam)
             for threads in args.threads:
-                # The original takes minutes on the whole model: there once, at the paper's strength, all threads.
+                # Upstream's method takes minutes on the whole model: once, at the paper's strength, with all threads.
                 whole = kind == "smollm2" or size > 10**7
                 if kernel == "original" and whole and not (strength == "0.25" and threads == args.threads[-1]):
                     continue

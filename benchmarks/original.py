@@ -1,4 +1,4 @@
-"""The original's operator as its method is published, in plain torch: what the benchmarks compare with."""
+"""Upstream's operator, written plainly in torch from the published method: the benchmarks compare with it."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ SWEEPS, TOLERANCE = 100, 1e-8
 
 
 def original_(weight: Tensor, lam: float) -> None:
-    """The original's method, rendered plainly: sort, sweep three and four weights from zero, compare.
+    """Upstream's method: sort, sweep three and four weights from zero, take the better result.
 
     At most 100 sweeps each, until the sum of all changes of the whole tensor is below 1e-8, in the weights' dtype.
     """

@@ -4,8 +4,8 @@
     python benchmarks/quality.py --rows dense wanda masked --samples 50      some rows, another budget
     python benchmarks/quality.py --rows masked masked-lr2 --seeds 0 1 2      variants, several seeds
 
-Each row runs in a process of its own (so that its peak memory is its own) and is written to the JSON file when done;
-the same command again runs only what is missing.
+Each row runs in its own process, so that its peak memory can be measured. It is written to the JSON file when it is
+done, and the same command again runs only what is missing.
 """
 
 import argparse
@@ -75,7 +75,7 @@ BASELINES = {
     "sparsegpt": ("sparsegpt", True),
     "admm": ("admm", True),
 }
-# MaskLLM: name -> changes to its settings, which are the paper's.
+# MaskLLM: name -> changes to its settings, which are those of its paper.
 MASKLLM: dict[str, dict] = {
     "maskllm": {},
     "maskllm-lr/2": {"learning_rate": 2.5e-4},
@@ -232,7 +232,7 @@ def show(record: dict) -> None:
 
 
 def draw(record: dict, path: Path) -> None:
-    """Picture of the table: perplexity by method, a logarithmic axis, one bar a text."""
+    """Picture of the table: perplexity by method, a logarithmic axis, one bar per text."""
     texts = [k for k, v in record["rows"][0].items() if isinstance(v, dict)]
     groups: dict[str, list[dict]] = {}
     several = len({row["samples"] for row in record["rows"]}) > 1

@@ -1,8 +1,11 @@
 """ProxSparse: learn which two of every four weights a pretrained language model keeps.
 
-from proxsparse import prox_op, top2_mask          # the operator, for your own training loop
-mask = proxsparse.learn_mask(model, tokenizer, windows)
-proxsparse.load("pruned", sparse=True)             # a pruned model, ready to generate
+    mask = proxsparse.learn_mask(model, tokenizer, windows)
+    proxsparse.apply_mask(model, mask)                   # zeros in the original weights
+    model = proxsparse.load("pruned", sparse=True)       # a pruned model, ready to generate
+    from proxsparse import prox_op_, top2_mask           # the operator, for your own training loop
+
+Every name in ``__all__`` is documented where it is defined; docs/python.md has examples.
 """
 
 import importlib
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first used: transformers takes seconds to import, and the operator needs none of it.
+# These are imported when they are first used: transformers takes seconds to import, and the operator does not need it.
 _LATER = {
     "load": "deploy.sparse",
     "save_pruned": "deploy.dense",

@@ -1,8 +1,8 @@
-"""Masks: taken from learned weights, stored at one bit per weight, checked, and applied to original weights.
+"""Masks: taken from learned weights, stored with one bit per weight, checked, and applied to original weights.
 
-A mask file is a safetensors file with one uint8 tensor per weight: bits packed along the input dimension
-(``numpy.packbits`` little-endian), so a weight of (O, I) inputs-last has (O, ceil(I / 8)) bytes. Its metadata says
-what it belongs to. Names are those of ``model.named_parameters()``.
+A mask file is a safetensors file with one uint8 tensor per weight matrix. Bits are packed along the input dimension
+(``numpy.packbits``, little-endian), so a matrix of (O, I), inputs last, takes (O, ceil(I / 8)) bytes. The metadata says
+which model the mask belongs to. Names are those of ``model.named_parameters()``.
 
 Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool, True = keep.
 """
@@ -37,8 +37,8 @@ class Mask:
 
     Attributes:
         tensors: name of the weight -> bool tensor with the input dimension last, True = keep.
-        pattern: which every weight's mask has; text is parsed.
-        base_model: the model it was made for.
+        pattern: the pattern of every weight's mask; text is parsed.
+        base_model: the original model, for which the mask was made.
         info: everything else worth keeping: method, settings, versions.
     """
 
@@ -59,15 +59,19 @@ class Mask:
 def extract_mask(
     weights: Mapping[str, Tensor], targets: list[Prunable], scales: Mapping[str, Tensor] | None = None
 ) -> Mask:
-    """Top two magnitudes of every block of the learned weights.
+    """Take the mask from learned weights: it keeps the two largest scores of every block.
 
     Args:
         weights: name -> learned weight, in the parameter's own layout.
         targets: the prunable weights.
-        scales: name -> (I,) norms of the inputs the weights were learned with, or None for plain magnitudes.
+        scales: name -> (I,) norms of the inputs that the weights were learned with, or None to compare magnitudes.
 
-    Under FSDP2 every process takes part, of stacked experts with the scales of its own; the first gets the mask, one
-    weight at a time, and the others an empty one.
+    Returns:
+        The mask. Under FSDP2 every process must call this; each passes the scales of its own stacked experts. The first
+        process gets the mask, the others an empty one.
+
+    Raises:
+        RunError: a learned weight has NaN or infinite entries.
     """
     tensors = {}
     for target in targets:
@@ -91,10 +95,10 @@ def save_mask(mask: Mask, path: Path | str) -> None:
     packed, shapes = {}, {}
     for name, tensor in mask.tensors.items():
         mask.pattern.check(tensor, name)
-        # Contiguous, because safetensors writes memory as it lies, and masks of Conv1D weights are transposed views.
+        # Contiguous, because safetensors writes memory in its own order, and masks of Conv1D weights are transposed.
         packed[name] = np.ascontiguousarray(np.packbits(tensor.numpy(), axis=-1, bitorder="little"))
         shapes[name] = list(tensor.shape)
-    # One entry: safetensors writes several in random order, and the same mask should be the same bytes.
+    # One entry only: safetensors writes several in random order, and the same mask should give the same bytes.
     metadata = {
         "format": FORMAT,
         "pattern": str(mask.pattern),
@@ -108,11 +112,14 @@ def save_mask(mask: Mask, path: Path | str) -> None:
 
 
 def load_mask(path: Path | str) -> Mask:
-    """Read a mask file and check it: complete, packed as its shapes say, and of the pattern it claims.
+    """Read a mask file, and check that it is complete, packed as its shapes say, and of the pattern it claims.
+
+    Args:
+        path: the file, or the folder that it lies in.
 
     Raises:
         UsageError: there is no such file, or it is not a mask file.
-        RunError: it is damaged.
+        RunError: the file is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -155,7 +162,7 @@ def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
     """The weights of a model that a mask prunes, by name.
 
     Raises:
-        UsageError: the mask belongs to a model with other weights; names what differs.
+        UsageError: the mask belongs to a model with other weights; the message names what differs.
     """
     targets = {t.name: t for t in find_prunable(model, multiple=1) if t.name in mask.tensors}
     made_for, given = mask.base_model or "an unnamed model", model.config._name_or_path or "the model"

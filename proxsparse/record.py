@@ -1,4 +1,4 @@
-"""Records of a run: atomic files, and the configuration, versions and commit that explain a number."""
+"""Records of a run: files that appear whole or not at all, and the versions and commit that explain a number."""
 
 import contextlib
 import importlib.metadata
@@ -20,10 +20,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingfa
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary file or folder next to ``path``, renamed to it when the block ends without an error.
+    """A temporary file or folder next to ``path``, renamed to ``path`` when the block ends without an error.
 
     Raises:
-        UsageError: a file would replace a folder, or a folder one that is not empty and was not written this way.
+        UsageError: a file would replace a folder, or a folder would replace one that holds files of the user.
     """
     path = Path(path)
     refuse_to_overwrite(path)
@@ -44,7 +44,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Refuse a folder with anything in it that an earlier export did not put there."""
+    """Refuse a folder that holds anything, unless ``atomic_path`` wrote it.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
     if path.is_dir() and any(path.iterdir()) and not (path / OWN).is_file():
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 
@@ -60,7 +64,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; missing packages are left out."""
+    """Versions of Python and of the packages that a result depends on; missing packages are left out."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("proxsparse", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -69,7 +73,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with '+' when files are changed; None outside a checkout."""
+    """Commit of the checkout that this package runs from, with '+' if files are changed; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = _git(here, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-# Prune a model with $prune_method; every baseline_*.sh sources this.
+# Prune a model with $prune_method. Every baseline_*.sh sources this file.
 #
 #   bash script/baseline_METHOD.sh MODEL --save FOLDER [flags of baseline/main.py]
 set -euo pipefail

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Magnitude pruning to 2:4. Use: see script/baseline.sh.
+# Prune to 2:4 by magnitude. script/baseline.sh says how to call it.
 prune_method=magnitude
 source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# MaskLLM, learned from SparseGPT's mask. Use: see script/baseline.sh.
+# Learn a 2:4 mask with MaskLLM, from SparseGPT's mask. script/baseline.sh says how to call it.
 prune_method=maskllm
 source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SparseGPT, 2:4; use: see script/baseline.sh. It updates weights: give --save_model FOLDER, or, to keep them,
-# --mask_only --save FOLDER.
+# Prune to 2:4 with SparseGPT. script/baseline.sh says how to call it. SparseGPT changes weights: give --save_model FOLDER.
+# To keep the original weights, give --mask_only --save FOLDER.
 prune_method=sparsegpt
 source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Wanda, 2:4. Use: see script/baseline.sh.
+# Prune to 2:4 with Wanda. script/baseline.sh says how to call it.
 prune_method=wanda
 source "$(dirname "${BASH_SOURCE[0]}")/baseline.sh"

@@ -1,15 +1,15 @@
-# Learn a mask, extract it, measure, save the pruned checkpoint, report: the chain that every learn_mask_*.sh sources.
+# Learn a mask, extract it, measure, save the pruned checkpoint, report. Every learn_mask_*.sh sources this file.
 #
 # Each variable named below is a setting:  samples=100 output_dir=runs/try bash script/learn_mask_...sh
 # --dry-run shows the plan and the commands, and runs nothing. Other arguments go to end-to-end/main.py.
-# A second start goes on where the first was broken off: each command sees by itself what is done already.
+# If it stops, start it again: each command skips what is done already.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 arguments "$@"
 flags recipe model_dir method dataset samples ctx_len batch_size seed lambda_value learning_rate project_lambda2 \
     lambda2_value epsilon dtype device output_dir
 learn=("$root/end-to-end/main.py" ${flags[@]+"${flags[@]}"} ${given[@]+"${given[@]}"})
-IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # separated by semicolons, so that paths may have spaces
+IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # semicolons separate them, so that paths may have spaces
 flags split max_windows dtype device
 if ((dry_run)); then
     plan=$("$python" "${learn[@]}" --dry_run)

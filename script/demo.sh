@@ -4,7 +4,7 @@
 #   bash script/demo.sh            under 20 minutes on 2 cores, installation included
 #   bash script/demo.sh --quick    about 5 minutes, with a weaker mask
 #
-# Everything is written to runs/demo (runs/demo-quick). Interrupt it whenever you like: the same command goes on.
+# Everything is written to runs/demo (with --quick: runs/demo-quick). If it stops, start it again: it goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,5 @@
-# What the scripts share; sourced. Sets root (of the repository) and python: from the environment, else an active virtual
-# environment's, else .venv's where script/setup.sh made one.
+# What the scripts share; they source this file. It sets root (the repository's folder) and python. python comes from the
+# environment, else from an active virtual environment, else from the .venv that script/setup.sh makes.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z ${python:-} ]]; then
     python=python
@@ -7,7 +7,7 @@ if [[ -z ${python:-} ]]; then
 fi
 dry_run=0
 
-# arguments WORD...: --dry-run is for us, the others are kept in the array given.
+# arguments WORD...: --dry-run sets dry_run, and the other words go into the array given.
 arguments() {
     given=()
     for word in "$@"; do
@@ -15,7 +15,7 @@ arguments() {
     done
 }
 
-# flags NAME...: --NAME VALUE of every variable that is set, in the array flags.
+# flags NAME...: puts --NAME VALUE of every variable that is set into the array flags.
 flags() {
     flags=()
     local name
@@ -24,8 +24,8 @@ flags() {
     done
 }
 
-# launcher: how learning starts, in the array launch: one process per GPU where there are several, which
-# CUDA_VISIBLE_DEVICES chooses. $accelerate_config is a file such as script/accelerate/fsdp2.yaml.
+# launcher: puts the command that starts learning into the array launch. With several GPUs it starts one process per GPU;
+# CUDA_VISIBLE_DEVICES chooses them. $accelerate_config is a file such as script/accelerate/fsdp2.yaml.
 launcher() {
     launch=("$python")
     local gpus
@@ -36,7 +36,7 @@ launcher() {
     fi
 }
 
-# stage TITLE COMMAND...: run a command under its title, or only show it.
+# stage TITLE COMMAND...: runs a command under its title; with --dry-run it only shows the command.
 stage() {
     printf '\n== %s\n' "$1"
     shift

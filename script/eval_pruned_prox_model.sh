@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Perplexity of the released pruned models on wikitext2 and C4, at the context length each was learned with.
+# Measure the authors' pruned models on wikitext2 and C4, each at the context length that it was learned with.
 #
 #   bash script/eval_pruned_prox_model.sh [--dry-run] [NAME...]      names: proxsparse_pruned_model_download.py --list
 #
-# Downloads what is missing into $models (pruned_models); results go to $models/NAME.json and are not measured again.
+# It downloads what is missing into $models (pruned_models). Results go to $models/NAME.json, and are not measured again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${models:=pruned_models}" "${evaluation:=wikitext2;c4}" "${dtype:=auto}" "${device:=auto}" "${ctx_len:=}"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Llama-2-7B with the published settings (arXiv 2502.00258). Settings, --dry-run and resuming: see script/chain.sh.
+# Learn a mask for Llama-2-7B with the paper's settings (arXiv 2502.00258).
+# script/chain.sh explains its settings, --dry-run, and how to go on after a stop.
 recipe=llama2-7b-prox
 source "$(dirname "${BASH_SOURCE[0]}")/chain.sh"

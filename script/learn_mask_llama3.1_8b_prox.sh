@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Llama-3.1-8B with the published settings (arXiv 2502.00258). Settings, --dry-run and resuming: see script/chain.sh.
+# Learn a mask for Llama-3.1-8B with the paper's settings (arXiv 2502.00258).
+# script/chain.sh explains its settings, --dry-run, and how to go on after a stop.
 recipe=llama3.1-8b-prox
 source "$(dirname "${BASH_SOURCE[0]}")/chain.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv and install the pinned environment. Running it again installs only what has changed.
+# Create .venv and install the pinned environment. The second time it installs only what has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

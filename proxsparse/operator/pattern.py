@@ -1,6 +1,6 @@
-"""Sparsity patterns: read, made of scores, counted and checked. Nothing else parses '2:4' or counts non-zeros.
+"""Sparsity patterns: read one, make a mask from scores, count and check. No other module parses '2:4'.
 
-Shapes: (..., I) rows with the input dimension last; blocks are m neighbours along it.
+Shapes: (..., I) rows with the input dimension last; a block is m neighbours along it.
 """
 
 import re
@@ -14,12 +14,12 @@ from proxsparse.errors import RunError, UsageError
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M (n kept of every m), unstructured with a ratio, or mixed N:M, where every weight has an n of its own.
+    """A pattern: N:M (n kept of every m), mixed N:M (every weight has its own n), or unstructured with a ratio.
 
     Attributes:
-        n: kept of every m; 0 where weights differ.
-        m: block length; 1 means unstructured.
-        ratio: share of weights removed; of a mixed pattern not known, 0.5.
+        n: entries kept of every m; 0 for a mixed pattern.
+        m: block length; 1 for an unstructured pattern.
+        ratio: share of weights removed; 0.5 for a mixed pattern, whose share is not known.
     """
 
     n: int
@@ -28,10 +28,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str, ratio: float = 0.5) -> "Pattern":
-        """From '2:4', '4:8', any 'N:M', 'mixed N:8', or 'unstructured' with a ratio.
+        """Read '2:4', '4:8', any other 'N:M', 'mixed N:8', or 'unstructured' with a ratio.
 
         Raises:
-            UsageError: not a pattern, or a ratio that the pattern contradicts.
+            UsageError: the text is no pattern, or the ratio contradicts it.
         """
         if text == "unstructured":
             if not 0 < ratio < 1:
@@ -64,7 +64,7 @@ class Pattern:
         return f"{self.n or 'mixed N'}:{self.m}" if self.structured else "unstructured"
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Mask of the largest scores: of every block, or of every row (as Wanda compares). Ties: the earlier is kept.
+        """Mask of the largest scores of every block, or of every row if unstructured. Ties: the earlier one is kept.
 
         Args:
             scores: (..., I), at least zero.
@@ -73,7 +73,9 @@ class Pattern:
             bool, True = keep.
 
         Raises:
-            ValueError: I is no multiple of m, or the pattern is a mixed one.
+            ValueError: I is no multiple of m, or the pattern is mixed.
+
+        Source: unstructured masks compare within a row, as Wanda does (https://arxiv.org/abs/2306.11695).
         """
         if self.structured:
             if not self.n:
@@ -84,7 +86,7 @@ class Pattern:
         return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, order, False)
 
     def violations(self, rows: Tensor) -> Tensor:
-        """Blocks with more than n non-zeros: (..., I) -> (..., I / m) bool; none of an unstructured or mixed pattern.
+        """Blocks with more than n non-zeros: (..., I) -> (..., I / m) bool. Unstructured and mixed patterns have none.
 
         Raises:
             ValueError: I is no multiple of m.
@@ -93,14 +95,14 @@ class Pattern:
         return (rows.unflatten(-1, (-1, self.m)) != 0).sum(-1) > most
 
     def check(self, mask: Tensor, name: str) -> None:
-        """Every block of a mask keeps exactly n of m, or one and the same number of m where the pattern is mixed.
+        """Check that every block of a mask keeps exactly n of m; in a mixed pattern, the same number of m everywhere.
 
         Args:
             mask: (..., I) bool.
             name: of the weight, for the error.
 
         Raises:
-            RunError: names the first block that does not.
+            RunError: a block keeps another number; the message names the first one.
         """
         if not self.structured:
             return

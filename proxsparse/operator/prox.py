@@ -4,7 +4,7 @@
     prox_op   = argmin_u 1/2 ||u - w||^2 + lambda R(u)
 
 Blocks run along the last dimension. R is zero exactly on blocks with at most two non-zero weights.
-How the minimiser is found is derived in ``proxsparse/kernels/__init__.py``.
+``proxsparse/operator/kernels/__init__.py`` derives how the minimiser is found.
 
 Source: Liu et al., ProxSparse, ICML 2025, https://arxiv.org/abs/2502.00258.
 Shapes: (..., I) with I a multiple of 4: linear weights (O, I), stacked experts (E, O, I).
@@ -88,10 +88,10 @@ def prox_op_(
         weight: (..., I), any float dtype, any strides; overwritten. Solved in float32 (float64 for a float64 weight).
         lambda_: strength per call, unit 1 / |weight * scale|; not multiplied by the learning rate.
         scale: (I,) positive, (E, I) for stacked experts, or None. The operator acts on weight * scale, and the result
-            is divided back: with the norms of the inputs it measures a weight by what it contributes to the output.
-        stochastic: round bfloat16 results stochastically. A shrinkage below half a unit in the last
-            place is lost by rounding to nearest, and survives on average this way.
-        seed: of the rounding noise; give every call its own.
+            is divided back. With the norms of the inputs, a block compares what its weights contribute to the output.
+        stochastic: round bfloat16 results stochastically. Rounding to nearest loses a shrinkage below half a unit in
+            the last place; stochastic rounding keeps it on average.
+        seed: of the rounding noise; give each call its own.
         kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (``kernel_for``).
 
     Returns:
@@ -199,7 +199,9 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
     """Write base * top2_mask(learned * scale) into ``out``: the original weights under the learned mask.
 
     Args:
-        out, base, learned: (..., I), I a multiple of 4; ``out`` is overwritten.
+        out: (..., I), I a multiple of 4; overwritten.
+        base: (..., I), the original weights.
+        learned: (..., I), the learned weights.
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
     """
     if scale is not None and scale.dim() == 2:
@@ -217,11 +219,11 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
 
 @torch.no_grad()
 def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> tuple[int, float]:
-    """How far the mask has moved since the last call, and the penalty, in one pass over the weight.
+    """How many entries of the mask changed since the last call, and the penalty, in one pass over the weight.
 
     Args:
         weight: (..., I), I a multiple of 4.
-        codes: (weight.numel() / 4,) uint8, this function's memory of the mask; zeros at the first call.
+        codes: (weight.numel() / 4,) uint8, where this function remembers the mask; zeros before the first call.
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
 
     Returns:

@@ -1,7 +1,7 @@
 """Stochastic rounding to bfloat16, and the seeds of its noise.
 
-bfloat16 has eight significant bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and
-rounding to nearest loses it, every time. Rounded stochastically it survives on average, at no extra memory.
+bfloat16 has eight significant bits. So a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and
+rounding to nearest loses it every time. Stochastic rounding keeps it on average, and needs no extra memory.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def noise_seed(seed: int, step: int, place: int) -> int:
-    """A seed of its own for every rounding: 32 bits mixed from the run's seed, the step and the weight's place."""
+    """One seed per rounding: 32 bits mixed from the run's seed, the step, and the weight's place among all weights."""
     mixed = (seed * 0x9E3779B1 + step * 0x85EBCA77 + place * 0xC2B2AE3D + 0x27D4EB2F) & 0xFFFFFFFF
     mixed ^= mixed >> 15
     mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF

@@ -1,19 +1,20 @@
-"""Kernels of the 2:4 proximal operator: one algorithm, several machines.
+"""Kernels of the 2:4 proximal operator: one algorithm, written for several devices.
 
 Each block of four weights w, with magnitudes sorted z1 >= z2 >= z3 >= z4 >= 0, solves
 
     min_{x >= 0}  f(x) = 1/2 sum_i (x_i - z_i)^2 + lam * e3(x),      e3(x) = sum_{i<j<k} x_i x_j x_k
 
-and gets signs and order back. (Swapping two entries of x into the order of z never raises f, and neither does
-clamping x to the box 0 <= x <= z, so the minimiser is sorted and in the box.) Gentle shrinkage is convex and solved by
-coordinate descent; strong shrinkage is not, and there two scalar equations, each with a starting point from which
-Newton's method cannot miss, give the only candidates.
+and gets its signs and its order back. (The minimiser is sorted and lies in the box 0 <= x <= z: f never rises when two
+entries of x are swapped into the order of z, or when x is clamped to the box.) Gentle shrinkage is convex, and
+coordinate descent solves it. Strong shrinkage is not convex. There two scalar equations give the only candidates, and
+Newton's method has a starting point for each from which it always converges.
 
 Scale. The operator is homogeneous: prox_lam(s z) = s prox_{s lam}(z). Kernels divide a block by z1,
 so that z1 = 1 and the only parameter is L = lam * z1. All quantities are then of order one in
 float32, whatever the weights' scale. If L >= 3, only two weights can survive.
 
-Gentle shrinkage, 2 L (z1 + z2 + z3 - z4) < 1: every real training step. With e1 = sum x the Hessian of f is
+Gentle shrinkage, 2 L (z1 + z2 + z3 - z4) < 1. Every real training step is of this kind. With e1 = sum x the Hessian of
+f is
 
     H = diag(1 - L (e1 - 2 x_i)) + (L / e1) (e1 1 - x)(e1 1 - x)^T - (L / e1) x x^T.
 
@@ -26,8 +27,8 @@ three sweeps at L = 0.05, about ten at the edge of the condition.
 Strong shrinkage: the least of three candidates. Two weights are x = (z1, z2, 0, 0), with f = (z3^2 + z4^2) / 2.
 
 Three weights. Stationarity x_i = z_i - L x_j x_k, multiplied by x_i, reads x_i (z_i - x_i) = L x1 x2 x3, the same
-number for every i. So t = x3 fixes the others: x_i = (z_i + sqrt(z_i^2 - 4 t (z3 - t))) / 2 for i = 1, 2 (the larger
-root: with the smaller one the Hessian is not positive definite). What is left is
+number for every i. So t = x3 determines the others: x_i = (z_i + sqrt(z_i^2 - 4 t (z3 - t))) / 2 for i = 1, 2 (the
+larger root: with the smaller one the Hessian is not positive definite). What is left is
 
     h(t) = L x1(t) x2(t) - (z3 - t) = 0      on 0 <= t <= z3.
 
@@ -46,8 +47,8 @@ and D_i = sqrt(q^2 + 4 L (z_i - z4)). Everything follows from q:
 G(q) = r(q) - sqrt(q^2 - k) is concave (r is, and the root is convex as k <= 0), G(1) <= 0 and G'(1) < 0. So Newton from
 q = 1 moves monotonically to the largest root, which is the local minimum, or finds a slope >= 0: there is none.
 
-All of this is tested against a float64 search over all supports with many starts (``tests/oracle.py``). The final
-weights are written as z_i - L e2(...), so a weight that is not shrunk keeps its bits, and none grows or changes sign.
+Tests compare all of this with a float64 search over all supports with many starts (``tests/oracle.py``). The final
+weights are written as z_i - L e2(...). So a weight that is not shrunk keeps its bits, and none grows or changes sign.
 
 Source of the penalty: Liu et al., ProxSparse, ICML 2025, https://arxiv.org/abs/2502.00258; of the operator:
 Kuebler et al., https://arxiv.org/abs/2501.18015 (solved there by alternating sweeps from zero, which are not always

@@ -1,11 +1,11 @@
-"""The 2:4 proximal operator fused for the CPU: one read and one write per weight, all cores.
+"""The 2:4 proximal operator fused for the CPU: one read and one write per weight, on all cores.
 
-The algorithm and its derivation are in ``proxsparse/kernels/__init__.py``. numba compiles it on first use
-(some seconds, then cached on disk). A tile of blocks is sorted and solved in structure-of-arrays form, so that
-the compiler turns every inner loop into SIMD instructions; the only extra memory is one tile a thread.
+``proxsparse/operator/kernels/__init__.py`` derives the algorithm. numba compiles it on first use (some seconds, then
+cached on disk). A tile of blocks is sorted and solved in structure-of-arrays form, so that the compiler turns every
+inner loop into SIMD instructions. The only extra memory is one tile per thread.
 
-bfloat16 weights come as their uint16 bits (numpy has no bfloat16), are solved in float32, and are rounded on the
-way out: to nearest even, or stochastically, so that shrinkages below half a unit in the last place survive on average.
+bfloat16 weights come as their uint16 bits, because numpy has no bfloat16. They are solved in float32 and rounded when
+they are written: to nearest even, or stochastically (``proxsparse/operator/rounding.py`` says why).
 """
 
 import math
@@ -19,9 +19,7 @@ from torch import Tensor
 from proxsparse.operator.kernels.cache import choose_cache
 from proxsparse.operator.kernels.threads import match_torch
 
-choose_cache()
-
-TILE = 128  # blocks; 16 float32 columns = 8 KiB a thread, inside the L1 cache
+TILE = 128  # blocks; 16 float32 columns = 8 KiB per thread, inside the L1 cache
 MAX_STEPS = 32
 # Reassociation and reciprocals would overflow on huge and denormal weights.
 _FAST = {"contract", "nsz", "nnan"}
@@ -113,7 +111,7 @@ def _times(tile, scale, out, column, count):
     while start < count:  # as many pieces as the tile has rows
         width = min(count - start, scale.shape[1] - column)
         for k in range(4):
-            # Slices, since an index that might be negative keeps the loop from becoming SIMD instructions.
+            # Slices, because an index that might be negative keeps the loop from becoming SIMD instructions.
             piece, factor, scaled = tile[k, start : start + width], scale[k, column : column + width], out[k, start:]
             for j in range(width):
                 scaled[j] = piece[j] * factor[j]
@@ -122,7 +120,7 @@ def _times(tile, scale, out, column, count):
 
 @_inline
 def _divide_back(tile, scale, solved, column, count):
-    """Shrink the weights of the tile as their scaled values were shrunk; where those kept their bits, so do these."""
+    """Shrink the weights of the tile as their scaled values were shrunk. Where those kept their bits, these do too."""
     start = 0
     while start < count:
         width = min(count - start, scale.shape[1] - column)
@@ -145,7 +143,7 @@ def _sort(measured, bits, z, lam_block, x, count, lam):
         z1, z4 = max(high1, high2), min(low1, low2)
         mid1, mid2 = min(high1, high2), max(low1, low2)
         z2, z3 = max(mid1, mid2), min(mid1, mid2)
-        # By the exponent's bits: fast-math may assume what it likes about NaN arithmetic.
+        # Test the exponent's bits, because fast-math may assume that there are no NaNs.
         ea, eb = bits[0, j] & INFINITE, bits[1, j] & INFINITE
         ec, ed = bits[2, j] & INFINITE, bits[3, j] & INFINITE
         finite = max(max(ea, eb), max(ec, ed)) != INFINITE
@@ -188,7 +186,7 @@ def _gentle(z, lam_block, x, count):
             b = max(z2 - lam * (cd + a * (c + d)), ZERO)
             a = max(ONE - lam * (cd + b * (c + d)), ZERO)
             x[0, j], x[1, j], x[2, j], x[3, j] = a, b, c, d
-            # Of one entry alone the movement may vanish as it turns round, with the others still on their way.
+            # One entry alone may stand still while it turns round, and the others still move.
             moved = max(max(abs(a - old_a), abs(b - old_b)), abs(c - old_c))
             moving += SOME if moved > SWEEP_SETTLED else NONE
         if moving == NONE:
@@ -200,7 +198,7 @@ def _strong(z, lam_block, x, count, work, place):
     """Put the best of two, three and four weights into x for the strong blocks of the tile; the others' x stay."""
     zs, t, exists3, q, exists4, lams = work[:3], work[3], work[4], work[5], work[6], work[7]
     found = 0
-    for j in range(count):  # close the ranks: strong blocks may be few
+    for j in range(count):  # move strong blocks next to each other: there may be few
         z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lam_block[j]
         if TWO * lam * (ONE + z2 + z3 - z4) >= ONE:
             zs[0, found], zs[1, found], zs[2, found] = z2, z3, z4
@@ -304,7 +302,7 @@ def _finish(measured, z, lam_block, x, count):
     for j in range(count):
         lam, top = lam_block[j], z[3, j]
         x1, x2, x3, x4 = x[0, j], x[1, j], x[2, j], x[3, j]
-        # Shrinkage, and not z - x, whose rounding would move weights that shrink by less than float32 resolves.
+        # Shrinkage, not z - x: its rounding would move weights that shrink by less than float32 resolves.
         live = ONE if lam > ZERO else ZERO
         s1 = lam * (x2 * x3 + x4 * (x2 + x3)) * top
         s2 = lam * (x1 * x3 + x4 * (x1 + x3)) * top
@@ -340,13 +338,13 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
         scale: (4, I / 4) float32 positive, entry k of every block in row k, or (4, 0) for ones.
         lam: float32 strength, > 0.
         stochastic: round bfloat16 stochastically, with noise from ``seed`` and the weight's index.
-        parts: number of contiguous parts shared out among the threads.
+        parts: number of contiguous parts that the threads share.
 
     Returns:
         (2,) int64: blocks that are 2:4 afterwards, blocks with a non-finite entry (left as they were).
     """
     blocks = weight.size // 4
-    # Sweeps end with the last block of a tile, so whole tiles are shared out: the threads' number changes no bit.
+    # A tile's sweeps end when its last block has settled. Threads share whole tiles, so their number changes no bit.
     tiles = (blocks + TILE - 1) // TILE
     counts = np.zeros((parts, 2), np.int64)
     for part in numba.prange(parts):
@@ -462,7 +460,7 @@ def survey_(weight, scale, codes, parts):
 
 
 def parts() -> int:
-    """Parts to share a weight out in: several for each of torch's threads, for balance."""
+    """Number of parts that a weight is cut into: several per torch thread, so that the threads end together."""
     return 8 * match_torch()
 
 

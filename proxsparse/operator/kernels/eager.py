@@ -1,6 +1,6 @@
 """The 2:4 proximal operator in plain torch operations, for any device.
 
-The algorithm and its derivation are in ``proxsparse/kernels/__init__.py``.
+``proxsparse/operator/kernels/__init__.py`` derives the algorithm.
 Shapes: G = blocks of four; magnitudes are stored as four columns of G values each.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from proxsparse.operator.rounding import round_stochastically
 
-CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB next to the weight
+CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB on top of the weight
 MAX_STEPS = 32  # near a double root Newton halves its error, and 2^-32 is below float32's resolution
 TINY = 1e-30
 SETTLED = 1e-7
@@ -24,7 +24,7 @@ def _gentle(z: Tensor, lam: Tensor) -> Tensor:
         c = (z[2] - lam * (a * b + d * (a + b))).clamp_min(0)
         b = (z[1] - lam * (c * d + a * (c + d))).clamp_min(0)
         a = (z[0] - lam * (c * d + b * (c + d))).clamp_min(0)
-        # Of one entry alone the movement may vanish as it turns round, with the others still on their way.
+        # One entry alone may stand still while it turns round, and the others still move.
         if not any(torch.any((old - new).abs() > SETTLED) for old, new in zip(before, (a, b, c), strict=True)):
             break
     return torch.stack((a, b, c, d))
@@ -118,7 +118,7 @@ def solve_sorted(z: Tensor, lam: Tensor) -> Tensor:
     for part, solve in ((~strong, _gentle), (strong, _strong)):
         if part.any():
             x[:, part] = solve(z[:, part], lam[part])
-    # As shrinkage, not as z - x, whose rounding would move weights that shrink by less than float32 resolves.
+    # Shrinkage, not z - x: its rounding would move weights that shrink by less than float32 resolves.
     return torch.where(x > 0, torch.minimum(lam * _e2_of_others(x), z), z)
 
 

@@ -1,8 +1,8 @@
-"""The 2:4 proximal operator as one Triton kernel for CUDA and ROCm: a read and a write per weight, one launch per tensor.
+"""The 2:4 proximal operator as one Triton kernel for CUDA and ROCm: one launch, one read, one write.
 
-The algorithm and its derivation are in ``proxsparse/kernels/__init__.py``. Weights are float32, bfloat16 or float16 and
-are solved in float32; bfloat16 results are rounded stochastically on request. Under TRITON_INTERPRET=1 the same kernel
-runs on CPU tensors, for tests.
+``proxsparse/operator/kernels/__init__.py`` derives the algorithm. Weights are float32, bfloat16 or float16 and are
+solved in float32. bfloat16 results are rounded stochastically on request. With TRITON_INTERPRET=1 the same kernel runs
+on CPU tensors, for tests.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 512  # blocks of four a program
+TILE = 512  # blocks of four per program
 
 
 @triton.jit
