@@ -16,7 +16,6 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from proxsparse.operator.kernels.cache import choose_cache
 from proxsparse.operator.kernels.threads import match_torch
 
 TILE = 128  # blocks; 16 float32 columns = 8 KiB per thread, inside the L1 cache
