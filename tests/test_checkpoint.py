@@ -335,7 +335,7 @@ def test_the_layout_reads_what_transformers_loads(family, tmp_path):
 
 
 def test_the_original_weights_of_experts_are_read_from_the_files(tmp_path, caplog):
-    from proxsparse.learning.original import OriginalWeights
+    from proxsparse.learning.copies import OriginalWeights
 
     base = mixture("mixtral", tmp_path / "base")
     targets = find_prunable(load_model(str(base)))

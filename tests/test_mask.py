@@ -160,7 +160,7 @@ def test_the_same_mask_is_the_same_bytes(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UsageError, match="--mask: there is no file"):
+    with pytest.raises(UsageError, match="There is no file"):
         load_mask(tmp_path / "nothing.safetensors")
 
 

@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, t
             learn_masks(make(), tmp_path / "broken", save_steps=2)
     again = learn_masks(make(), tmp_path / "broken", save_steps=2)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    with pytest.raises(UsageError, match="holds a run with `dataset` .*: give another `output_dir`"):
+    with pytest.raises(UsageError, match="holds a run with another `dataset`: give another `output_dir`"):
         learn_masks(make(), tmp_path / "broken", count=6, save_steps=2)
 
 

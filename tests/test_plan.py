@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from proxsparse.commands.learn import LearnParser, parse_arguments
+from proxsparse.commands.flags import LearnParser
 from proxsparse.commands.plan import main as plan_command
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.config import ProxSparseConfig
@@ -25,7 +25,11 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import TEXT, byte_tokenizer, tiny_llama
 from peaks import status
-from proxsparse.commands.learn import build, parse_arguments
+import dataclasses
+import torch
+from proxsparse.commands.flags import LearnParser
+from proxsparse.commands.learn import learn_from_start
+from proxsparse.model.loading import load_config
 from proxsparse.learning.plan import plan_learning
 
 folder = Path(tempfile.mkdtemp())
@@ -37,19 +41,19 @@ def peak(name, **sizes):
     tiny_llama(**sizes).save_pretrained(folder / name)
     byte_tokenizer().save_pretrained(folder / name)
     flags = "--model {{}} --dataset {{}} --samples 3 --output_dir {{}} --save_strategy no {flags}"
-    run, config = parse_arguments(flags.format(folder / name, folder / "text", folder / (name + "-run")).split())
+    words = flags.format(folder / name, folder / "text", folder / (name + "-run")).split()
+    run, config, *_ = LearnParser().parse(words)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the run takes it without being seen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, mapped = status("VmRSS"), status("RssFile")
-    trainer, _ = build(run, config)
-    trainer.train()
+    learn_from_start(run, config, dataclasses.asdict(run))
     # Of this process alone: ru_maxrss begins with the parent's.
     # Pages of files that are mapped can be dropped at any time, so that they are not counted.
     used = status("VmHWM") - before - max(0, status("RssFile") - mapped)
-    model = trainer.model
-    sizes = dict(ctx_len=run.ctx_len, samples=3, batch_size=1, dtype=model.dtype, on_cpu=True)
-    return used, plan_learning(model.config, config, **sizes).total
+    dtype = getattr(torch, run.dtype, torch.float32)
+    sizes = dict(ctx_len=run.ctx_len, samples=3, batch_size=1, dtype=dtype, on_cpu=True)
+    return used, plan_learning(load_config(run.model), config, **sizes).total
 
 peak("warm", max_position_embeddings=1024)  # libraries, kernels, thread pools
 sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8)
@@ -84,7 +88,7 @@ def plan_of(name, **flags):
     argv = [
         w for k, v in ({"output_dir": "none", "bf16": "true", "use_cpu": "true"} | flags).items() for w in (f"--{k}", v)
     ]
-    run, config = parse_arguments(argv, LearnParser(planning=True))
+    run, config, *_ = LearnParser(planning=True).parse(argv)
     return plan_learning(DIMENSIONS[name], config, ctx_len=run.ctx_len, samples=400, batch_size=1, dtype=torch.bfloat16)
 
 
@@ -151,7 +155,7 @@ def test_the_command_needs_a_configuration_only(checkpoint, tmp_path, capsys):
     flags = ["--model", str(tmp_path / "bare"), "--ctx_len", "64", "--output_dir", str(tmp_path / "out")]
     assert plan_command(flags) == 0
     shown = capsys.readouterr().out
-    assert "memory per device, computed" in shown
+    assert "memory a device, computed" in shown
     assert json.loads(shown.splitlines()[-1])["steps"] == 400
     assert not (tmp_path / "out").exists()
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
-from proxsparse.learning.original import OriginalWeights
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mixture, run
 
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.copies import OriginalWeights
 from proxsparse.mask import load_mask
 from proxsparse.model import quantised
 from proxsparse.model.checkpoint import Checkpoint

@@ -151,7 +151,7 @@ def test_a_folder_belongs_to_the_run_that_claimed_it(tmp_path):
     claim(tmp_path / "run", record | {"commit": "def"})  # only settings decide
     other = record["settings"] | {"logging_steps": 2}
     claim(tmp_path / "run", {"settings": other}, decisive=["samples", "a later setting"])
-    with pytest.raises(UsageError, match=r"holds a run with `logging_steps` 1, now it is 2: give another `output_dir`"):
+    with pytest.raises(UsageError, match=r"holds a run with `logging_steps=1`, now it is 2: give another `output_dir`"):
         claim(tmp_path / "run", {"settings": other})
     with pytest.raises(UsageError, match=r"holds a run with another `dataset`: give another"):
         claim(tmp_path / "run", {"settings": record["settings"] | {"dataset": "e" * 150}})

@@ -66,7 +66,7 @@ def test_a_dry_run_shows_the_published_settings_and_the_plan_and_runs_nothing(sc
     model, lambda1, learning_rate, ctx_len, lambda2, epsilon = PUBLISHED[script]
     done = shell(script, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "memory per device, computed" in done.stdout
+    assert "memory a device, computed" in done.stdout
     learn = next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line)
     flags = flags_of(learn)
     assert (flags["model"], float(flags["lambda_value"]), float(flags["learning_rate"]), int(flags["ctx_len"])) == (

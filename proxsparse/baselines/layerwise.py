@@ -52,8 +52,7 @@ def prune_layerwise(
         windows: (N, T) calibration token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
         pattern: for all blocks, or by block index (see ``allocation.allocate``).
-        update: keep the method's new weights; False keeps its mask on the original weights, so that the blocks
-            after it also see those.
+        update: keep the method's new weights; False keeps its mask on the original ones, which later blocks then see.
         hidden_device: where the hidden states lie between blocks.
         bf16: compute the blocks in bfloat16 autocast; statistics and solves stay float32.
 
@@ -61,8 +60,7 @@ def prune_layerwise(
         The mask; the model holds the pruned (and, with ``update``, changed) weights.
 
     Raises:
-        UsageError: nothing to prune, or a width that the pattern does not divide.
-        RunError: a layer's inputs are not finite, or a solve failed; names the layer.
+        UsageError, RunError: nothing to prune, inputs that are not finite, or a solve that failed; names the layer.
     """
     blocks = decoder_blocks(model)
     patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(range(len(blocks)), pattern)

@@ -159,7 +159,7 @@ class LearnParser(HfArgumentParser):
 
     def print_short_help(self) -> None:
         """The flags of this project in groups; those of SFTConfig are two hundred more."""
-        usage = "%(prog)s [--model MODEL] [--dataset TEXT] [--output_dir FOLDER] ..."
+        usage = "%(prog)s [--model MODEL] [--dataset TEXT] [flags]"
         shown = argparse.ArgumentParser(
             usage=usage, description=self.documentation, add_help=False, formatter_class=HelpFormatter
         )

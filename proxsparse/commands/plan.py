@@ -108,7 +108,7 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:
     table.add_row("folder", folder, end_section=True)
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIB:,.2f} GiB")
-    table.add_row("memory per device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
+    table.add_row("memory a device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
     table.add_row("  bytes per parameter", f"{plan.per_parameter():.1f}")
     Console().print(table)
 

@@ -40,9 +40,10 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
+    results, compared = named(args.rows, "rows"), named(args.compare, "compare")
     run = Run.finished(args.run)
-    rows = read_rows(results_of(run) if args.rows is None else named(args.rows, "rows"))
-    compared = masks_of(run) if args.compare is None else named(args.compare, "compare")
+    rows = read_rows(results_of(run) if results is None else results)
+    compared = masks_of(run) if compared is None else compared
     others = {name: load_mask(file) for name, file in compared.items()}
     settings = run.settings
     title = (
@@ -74,12 +75,14 @@ def masks_of(run: Run) -> dict[str, str]:
     return {TITLES.get(method, method): str(run.baseline_folder(method)) for method in run.baselines()}
 
 
-def named(entries: list[str], flag: str) -> dict[str, str]:
-    """NAME=FILE entries as a dictionary.
+def named(entries: list[str] | None, flag: str) -> dict[str, str] | None:
+    """NAME=FILE entries as a dictionary; None where the flag is not given.
 
     Raises:
         UsageError: an entry without a name, or without a file.
     """
+    if entries is None:
+        return None
     found = {}
     for entry in entries:
         name, equals, file = entry.rpartition("=")

@@ -65,7 +65,10 @@ def check_sparsity(
 
 
 def _checkpoint(name: str, revision: str | None, argument: str) -> Checkpoint:
-    found = Checkpoint.find(name, revision)
+    try:
+        found = Checkpoint.find(name, revision)
+    except UsageError as error:
+        raise UsageError(str(error), argument) from error
     if found is None:
         raise UsageError(
             f"`{argument}` must be a checkpoint folder with safetensors files, or a Hub id in the cache; got {name}.",
