@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import TEXT, tiny_llama
 
-from proxsparse import embedded, text
+from proxsparse import text
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model import embedded
 from proxsparse.text import calibration_windows, check_ctx_len, evaluation_windows, load_documents
 
 DOCUMENTS = [f"Document {i}: {TEXT}" for i in range(16)]
@@ -73,10 +74,10 @@ def test_every_calibration_token_is_text(corpus, tokenizer):
 
 def test_too_little_text_says_how_much_there_is(corpus, tokenizer):
     with pytest.raises(
-        UsageError, match=r"has [\d,]+ tokens, enough for \d+ samples of --ctx_len 64, but --samples is 999"
+        UsageError, match=r"has [\d,]+ tokens, enough for \d+ samples of `ctx_len=64`, but `samples` is 999"
     ):
         calibration_windows(corpus, tokenizer, 64, 999, seed=0)
-    with pytest.raises(UsageError, match=r"too few for one window of --ctx_len 100000"):
+    with pytest.raises(UsageError, match=r"too few for one window of `ctx_len=100000`"):
         evaluation_windows(corpus, tokenizer, 100000)
 
 
@@ -122,18 +123,18 @@ def test_an_unknown_corpus_lists_the_known_ones():
 
 def test_an_unreachable_hub_names_the_way_out(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(RunError, match="can't be loaded from the Hub .* --dataset wiki or news"):
+    with pytest.raises(RunError, match="can't be loaded from the Hub .* embedded texts: wiki or news"):
         load_documents("wikitext2")
 
 
 def test_a_context_beyond_the_positions_is_refused():
-    with pytest.raises(UsageError, match="--ctx_len must be between 8 and 128, the positions this model has; got 129"):
+    with pytest.raises(UsageError, match="`ctx_len` must be between 8 and 128, the positions this model has; got 129"):
         check_ctx_len(129, tiny_llama().config)
     check_ctx_len(128, tiny_llama().config)
 
 
 def test_a_missing_data_package_says_how_to_get_it():
-    with pytest.raises(RunError, match="data package no_such_package is not installed here: pip install --no-deps -r"):
+    with pytest.raises(RunError, match="data package no_such_package is not installed here: run script/setup.sh"):
         embedded.package_file("no_such_package", "x")
 
 
