@@ -4,13 +4,14 @@
     c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
     c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
     wiki, news         the embedded corpora (see ``proxsparse/model/embedded.py``): every eighth document is held out
-    path               a .txt, .jsonl, .json.gz or .parquet file, or a folder of them
+    path               a .txt, .jsonl, .json.gz, .parquet or .arrow file, or a folder of them
+                       (see ``proxsparse/model/documents.py``)
 
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
+from proxsparse.model.documents import read_local
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -28,7 +30,6 @@ NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SPLITS = ("calibration", "heldout", "all")
 HELD_OUT = 8  # one document in eight
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 def load_documents(name: str, split: str = "all") -> Sequence[str]:
@@ -45,6 +46,11 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
     """
     if split not in SPLITS:
         raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    with doing(f"reading the text {name}"):
+        return _load(name, split)
+
+
+def _load(name: str, split: str) -> Sequence[str]:
     if name in EMBEDDED:
         return _take(EMBEDDED[name](), split)
     if name == "wikitext2":
@@ -56,7 +62,7 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
         raise UsageError(
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
         )
-    return _take(_read_local(path), split)
+    return _take(read_local(path), split)
 
 
 def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
@@ -180,43 +186,3 @@ def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[
             f"The dataset {repository} can't be loaded from the Hub ({type(error).__name__}). "
             f"Give a local file, or one of the embedded texts: {' or '.join(EMBEDDED)}."
         ) from error
-
-
-def _read_local(path: Path) -> list[str]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    readable = [p for p in files if p.name.endswith((".txt", ".parquet", *JSON_SUFFIXES))]
-    if not readable:
-        raise UsageError(f"{path} has no .txt, .jsonl, .json.gz or .parquet file.", "dataset")
-    documents = [d for file in readable for d in _read_file(file) if d.strip()]
-    if not documents:
-        raise UsageError(f"There is no text in {path}.", "dataset")
-    return documents
-
-
-def _read_file(path: Path) -> Iterable[str]:
-    if path.suffix == ".txt":
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv.", "dataset"
-            ) from error
-        if "\0" in text:
-            raise UsageError(f"{path} is a binary file, not text.", "dataset")
-        return [text]
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
-
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    verbosity = get_verbosity()
-    set_verbosity(CRITICAL)  # it logs a traceback, and the error below says it all
-    try:
-        table = load_dataset(kind, data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} is not a readable {kind} file ({error.__cause__ or error}).", "dataset") from error
-    finally:
-        set_verbosity(verbosity)
-    if "text" not in table.column_names:
-        raise UsageError(f"{path} needs a column 'text', and has {', '.join(table.column_names)}.", "dataset")
-    return [row for row in table["text"] if isinstance(row, str)]

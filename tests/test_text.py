@@ -8,9 +8,10 @@ import pandas
 import pytest
 import torch
 from conftest import TEXT, tiny_llama
+from datasets import Dataset, DatasetDict
 
 from proxsparse import text
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.model import embedded
 from proxsparse.text import calibration_windows, check_ctx_len, evaluation_windows, load_documents
 
@@ -41,6 +42,107 @@ def test_a_text_file_is_one_document_and_a_folder_is_all_its_files(tmp_path):
     write(tmp_path, "jsonl")
     (tmp_path / "ignored.bin").write_bytes(b"\0")
     assert len(load_documents(str(tmp_path))) == 17
+
+
+def lines_of(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "JSONL", "json", "Json.GZ", "jsonl.gz"])
+def test_json_gives_the_strings_in_text_whatever_other_fields_hold(tmp_path, ending):
+    rows = [
+        {"text": "a b", "x": 1},
+        {"x": "s"},
+        {"text": None, "x": [2]},
+        {"text": "c\r\n \u2028 d", "x": {}, "new": 1},
+    ]
+    content = ("\ufeff" + lines_of(*rows).replace("\n", "\r\n\r\n")).encode()
+    path = tmp_path / f"train[1].{ending}"
+    path.write_bytes(gzip.compress(content) if ending.lower().endswith("gz") else content)
+    assert list(load_documents(str(path))) == ["a b", "c\r\n \u2028 d"]
+
+
+@pytest.mark.parametrize("layout", ["[%s]", "[\n%s\n]\n"])
+def test_an_array_of_json_is_its_rows(tmp_path, layout):
+    (tmp_path / "a.json").write_text(layout % ",\n".join(json.dumps({"text": d}, indent=1) for d in "abc"))
+    assert list(load_documents(str(tmp_path))) == ["a", "b", "c"]
+
+
+def test_a_half_character_in_json_becomes_a_replacement_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    assert list(load_documents(str(tmp_path / "a.jsonl"))) == ["a \ufffd b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("list.jsonl", lines_of({"text": "a"}, {"text": ["b"]}), "'text' of .* is a list in row 2; give a string"),
+        ("dict.json", lines_of({"text": {"0": "a"}}), "'text' of .* is an object in row 1"),
+        ("number.jsonl", lines_of({"text": 5}), "'text' of .* is a number in row 1"),
+        ("rows.jsonl", lines_of({"text": "a"}, 5), "row 2 is a number"),
+        ("cut.jsonl", lines_of({"text": "a"}) + '{"text', "is not a readable json file .line 2"),
+        ("wide.jsonl", b"\xff\xfe{\x00", "is not a readable json file"),
+        ("none.parquet", b"", "is not a readable parquet file"),
+        ("none.arrow", b"", "is not a readable arrow file"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "is not a readable gzip file"),
+        ("wide.txt", "text".encode("utf-16"), "is not UTF-8 text"),
+        ("none.jsonl", b"", "There is no text in"),
+    ],
+)
+def test_text_that_is_no_text_is_said_in_one_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=sentence) as caught:
+        load_documents(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    assert task_of(caught.value) == f"reading the text {tmp_path / name}"
+
+
+@pytest.mark.parametrize(("values", "held"), [([1, 2], "int64"), ([["a"]], "list"), ([{"a": "b"}], "struct")])
+def test_a_column_of_other_things_is_said_in_one_sentence(tmp_path, values, held):
+    pandas.DataFrame({"text": values}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"'text' of .* holds values of type {held}.*; give strings"):
+        load_documents(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["TXT", "Parquet", "txt.gz"])
+def test_brackets_in_names_and_endings_in_either_case_are_read(tmp_path, kind):
+    folder = tmp_path / "dir[2]"
+    folder.mkdir()
+    path = folder / f"train[1].{kind}"
+    if kind == "Parquet":
+        pandas.DataFrame({"text": DOCUMENTS[:1]}).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(DOCUMENTS[0].encode()) if kind.endswith("gz") else DOCUMENTS[0].encode())
+    assert list(load_documents(str(folder))) == list(load_documents(str(path))) == DOCUMENTS[:1]
+
+
+def test_hidden_names_and_loops_in_a_folder_are_skipped(tmp_path):
+    write(tmp_path, "txt")
+    (tmp_path / ".git").mkdir()
+    for name in ("._00.txt", ".hidden.jsonl", ".git/a.txt"):
+        (tmp_path / name).write_bytes(b"\0\xff")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS[:1]
+
+
+def test_a_folder_of_save_to_disk_gives_its_rows(tmp_path):
+    rows = Dataset.from_dict({"text": DOCUMENTS, "other": [1] * 16})
+    DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "train" / "cache-12.arrow").write_bytes(b"another table")
+    assert list(load_documents(str(tmp_path / "saved"))) == DOCUMENTS
+
+
+def test_json_without_text_is_passed_over_next_to_files_that_have_text(tmp_path, caplog):
+    (tmp_path / "dataset_infos.json").write_text(json.dumps({"default": {"features": {"text": {}}}}, indent=2))
+    with pytest.raises(UsageError, match="dataset_infos.json needs a column 'text', and has default"):
+        load_documents(str(tmp_path))
+    write(tmp_path, "jsonl")
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS
+    assert not caplog.records
+    (tmp_path / "labels.json").write_text("[1, 2]")
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS
+    assert "passed over: " in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 50])
