@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
@@ -100,34 +101,57 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: 
 
 
 def evaluation_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str = "all", limit: int | None = None
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    split: str = "all",
+    limit: int | None = None,
+    *,
+    bos: bool = False,
 ) -> Tensor:
     """Evaluation windows after the protocols that papers print (see each branch).
 
     Args:
-        limit: at most this many windows, evenly spread over the text; None for the whole protocol.
+        limit: at most this many windows, evenly spread over the text; None for the whole protocol. The whole text is
+            read and tokenised either way.
+        bos: begin every window with the tokenizer's BOS token, followed by ctx_len - 1 tokens of text. Papers don't:
+            with a tokenizer that puts BOS first (see ``adds_bos``) only their first window begins with it.
 
     Returns:
         (n, ctx_len) int64.
 
     Raises:
-        UsageError: the text is too short for one window.
+        UsageError: the text is too short for one window, or ``bos`` is True and the tokenizer has no BOS token.
     """
-    documents = load_documents(name, split)
-    if name == "c4":
-        windows = _random_c4_windows(documents, tokenizer, ctx_len)
-    else:
-        if name == "c4_new":
-            # First 1,100 documents joined by spaces, at most 256 windows (GPTQ's "new" C4 protocol).
-            ids = tokenizer(" ".join(documents[:C4_NEW_DOCUMENTS])).input_ids[: C4_WINDOWS * ctx_len]
-        else:
-            # Joined by blank lines, tokenised once, cut without overlap, the remainder dropped.
-            ids = tokenizer("\n\n".join(documents)).input_ids
-        count = len(ids) // ctx_len
-        if not count:
-            raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
-        windows = torch.tensor(ids[: count * ctx_len]).view(count, ctx_len)
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError("`bos=True` needs a tokenizer with a BOS token, and this one has none. Leave it out.", "bos")
+    windows = _windows(name, tokenizer, ctx_len, split, bos)
+    if bos:
+        windows = pad(windows, (1, 0), value=tokenizer.bos_token_id)
     return windows if limit is None else windows[:: max(1, len(windows) // limit)][:limit]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its BOS token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str, bos: bool) -> Tensor:
+    """All evaluation windows of a text, (n, ctx_len), or (n, ctx_len - 1) without special tokens where BOS follows."""
+    documents = load_documents(name, split)
+    options, size = ({"add_special_tokens": False}, ctx_len - 1) if bos else ({}, ctx_len)
+    if name == "c4":
+        return _random_c4_windows(documents, tokenizer, size, options)
+    if name == "c4_new":
+        # First 1,100 documents joined by spaces, at most 256 windows (GPTQ's "new" C4 protocol).
+        ids = tokenizer(" ".join(documents[:C4_NEW_DOCUMENTS]), **options).input_ids[: C4_WINDOWS * size]
+    else:
+        # Joined by blank lines, tokenised once, cut without overlap, the remainder dropped.
+        ids = tokenizer("\n\n".join(documents), **options).input_ids
+    count = len(ids) // size
+    if not count:
+        raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
+    return torch.tensor(ids[: count * size]).view(count, size)
 
 
 def check_ctx_len(ctx_len: int, config) -> None:
@@ -142,13 +166,15 @@ def check_ctx_len(ctx_len: int, config) -> None:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 
 
-def _random_c4_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> Tensor:
+def _random_c4_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int, options: dict[str, bool]
+) -> Tensor:
     """256 windows, each at a random place of a random document longer than it; random.seed(0) as in GPTQ and Wanda."""
     rng = random.Random(0)
     windows: list[list[int]] = []
     # A corpus without a document of this length would never fill 256 windows.
     for _ in range(200 * C4_WINDOWS):
-        ids = tokenizer(documents[rng.randint(0, len(documents) - 1)]).input_ids
+        ids = tokenizer(documents[rng.randint(0, len(documents) - 1)], **options).input_ids
         if len(ids) < ctx_len:
             continue
         start = rng.randint(0, len(ids) - ctx_len)

@@ -7,13 +7,14 @@ import random
 import pandas
 import pytest
 import torch
-from conftest import TEXT, tiny_llama
+from conftest import TEXT, byte_tokenizer, tiny_llama
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 
 from proxsparse import text
 from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.model import embedded
-from proxsparse.text import calibration_windows, check_ctx_len, evaluation_windows, load_documents
+from proxsparse.text import adds_bos, calibration_windows, check_ctx_len, evaluation_windows, load_documents
 
 DOCUMENTS = [f"Document {i}: {TEXT}" for i in range(16)]
 
@@ -216,6 +217,44 @@ def test_a_limit_takes_windows_from_the_whole_text(corpus, tokenizer):
     part = evaluation_windows(corpus, tokenizer, 32, limit=4)
     assert part.shape == (4, 32)
     assert torch.equal(part, whole[:: len(whole) // 4][:4])
+
+
+def with_bos(first):
+    """A tokenizer of bytes with a BOS token, put first by the tokenizer itself or not."""
+    made = byte_tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    if first:
+        template = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)])
+        made.backend_tokenizer.post_processor = template
+    return made
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["local", "c4", "c4_new"])
+def test_with_bos_every_window_is_bos_and_text(monkeypatch, tmp_path, name, first):
+    (tmp_path / "a.txt").write_text(DOCUMENTS[0])
+    monkeypatch.setattr(text, "_from_hub", lambda *args, **kwargs: DOCUMENTS)
+    tokenizer = with_bos(first)
+    windows = evaluation_windows(str(tmp_path) if name == "local" else name, tokenizer, 32, bos=True)
+    assert windows.shape[1] == 32
+    assert windows[:, 0].tolist() == [tokenizer.bos_token_id] * len(windows)
+    assert (windows[:, 1:] != tokenizer.bos_token_id).all()
+    if name == "c4":
+        assert all(any(tokenizer.decode(w[1:]) in d for d in DOCUMENTS) for w in windows[:5])
+    else:
+        whole = DOCUMENTS[0] if name == "local" else " ".join(DOCUMENTS)
+        assert tokenizer.decode(windows[:, 1:].flatten()) == whole[: len(whole) // 31 * 31]
+
+
+def test_adds_bos_tells_what_the_tokenizer_does(tokenizer, tmp_path):
+    assert adds_bos(with_bos(first=True))
+    assert not adds_bos(with_bos(first=False))
+    assert not adds_bos(tokenizer)
+    (tmp_path / "a.txt").write_text(DOCUMENTS[0])
+    with pytest.raises(UsageError, match="`bos=True` needs a tokenizer with a BOS token"):
+        evaluation_windows(str(tmp_path), tokenizer, 32, bos=True)
+    with pytest.raises(UsageError, match="too few for one window of `ctx_len=999`"):
+        evaluation_windows(str(tmp_path), with_bos(first=True), 999, bos=True)
 
 
 def test_an_unknown_corpus_lists_the_known_ones():
