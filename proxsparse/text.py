@@ -11,8 +11,9 @@ Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
-from proxsparse.model.documents import read_local
+from proxsparse.model.documents import Documents, read_local
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -31,6 +32,7 @@ NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SPLITS = ("calibration", "heldout", "all")
 HELD_OUT = 8  # one document in eight
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
 
 def load_documents(name: str, split: str = "all") -> Sequence[str]:
@@ -63,14 +65,15 @@ def _load(name: str, split: str) -> Sequence[str]:
         raise UsageError(
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
         )
-    return _take(read_local(path), split)
+    return _take(read_local(path, in_pieces=split != "all"), split)
 
 
 def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
     """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
 
     Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
-    second of any. Spans are joined and cut into full windows.
+    second of any. Spans are joined and cut into full windows. Only the documents that are needed are tokenised, and a
+    long text is many documents (see ``read_local``), so that the cost is that of the samples.
 
     Returns:
         (samples, ctx_len) int64.
@@ -78,26 +81,26 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: 
     Raises:
         UsageError: the text has fewer than ``samples`` windows.
     """
-    documents = list(load_documents(name, "calibration"))
-    rng = random.Random(seed)
-    rng.shuffle(documents)
+    documents = load_documents(name, "calibration")
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
     need = samples * ctx_len
-    spans: list[list[list[int]]] = []
+    spans: list[list[array]] = []
     first_spans = 0
-    for ids in _tokenize_each(tokenizer, documents):
+    for ids in _tokenize_each(tokenizer, documents, order):
         spans.append([ids[i : i + ctx_len] for i in range(0, len(ids), ctx_len)])
         first_spans += min(len(ids), ctx_len)
         if first_spans >= need:
             break
-    stream = list(chain.from_iterable(span for turn in zip_longest(*spans, fillvalue=[]) for span in turn))
-    if len(stream) < need:
+    found = sum(len(span) for document in spans for span in document)
+    if found < need:
         raise UsageError(
-            f"The calibration text {name} has {len(stream):,} tokens, enough for {len(stream) // ctx_len} samples of "
+            f"The calibration text {name} has {found:,} tokens, enough for {found // ctx_len} samples of "
             f"`ctx_len={ctx_len}`, but `samples` is {samples}. Lower one of them or give more text."
         )
-    windows = torch.tensor(stream[:need]).view(samples, ctx_len)
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    return windows[order]
+    stream = chain.from_iterable(span for turn in zip_longest(*spans, fillvalue=()) for span in turn)
+    windows = torch.tensor(list(islice(stream, need))).view(samples, ctx_len)
+    return windows[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))]
 
 
 def evaluation_windows(
@@ -190,16 +193,25 @@ def _take(documents: Sequence[str], split: str) -> Sequence[str]:
         return documents
     held_out = split == "heldout"
     if len(documents) >= HELD_OUT:
-        return [d for i, d in enumerate(documents) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+        entries = documents.entries if isinstance(documents, Documents) else documents
+        return Documents([e for i, e in enumerate(entries) if (i % HELD_OUT == HELD_OUT - 1) == held_out])
     cuts = [len(d) - len(d) // HELD_OUT for d in documents]
     return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
 
 
 def _tokenize_each(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch: int = 64
-) -> Iterator[list[int]]:
-    for start in range(0, len(documents), batch):
-        yield from tokenizer(list(documents[start : start + batch])).input_ids
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], order: Sequence[int]
+) -> Iterator[array]:
+    """Token ids of the documents in this order, some documents at a time; blank ones are left out."""
+    batch: list[str] = []
+    for place, index in enumerate(order, 1):
+        document = documents[index]
+        batch += [document] if document.strip() else []
+        if batch and (
+            place == len(order) or len(batch) == DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= CHARACTERS_AT_ONCE
+        ):
+            yield from (array("q", ids) for ids in tokenizer(batch).input_ids)
+            batch = []
 
 
 def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[str]:

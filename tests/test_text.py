@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from proxsparse import text
 from proxsparse.errors import RunError, UsageError, task_of
-from proxsparse.model import embedded
+from proxsparse.model import documents, embedded
 from proxsparse.text import adds_bos, calibration_windows, check_ctx_len, evaluation_windows, load_documents
 
 DOCUMENTS = [f"Document {i}: {TEXT}" for i in range(16)]
@@ -157,6 +157,62 @@ def test_calibration_and_held_out_text_never_overlap(tmp_path, count):
     assert heldout
     assert not calibration & heldout
     assert calibration | heldout == everything
+
+
+def long_text(count=30000, between=" "):
+    """Words that never repeat, 1.9 MB: each tells where it stands."""
+    return "".join(f"{i:05}\u00e9{'x' * 56}{between if i % 7 else chr(10) * 2}" for i in range(count))
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_long_text_is_many_documents_that_never_overlap(tmp_path, kind, between):
+    whole = long_text(between=between)
+    content = json.dumps({"text": whole}) if kind == "jsonl" else whole
+    path = tmp_path / f"long.{kind}"
+    path.write_bytes(gzip.compress(content.encode()) if kind.endswith("gz") else content.encode())
+    calibration, heldout = load_documents(str(path), "calibration"), load_documents(str(path), "heldout")
+    pieces = len(whole.encode()) // documents.PIECE
+    assert (len(calibration), len(heldout)) == (pieces - pieces // 8, pieces // 8)
+    turns = iter(calibration)
+    found = [heldout[i // 8] if i % 8 == 7 else next(turns) for i in range(pieces)]
+    assert "".join(found) == whole
+    assert all(piece.endswith("\n\n") for piece in found[:-1])
+    assert list(load_documents(str(path))) == [whole]
+
+
+@pytest.mark.parametrize("letter", ["x", "\u4e2d"])
+def test_a_long_text_without_spaces_is_cut_between_characters(tmp_path, letter):
+    (tmp_path / "long.txt").write_text("\ufeff" + letter * 1_200_000, encoding="utf-8")
+    parts = [load_documents(str(tmp_path), split) for split in ("calibration", "heldout")]
+    assert "".join(d for part in parts for d in part) == letter * 1_200_000
+
+
+def test_calibration_reads_only_the_pieces_it_needs(tmp_path, monkeypatch, tokenizer):
+    (tmp_path / "long.txt").write_text(long_text(60000))
+    read = []
+    piece = documents._piece
+    monkeypatch.setattr(documents, "_piece", lambda data, path, i: read.append(i) or piece(data, path, i))
+    windows = calibration_windows(str(tmp_path), tokenizer, 128, 8, seed=0)
+    assert len(set(read)) <= 12  # of 58
+    starts = {tokenizer.decode(w)[:5] for w in windows}
+    assert len(starts) == 8  # each from another piece
+    assert torch.equal(windows, calibration_windows(str(tmp_path), tokenizer, 128, 8, seed=0))
+    assert all(tokenizer.decode(w) in long_text(60000) for w in windows)
+
+
+@pytest.mark.parametrize(("bad", "sentence"), [(b"\xff", "is not UTF-8 text .byte 100000."), (b"\0", "is a binary")])
+def test_damage_in_a_long_text_is_found_where_it_is_read(tmp_path, bad, sentence):
+    data = bytearray(b"word " * 300_000)
+    data[100_000:100_001] = bad
+    (tmp_path / "long.txt").write_bytes(data)
+    pieces = load_documents(str(tmp_path), "calibration")
+    with pytest.raises(UsageError, match=sentence):
+        list(pieces)
+    data[:1] = b"\0"
+    (tmp_path / "long.txt").write_bytes(data)
+    with pytest.raises(UsageError, match="is a binary"):
+        load_documents(str(tmp_path), "calibration")
 
 
 def test_calibration_windows_are_full_seeded_and_from_many_documents(corpus, tokenizer):

@@ -63,8 +63,9 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
     """Documents of a file, or of all files of a folder in the order of their paths; blank ones are left out.
 
     Args:
-        in_pieces: a .txt of more than ``LONG`` bytes counts as many documents of about ``PIECE`` bytes, cut after a
-            paragraph, a line or a word. Each is read, decoded and checked when it is asked for, and the first at once.
+        in_pieces: a document of more than ``LONG`` bytes counts as many of about ``PIECE`` bytes, cut after a
+            paragraph, a line or a word. The pieces of a .txt are read, decoded and checked when they are asked for, and
+            the first at once.
 
     Raises:
         UsageError: there is no text, or a file can't be read as what its name says.
@@ -102,7 +103,13 @@ def _entries(path: Path, in_pieces: bool) -> list[str | Loader]:
     if name.endswith(TEXT_SUFFIXES):
         return _plain(path, in_pieces)
     rows = _json_rows(path) if name.endswith(JSON_SUFFIXES) else _table_rows(path)
-    return [row for row in rows if row.strip()]
+    entries: list[str | Loader] = []
+    for row in rows:
+        if in_pieces and len(row) > LONG:
+            entries += _pieces(row.encode(), path)
+        elif row.strip():
+            entries.append(row)
+    return entries
 
 
 # Plain text.
