@@ -4,22 +4,26 @@
     c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
     c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
     wiki, news         the embedded corpora (see ``proxsparse/model/embedded.py``): every eighth document is held out
-    path               a .txt, .jsonl, .json.gz or .parquet file, or a folder of them
+    path               a .txt, .jsonl, .json.gz, .parquet or .arrow file, or a folder of them
+                       (see ``proxsparse/model/documents.py``)
 
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, zip_longest
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
+from proxsparse.model.documents import Documents, read_local
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -28,7 +32,7 @@ NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SPLITS = ("calibration", "heldout", "all")
 HELD_OUT = 8  # one document in eight
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
 
 def load_documents(name: str, split: str = "all") -> Sequence[str]:
@@ -45,6 +49,11 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
     """
     if split not in SPLITS:
         raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    with doing(f"reading the text {name}"):
+        return _load(name, split)
+
+
+def _load(name: str, split: str) -> Sequence[str]:
     if name in EMBEDDED:
         return _take(EMBEDDED[name](), split)
     if name == "wikitext2":
@@ -56,14 +65,15 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
         raise UsageError(
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
         )
-    return _take(_read_local(path), split)
+    return _take(read_local(path, in_pieces=split != "all"), split)
 
 
 def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
     """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
 
     Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
-    second of any. Spans are joined and cut into full windows.
+    second of any. Spans are joined and cut into full windows. Only the documents that are needed are tokenised, and a
+    long text is many documents (see ``read_local``), so that the cost is that of the samples.
 
     Returns:
         (samples, ctx_len) int64.
@@ -71,57 +81,80 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: 
     Raises:
         UsageError: the text has fewer than ``samples`` windows.
     """
-    documents = list(load_documents(name, "calibration"))
-    rng = random.Random(seed)
-    rng.shuffle(documents)
+    documents = load_documents(name, "calibration")
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
     need = samples * ctx_len
-    spans: list[list[list[int]]] = []
+    spans: list[list[array]] = []
     first_spans = 0
-    for ids in _tokenize_each(tokenizer, documents):
+    for ids in _tokenize_each(tokenizer, documents, order):
         spans.append([ids[i : i + ctx_len] for i in range(0, len(ids), ctx_len)])
         first_spans += min(len(ids), ctx_len)
         if first_spans >= need:
             break
-    stream = list(chain.from_iterable(span for turn in zip_longest(*spans, fillvalue=[]) for span in turn))
-    if len(stream) < need:
+    found = sum(len(span) for document in spans for span in document)
+    if found < need:
         raise UsageError(
-            f"The calibration text {name} has {len(stream):,} tokens, enough for {len(stream) // ctx_len} samples of "
+            f"The calibration text {name} has {found:,} tokens, enough for {found // ctx_len} samples of "
             f"`ctx_len={ctx_len}`, but `samples` is {samples}. Lower one of them or give more text."
         )
-    windows = torch.tensor(stream[:need]).view(samples, ctx_len)
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    return windows[order]
+    stream = chain.from_iterable(span for turn in zip_longest(*spans, fillvalue=()) for span in turn)
+    windows = torch.tensor(list(islice(stream, need))).view(samples, ctx_len)
+    return windows[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))]
 
 
 def evaluation_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str = "all", limit: int | None = None
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    split: str = "all",
+    limit: int | None = None,
+    *,
+    bos: bool = False,
 ) -> Tensor:
     """Evaluation windows after the protocols that papers print (see each branch).
 
     Args:
-        limit: at most this many windows, evenly spread over the text; None for the whole protocol.
+        limit: at most this many windows, evenly spread over the text; None for the whole protocol. The whole text is
+            read and tokenised either way.
+        bos: begin every window with the tokenizer's BOS token, followed by ctx_len - 1 tokens of text. Papers don't:
+            with a tokenizer that puts BOS first (see ``adds_bos``) only their first window begins with it.
 
     Returns:
         (n, ctx_len) int64.
 
     Raises:
-        UsageError: the text is too short for one window.
+        UsageError: the text is too short for one window, or ``bos`` is True and the tokenizer has no BOS token.
     """
-    documents = load_documents(name, split)
-    if name == "c4":
-        windows = _random_c4_windows(documents, tokenizer, ctx_len)
-    else:
-        if name == "c4_new":
-            # First 1,100 documents joined by spaces, at most 256 windows (GPTQ's "new" C4 protocol).
-            ids = tokenizer(" ".join(documents[:C4_NEW_DOCUMENTS])).input_ids[: C4_WINDOWS * ctx_len]
-        else:
-            # Joined by blank lines, tokenised once, cut without overlap, the remainder dropped.
-            ids = tokenizer("\n\n".join(documents)).input_ids
-        count = len(ids) // ctx_len
-        if not count:
-            raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
-        windows = torch.tensor(ids[: count * ctx_len]).view(count, ctx_len)
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError("`bos=True` needs a tokenizer with a BOS token, and this one has none. Leave it out.", "bos")
+    windows = _windows(name, tokenizer, ctx_len, split, bos)
+    if bos:
+        windows = pad(windows, (1, 0), value=tokenizer.bos_token_id)
     return windows if limit is None else windows[:: max(1, len(windows) // limit)][:limit]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its BOS token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str, bos: bool) -> Tensor:
+    """All evaluation windows of a text, (n, ctx_len), or (n, ctx_len - 1) without special tokens where BOS follows."""
+    documents = load_documents(name, split)
+    options, size = ({"add_special_tokens": False}, ctx_len - 1) if bos else ({}, ctx_len)
+    if name == "c4":
+        return _random_c4_windows(documents, tokenizer, size, options)
+    if name == "c4_new":
+        # First 1,100 documents joined by spaces, at most 256 windows (GPTQ's "new" C4 protocol).
+        ids = tokenizer(" ".join(documents[:C4_NEW_DOCUMENTS]), **options).input_ids[: C4_WINDOWS * size]
+    else:
+        # Joined by blank lines, tokenised once, cut without overlap, the remainder dropped.
+        ids = tokenizer("\n\n".join(documents), **options).input_ids
+    count = len(ids) // size
+    if not count:
+        raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
+    return torch.tensor(ids[: count * size]).view(count, size)
 
 
 def check_ctx_len(ctx_len: int, config) -> None:
@@ -136,13 +169,15 @@ def check_ctx_len(ctx_len: int, config) -> None:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 
 
-def _random_c4_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> Tensor:
+def _random_c4_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int, options: dict[str, bool]
+) -> Tensor:
     """256 windows, each at a random place of a random document longer than it; random.seed(0) as in GPTQ and Wanda."""
     rng = random.Random(0)
     windows: list[list[int]] = []
     # A corpus without a document of this length would never fill 256 windows.
     for _ in range(200 * C4_WINDOWS):
-        ids = tokenizer(documents[rng.randint(0, len(documents) - 1)]).input_ids
+        ids = tokenizer(documents[rng.randint(0, len(documents) - 1)], **options).input_ids
         if len(ids) < ctx_len:
             continue
         start = rng.randint(0, len(ids) - ctx_len)
@@ -158,16 +193,25 @@ def _take(documents: Sequence[str], split: str) -> Sequence[str]:
         return documents
     held_out = split == "heldout"
     if len(documents) >= HELD_OUT:
-        return [d for i, d in enumerate(documents) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+        entries = documents.entries if isinstance(documents, Documents) else documents
+        return Documents([e for i, e in enumerate(entries) if (i % HELD_OUT == HELD_OUT - 1) == held_out])
     cuts = [len(d) - len(d) // HELD_OUT for d in documents]
     return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
 
 
 def _tokenize_each(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch: int = 64
-) -> Iterator[list[int]]:
-    for start in range(0, len(documents), batch):
-        yield from tokenizer(list(documents[start : start + batch])).input_ids
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], order: Sequence[int]
+) -> Iterator[array]:
+    """Token ids of the documents in this order, some documents at a time; blank ones are left out."""
+    batch: list[str] = []
+    for place, index in enumerate(order, 1):
+        document = documents[index]
+        batch += [document] if document.strip() else []
+        if batch and (
+            place == len(order) or len(batch) == DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= CHARACTERS_AT_ONCE
+        ):
+            yield from (array("q", ids) for ids in tokenizer(batch).input_ids)
+            batch = []
 
 
 def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[str]:
@@ -180,43 +224,3 @@ def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[
             f"The dataset {repository} can't be loaded from the Hub ({type(error).__name__}). "
             f"Give a local file, or one of the embedded texts: {' or '.join(EMBEDDED)}."
         ) from error
-
-
-def _read_local(path: Path) -> list[str]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    readable = [p for p in files if p.name.endswith((".txt", ".parquet", *JSON_SUFFIXES))]
-    if not readable:
-        raise UsageError(f"{path} has no .txt, .jsonl, .json.gz or .parquet file.", "dataset")
-    documents = [d for file in readable for d in _read_file(file) if d.strip()]
-    if not documents:
-        raise UsageError(f"There is no text in {path}.", "dataset")
-    return documents
-
-
-def _read_file(path: Path) -> Iterable[str]:
-    if path.suffix == ".txt":
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv.", "dataset"
-            ) from error
-        if "\0" in text:
-            raise UsageError(f"{path} is a binary file, not text.", "dataset")
-        return [text]
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
-
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    verbosity = get_verbosity()
-    set_verbosity(CRITICAL)  # it logs a traceback, and the error below says it all
-    try:
-        table = load_dataset(kind, data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} is not a readable {kind} file ({error.__cause__ or error}).", "dataset") from error
-    finally:
-        set_verbosity(verbosity)
-    if "text" not in table.column_names:
-        raise UsageError(f"{path} needs a column 'text', and has {', '.join(table.column_names)}.", "dataset")
-    return [row for row in table["text"] if isinstance(row, str)]

@@ -203,6 +203,8 @@ TEXTS = [
     ("cut.json.gz", b"\x1f\x8b\x08\x00garbage", "is not a readable json file"),
     ("plain.json.gz", b"no gzip", "is not a readable json file"),
     ("broken.parquet", b"PAR1....", "is not a readable parquet file"),
+    ("list.jsonl", b'{"text": ["a"]}\n', "is a list in row 1; give a string"),
+    ("empty.parquet", b"", "is not a readable parquet file"),
     ("table.csv", b"x", "has no .txt, .jsonl, .json.gz or .parquet file"),
     ("text.pdf", b"%PDF-1.4", "has no .txt, .jsonl, .json.gz or .parquet file"),
     ("short.txt", b"only a few words", "enough for"),

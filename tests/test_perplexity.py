@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from proxsparse.errors import RunError
+from proxsparse.errors import RunError, task_of
+from proxsparse.evaluation import perplexity as module
 from proxsparse.evaluation.perplexity import perplexity
 
 
@@ -39,6 +40,39 @@ def test_a_model_that_overflows_is_reported(windows):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="loss is not finite on window 0"):
         perplexity(model, windows)
+
+
+def test_a_loss_whose_exponential_is_too_large_gives_infinity_and_a_note(windows, caplog):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    found = perplexity(model, windows)
+    losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+    assert found.nll == pytest.approx(sum(losses) / 7, rel=1e-5)
+    assert found.nll > 710
+    assert found.perplexity == found.standard_error == math.inf
+    assert "written as infinity" in caplog.text
+
+
+def test_a_note_says_which_text_was_measured(windows):
+    with pytest.raises(RuntimeError) as caught:
+        perplexity(tiny_llama(), windows.float(), progress="wiki")
+    assert task_of(caught.value) == "measuring the perplexity on wiki"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_the_float32_copy_of_the_logits_does_not_grow_with_the_batch(windows, batch_size, monkeypatch):
+    monkeypatch.setattr(module, "POSITIONS_AT_ONCE", 16)
+    positions = []
+
+    def seen(logits, targets, reduction):
+        positions.append(targets.numel())
+        return torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
+
+    expected = perplexity(tiny_llama(), windows).nll
+    monkeypatch.setattr(module, "cross_entropy", seen)
+    assert perplexity(tiny_llama(), windows, batch_size).nll == pytest.approx(expected, rel=1e-6)
+    assert max(positions) <= 16
 
 
 def test_it_leaves_the_mode_of_the_model(windows):

@@ -7,11 +7,14 @@ import random
 import pandas
 import pytest
 import torch
-from conftest import TEXT, tiny_llama
+from conftest import TEXT, byte_tokenizer, tiny_llama
+from datasets import Dataset, DatasetDict
+from tokenizers import processors
 
-from proxsparse import embedded, text
-from proxsparse.errors import RunError, UsageError
-from proxsparse.text import calibration_windows, check_ctx_len, evaluation_windows, load_documents
+from proxsparse import text
+from proxsparse.errors import RunError, UsageError, task_of
+from proxsparse.model import documents, embedded
+from proxsparse.text import adds_bos, calibration_windows, check_ctx_len, evaluation_windows, load_documents
 
 DOCUMENTS = [f"Document {i}: {TEXT}" for i in range(16)]
 
@@ -42,6 +45,107 @@ def test_a_text_file_is_one_document_and_a_folder_is_all_its_files(tmp_path):
     assert len(load_documents(str(tmp_path))) == 17
 
 
+def lines_of(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "JSONL", "json", "Json.GZ", "jsonl.gz"])
+def test_json_gives_the_strings_in_text_whatever_other_fields_hold(tmp_path, ending):
+    rows = [
+        {"text": "a b", "x": 1},
+        {"x": "s"},
+        {"text": None, "x": [2]},
+        {"text": "c\r\n \u2028 d", "x": {}, "new": 1},
+    ]
+    content = ("\ufeff" + lines_of(*rows).replace("\n", "\r\n\r\n")).encode()
+    path = tmp_path / f"train[1].{ending}"
+    path.write_bytes(gzip.compress(content) if ending.lower().endswith("gz") else content)
+    assert list(load_documents(str(path))) == ["a b", "c\r\n \u2028 d"]
+
+
+@pytest.mark.parametrize("layout", ["[%s]", "[\n%s\n]\n"])
+def test_an_array_of_json_is_its_rows(tmp_path, layout):
+    (tmp_path / "a.json").write_text(layout % ",\n".join(json.dumps({"text": d}, indent=1) for d in "abc"))
+    assert list(load_documents(str(tmp_path))) == ["a", "b", "c"]
+
+
+def test_a_half_character_in_json_becomes_a_replacement_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    assert list(load_documents(str(tmp_path / "a.jsonl"))) == ["a \ufffd b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("list.jsonl", lines_of({"text": "a"}, {"text": ["b"]}), "'text' of .* is a list in row 2; give a string"),
+        ("dict.json", lines_of({"text": {"0": "a"}}), "'text' of .* is an object in row 1"),
+        ("number.jsonl", lines_of({"text": 5}), "'text' of .* is a number in row 1"),
+        ("rows.jsonl", lines_of({"text": "a"}, 5), "row 2 is a number"),
+        ("cut.jsonl", lines_of({"text": "a"}) + '{"text', "is not a readable json file .line 2"),
+        ("wide.jsonl", b"\xff\xfe{\x00", "is not a readable json file"),
+        ("none.parquet", b"", "is not a readable parquet file"),
+        ("none.arrow", b"", "is not a readable arrow file"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "is not a readable gzip file"),
+        ("wide.txt", "text".encode("utf-16"), "is not UTF-8 text"),
+        ("none.jsonl", b"", "There is no text in"),
+    ],
+)
+def test_text_that_is_no_text_is_said_in_one_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=sentence) as caught:
+        load_documents(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    assert task_of(caught.value) == f"reading the text {tmp_path / name}"
+
+
+@pytest.mark.parametrize(("values", "held"), [([1, 2], "int64"), ([["a"]], "list"), ([{"a": "b"}], "struct")])
+def test_a_column_of_other_things_is_said_in_one_sentence(tmp_path, values, held):
+    pandas.DataFrame({"text": values}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"'text' of .* holds values of type {held}.*; give strings"):
+        load_documents(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["TXT", "Parquet", "txt.gz"])
+def test_brackets_in_names_and_endings_in_either_case_are_read(tmp_path, kind):
+    folder = tmp_path / "dir[2]"
+    folder.mkdir()
+    path = folder / f"train[1].{kind}"
+    if kind == "Parquet":
+        pandas.DataFrame({"text": DOCUMENTS[:1]}).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(DOCUMENTS[0].encode()) if kind.endswith("gz") else DOCUMENTS[0].encode())
+    assert list(load_documents(str(folder))) == list(load_documents(str(path))) == DOCUMENTS[:1]
+
+
+def test_hidden_names_and_loops_in_a_folder_are_skipped(tmp_path):
+    write(tmp_path, "txt")
+    (tmp_path / ".git").mkdir()
+    for name in ("._00.txt", ".hidden.jsonl", ".git/a.txt"):
+        (tmp_path / name).write_bytes(b"\0\xff")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS[:1]
+
+
+def test_a_folder_of_save_to_disk_gives_its_rows(tmp_path):
+    rows = Dataset.from_dict({"text": DOCUMENTS, "other": [1] * 16})
+    DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "train" / "cache-12.arrow").write_bytes(b"another table")
+    assert list(load_documents(str(tmp_path / "saved"))) == DOCUMENTS
+
+
+def test_json_without_text_is_passed_over_next_to_files_that_have_text(tmp_path, caplog):
+    (tmp_path / "dataset_infos.json").write_text(json.dumps({"default": {"features": {"text": {}}}}, indent=2))
+    with pytest.raises(UsageError, match="dataset_infos.json needs a column 'text', and has default"):
+        load_documents(str(tmp_path))
+    write(tmp_path, "jsonl")
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS
+    assert not caplog.records
+    (tmp_path / "labels.json").write_text("[1, 2]")
+    assert list(load_documents(str(tmp_path))) == DOCUMENTS
+    assert "passed over: " in caplog.text
+
+
 @pytest.mark.parametrize("count", [1, 3, 16, 50])
 def test_calibration_and_held_out_text_never_overlap(tmp_path, count):
     for i in range(count):
@@ -53,6 +157,62 @@ def test_calibration_and_held_out_text_never_overlap(tmp_path, count):
     assert heldout
     assert not calibration & heldout
     assert calibration | heldout == everything
+
+
+def long_text(count=30000, between=" "):
+    """Words that never repeat, 1.9 MB: each tells where it stands."""
+    return "".join(f"{i:05}\u00e9{'x' * 56}{between if i % 7 else chr(10) * 2}" for i in range(count))
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_long_text_is_many_documents_that_never_overlap(tmp_path, kind, between):
+    whole = long_text(between=between)
+    content = json.dumps({"text": whole}) if kind == "jsonl" else whole
+    path = tmp_path / f"long.{kind}"
+    path.write_bytes(gzip.compress(content.encode()) if kind.endswith("gz") else content.encode())
+    calibration, heldout = load_documents(str(path), "calibration"), load_documents(str(path), "heldout")
+    pieces = len(whole.encode()) // documents.PIECE
+    assert (len(calibration), len(heldout)) == (pieces - pieces // 8, pieces // 8)
+    turns = iter(calibration)
+    found = [heldout[i // 8] if i % 8 == 7 else next(turns) for i in range(pieces)]
+    assert "".join(found) == whole
+    assert all(piece.endswith("\n\n") for piece in found[:-1])
+    assert list(load_documents(str(path))) == [whole]
+
+
+@pytest.mark.parametrize("letter", ["x", "\u4e2d"])
+def test_a_long_text_without_spaces_is_cut_between_characters(tmp_path, letter):
+    (tmp_path / "long.txt").write_text("\ufeff" + letter * 1_200_000, encoding="utf-8")
+    parts = [load_documents(str(tmp_path), split) for split in ("calibration", "heldout")]
+    assert "".join(d for part in parts for d in part) == letter * 1_200_000
+
+
+def test_calibration_reads_only_the_pieces_it_needs(tmp_path, monkeypatch, tokenizer):
+    (tmp_path / "long.txt").write_text(long_text(60000))
+    read = []
+    piece = documents._piece
+    monkeypatch.setattr(documents, "_piece", lambda data, path, i: read.append(i) or piece(data, path, i))
+    windows = calibration_windows(str(tmp_path), tokenizer, 128, 8, seed=0)
+    assert len(set(read)) <= 12  # of 58
+    starts = {tokenizer.decode(w)[:5] for w in windows}
+    assert len(starts) == 8  # each from another piece
+    assert torch.equal(windows, calibration_windows(str(tmp_path), tokenizer, 128, 8, seed=0))
+    assert all(tokenizer.decode(w) in long_text(60000) for w in windows)
+
+
+@pytest.mark.parametrize(("bad", "sentence"), [(b"\xff", "is not UTF-8 text .byte 100000."), (b"\0", "is a binary")])
+def test_damage_in_a_long_text_is_found_where_it_is_read(tmp_path, bad, sentence):
+    data = bytearray(b"word " * 300_000)
+    data[100_000:100_001] = bad
+    (tmp_path / "long.txt").write_bytes(data)
+    pieces = load_documents(str(tmp_path), "calibration")
+    with pytest.raises(UsageError, match=sentence):
+        list(pieces)
+    data[:1] = b"\0"
+    (tmp_path / "long.txt").write_bytes(data)
+    with pytest.raises(UsageError, match="is a binary"):
+        load_documents(str(tmp_path), "calibration")
 
 
 def test_calibration_windows_are_full_seeded_and_from_many_documents(corpus, tokenizer):
@@ -73,10 +233,10 @@ def test_every_calibration_token_is_text(corpus, tokenizer):
 
 def test_too_little_text_says_how_much_there_is(corpus, tokenizer):
     with pytest.raises(
-        UsageError, match=r"has [\d,]+ tokens, enough for \d+ samples of --ctx_len 64, but --samples is 999"
+        UsageError, match=r"has [\d,]+ tokens, enough for \d+ samples of `ctx_len=64`, but `samples` is 999"
     ):
         calibration_windows(corpus, tokenizer, 64, 999, seed=0)
-    with pytest.raises(UsageError, match=r"too few for one window of --ctx_len 100000"):
+    with pytest.raises(UsageError, match=r"too few for one window of `ctx_len=100000`"):
         evaluation_windows(corpus, tokenizer, 100000)
 
 
@@ -115,6 +275,44 @@ def test_a_limit_takes_windows_from_the_whole_text(corpus, tokenizer):
     assert torch.equal(part, whole[:: len(whole) // 4][:4])
 
 
+def with_bos(first):
+    """A tokenizer of bytes with a BOS token, put first by the tokenizer itself or not."""
+    made = byte_tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    if first:
+        template = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)])
+        made.backend_tokenizer.post_processor = template
+    return made
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["local", "c4", "c4_new"])
+def test_with_bos_every_window_is_bos_and_text(monkeypatch, tmp_path, name, first):
+    (tmp_path / "a.txt").write_text(DOCUMENTS[0])
+    monkeypatch.setattr(text, "_from_hub", lambda *args, **kwargs: DOCUMENTS)
+    tokenizer = with_bos(first)
+    windows = evaluation_windows(str(tmp_path) if name == "local" else name, tokenizer, 32, bos=True)
+    assert windows.shape[1] == 32
+    assert windows[:, 0].tolist() == [tokenizer.bos_token_id] * len(windows)
+    assert (windows[:, 1:] != tokenizer.bos_token_id).all()
+    if name == "c4":
+        assert all(any(tokenizer.decode(w[1:]) in d for d in DOCUMENTS) for w in windows[:5])
+    else:
+        whole = DOCUMENTS[0] if name == "local" else " ".join(DOCUMENTS)
+        assert tokenizer.decode(windows[:, 1:].flatten()) == whole[: len(whole) // 31 * 31]
+
+
+def test_adds_bos_tells_what_the_tokenizer_does(tokenizer, tmp_path):
+    assert adds_bos(with_bos(first=True))
+    assert not adds_bos(with_bos(first=False))
+    assert not adds_bos(tokenizer)
+    (tmp_path / "a.txt").write_text(DOCUMENTS[0])
+    with pytest.raises(UsageError, match="`bos=True` needs a tokenizer with a BOS token"):
+        evaluation_windows(str(tmp_path), tokenizer, 32, bos=True)
+    with pytest.raises(UsageError, match="too few for one window of `ctx_len=999`"):
+        evaluation_windows(str(tmp_path), with_bos(first=True), 999, bos=True)
+
+
 def test_an_unknown_corpus_lists_the_known_ones():
     with pytest.raises(UsageError, match="must be one of wikitext2, c4, c4_new, wiki, news, or an existing file"):
         load_documents("wikitext3")
@@ -122,18 +320,18 @@ def test_an_unknown_corpus_lists_the_known_ones():
 
 def test_an_unreachable_hub_names_the_way_out(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(RunError, match="can't be loaded from the Hub .* --dataset wiki or news"):
+    with pytest.raises(RunError, match="can't be loaded from the Hub .* embedded texts: wiki or news"):
         load_documents("wikitext2")
 
 
 def test_a_context_beyond_the_positions_is_refused():
-    with pytest.raises(UsageError, match="--ctx_len must be between 8 and 128, the positions this model has; got 129"):
+    with pytest.raises(UsageError, match="`ctx_len` must be between 8 and 128, the positions this model has; got 129"):
         check_ctx_len(129, tiny_llama().config)
     check_ctx_len(128, tiny_llama().config)
 
 
 def test_a_missing_data_package_says_how_to_get_it():
-    with pytest.raises(RunError, match="data package no_such_package is not installed here: pip install --no-deps -r"):
+    with pytest.raises(RunError, match="data package no_such_package is not installed here: run script/setup.sh"):
         embedded.package_file("no_such_package", "x")
 
 

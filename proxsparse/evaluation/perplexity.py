@@ -5,6 +5,7 @@
 A window of ctx_len tokens has ctx_len - 1 predictions. Logits are compared in float32.
 """
 
+import logging
 import math
 import time
 from typing import NamedTuple
@@ -16,9 +17,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError
+from proxsparse.errors import RunError, doing
 
-POSITIONS_AT_ONCE = 1024  # float32 copies of the logits of this many positions exist at a time
+logger = logging.getLogger(__name__)
+
+POSITIONS_AT_ONCE = 1024  # float32 copies of the logits of this many positions, of all windows, exist at a time
 TOKENS_AT_ONCE = {"cuda": 32768, "cpu": 2048}
 
 
@@ -26,7 +29,7 @@ class Perplexity(NamedTuple):
     """Perplexity of one text.
 
     Attributes:
-        perplexity: exp(nll).
+        perplexity: exp(nll); infinity where that is above the largest float (nll above 709).
         standard_error: of the perplexity, from the spread over windows (delta method).
         nll: mean negative log-likelihood a token, in nats.
         windows: how many.
@@ -76,15 +79,9 @@ def perplexity(
     Raises:
         RunError: the model's output is not finite.
     """
-    training = model.training
-    model.eval()
     start = time.perf_counter()
-    losses: list[Tensor] = []
-    batches = windows.split(batch_size or fitting_batch_size(model, windows.shape[1]))
-    for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False):
-        losses.append(window_losses(model, batch.to(model.device)).double().cpu())
-    model.train(training)
-    nll = torch.cat(losses)
+    with doing(f"measuring the perplexity on {progress or f'{len(windows)} windows'}"):
+        nll = _all_losses(model, windows, batch_size, progress)
     if not nll.isfinite().all():
         bad = int((~nll.isfinite()).nonzero()[0])
         raise RunError(
@@ -92,8 +89,32 @@ def perplexity(
         )
     mean = nll.mean().item()
     error = nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else 0.0
-    value = math.exp(mean)
-    return Perplexity(value, value * error, mean, len(nll), windows.shape[1], time.perf_counter() - start)
+    value = _exponential(mean)
+    if math.isinf(value):
+        logger.warning("the mean loss is %.1f nats per token: its exponential is written as infinity", mean)
+        error = math.inf
+    else:
+        error *= value
+    return Perplexity(value, error, mean, len(nll), windows.shape[1], time.perf_counter() - start)
+
+
+def _all_losses(model: PreTrainedModel, windows: Tensor, batch_size: int | None, progress: str | None) -> Tensor:
+    """Mean loss of every window, (n,) float64 on the CPU; the model's mode is as before when this ends."""
+    training = model.training
+    model.eval()
+    try:
+        batches = windows.split(batch_size or fitting_batch_size(model, windows.shape[1]))
+        shown = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
+        return torch.cat([window_losses(model, batch.to(model.device)).double().cpu() for batch in shown])
+    finally:
+        model.train(training)
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def window_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
@@ -101,8 +122,9 @@ def window_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     targets = batch[:, 1:]
     total = torch.zeros(len(batch), device=logits.device)
-    for start in range(0, targets.shape[1], POSITIONS_AT_ONCE):
-        part = slice(start, start + POSITIONS_AT_ONCE)
+    step = max(1, POSITIONS_AT_ONCE // len(batch))
+    for start in range(0, targets.shape[1], step):
+        part = slice(start, start + step)
         losses = cross_entropy(logits[:, part].float().transpose(1, 2), targets[:, part], reduction="none")
         total += losses.sum(1)
     return total / targets.shape[1]
