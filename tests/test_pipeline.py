@@ -318,3 +318,24 @@ def test_a_safetensors_file_that_is_no_mask_is_one_sentence(tmp_path, checkpoint
     save_file({"w": torch.ones(4)}, tmp_path / "w.safetensors")
     assert mask_ppl.main(["--model", checkpoint, "--mask", str(tmp_path / "w.safetensors")]) == 2
     assert "not a mask written by proxsparse" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_puts_bos_first_is_noted_and_every_window_can_have_it(checkpoint, corpus, tmp_path, capsys):
+    from tokenizers.processors import TemplateProcessing
+
+    from proxsparse.commands import eval as evaluation
+
+    shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_special_tokens({"bos_token": "<eos>"})
+    bos = ("<eos>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[bos])
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--dataset", corpus, "--ctx_len", "32"]
+    assert evaluation.main(flags) == 0
+    without = capsys.readouterr().out
+    assert "note: this tokenizer puts BOS first" in without
+    assert evaluation.main([*flags, "--bos"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: this tokenizer" not in shown
+    assert json.loads(shown.splitlines()[-1])[corpus] != json.loads(without.splitlines()[-1])[corpus]

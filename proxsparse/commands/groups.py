@@ -26,7 +26,7 @@ from proxsparse.model.loading import (
 )
 from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
-from proxsparse.text import NAMED, SPLITS, check_ctx_len, evaluation_windows
+from proxsparse.text import NAMED, SPLITS, adds_bos, check_ctx_len, evaluation_windows
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (embedded)"
 TEXT_HELP = f"{', '.join(NAMED)}, or a .txt/.jsonl/.json.gz/.parquet file or a folder of them"
@@ -92,7 +92,7 @@ def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) 
 def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide a measured perplexity."""
     mask = getattr(args, "mask", None)
-    names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows")
+    names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
     return {name: getattr(args, name) for name in names} | {"mask": None if mask is None else mask_digest(mask)}
 
 
@@ -169,6 +169,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of a local or embedded text: all, or heldout where another part calibrated; default: %(default)s",
     )
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
+    parser.add_argument("--bos", action="store_true", help="begin every window with BOS; papers' protocol does not")
     parser.add_argument(
         "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
     )
@@ -205,8 +206,11 @@ def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, 
     """Evaluation windows of every text that the arguments name; read before the model is loaded."""
     check_ctx_len(args.ctx_len, load_config(args.model, evaluating=evaluating, **options_of(args)))
     tokenizer = load_tokenizer(args.model, **options_of(args))
+    if adds_bos(tokenizer) and not args.bos:
+        print("note: this tokenizer puts BOS first, which one window of a text has; --bos puts it into every window")
     return {
-        text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows) for text in args.dataset
+        text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows, bos=args.bos)
+        for text in args.dataset
     }
 
 

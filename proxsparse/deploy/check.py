@@ -10,7 +10,6 @@ from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
 
 MOST_OFFENDERS = 5
@@ -112,10 +111,11 @@ class _Original(Mapping[str, Tensor]):
 
 def _original(base: str, revision: str | None, trust_remote_code: bool) -> Mapping[str, Tensor]:
     """The base's tensors, by the names of parameters; those that the model's class lacks by their own."""
-    if model_source(base)[1]:  # a GGUF, whose tensors have other names and forms
+    stored = None if base.lower().endswith(".gguf") else _checkpoint(base, revision, "base")
+    if stored is None:  # a GGUF, whose tensors have other names and forms
         return dict(load_model(base).state_dict())
     model = empty_model(base, revision=revision, trust_remote_code=trust_remote_code)
-    return _Original(Layout(_checkpoint(base, revision, "base").tensors, model))
+    return _Original(Layout(stored.tensors, model))
 
 
 def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, counts: dict[str, int]) -> list[str]:
