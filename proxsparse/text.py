@@ -193,8 +193,8 @@ def _take(documents: Sequence[str], split: str) -> Sequence[str]:
         return documents
     held_out = split == "heldout"
     if len(documents) >= HELD_OUT:
-        entries = documents.entries if isinstance(documents, Documents) else documents
-        return Documents([e for i, e in enumerate(entries) if (i % HELD_OUT == HELD_OUT - 1) == held_out])
+        chosen = [i for i in range(len(documents)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+        return Documents([documents], chosen)
     cuts = [len(d) - len(d) // HELD_OUT for d in documents]
     return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
 

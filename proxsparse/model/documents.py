@@ -14,10 +14,11 @@ import json
 import logging
 import mmap
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from proxsparse.errors import UsageError
 
@@ -33,26 +34,37 @@ PIECE = 1 << 16  # bytes of a piece
 REACH = 1 << 12  # bytes: how far a piece is lengthened to end at a paragraph, a line or a word
 
 
-class Loader(Protocol):
-    """Reads one document when it is asked for."""
-
-    def __call__(self) -> str: ...
-
-
 class Documents(Sequence[str]):
-    """Documents, some of which are read only when they are asked for."""
+    """Documents of several sources, or the chosen ones of them, each read only when it is asked for."""
 
-    def __init__(self, entries: Sequence[str | Loader]):
-        self.entries = entries
+    def __init__(self, sources: Sequence[Sequence[str]], chosen: Sequence[int] | None = None):
+        self.sources = sources
+        self.ends = list(accumulate(len(source) for source in sources))
+        self.chosen = range(self.ends[-1] if self.ends else 0) if chosen is None else chosen
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.chosen)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Documents(self.entries[index])
-        entry = self.entries[index]
-        return entry if isinstance(entry, str) else entry()
+            return Documents(self.sources, self.chosen[index])
+        place = self.chosen[index]
+        source = bisect_right(self.ends, place)
+        return self.sources[source][place - self.ends[source]]  # counted from the source's end
+
+
+class Pieces(Sequence[str]):
+    """A long plain text as many documents. No object is made per piece: a text of gigabytes has many."""
+
+    def __init__(self, data: mmap.mmap | bytes, path: Path):
+        self.data, self.path = data, path
+        _piece(data, path, 0)  # what is no text at all is refused at once
+
+    def __len__(self) -> int:
+        return len(self.data) // PIECE
+
+    def __getitem__(self, index: Any) -> Any:
+        return _piece(self.data, self.path, range(len(self))[index])
 
 
 class NoTextColumn(UsageError):
@@ -70,16 +82,16 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
     Raises:
         UsageError: there is no text, or a file can't be read as what its name says.
     """
-    entries: list[str | Loader] = []
+    sources: list[Sequence[str]] = []
     without: NoTextColumn | None = None
     for file in _readable(path):
         try:
-            entries += _entries(file, in_pieces)
+            sources += _sources(file, in_pieces)
         except NoTextColumn as error:
             without = without or error
             if file.name not in METADATA:
                 logger.warning("passed over: %s", error)
-    documents = Documents(entries)
+    documents = Documents(sources)
     if any(document.strip() for document in documents):
         return documents
     raise without or UsageError(f"There is no text in {path}.", "dataset")
@@ -98,42 +110,39 @@ def _readable(path: Path) -> list[Path]:
     return found
 
 
-def _entries(path: Path, in_pieces: bool) -> list[str | Loader]:
+def _sources(path: Path, in_pieces: bool) -> list[Sequence[str]]:
     name = path.name.lower()
     if name.endswith(TEXT_SUFFIXES):
-        return _plain(path, in_pieces)
+        return [_plain(path, in_pieces)]
     rows = _json_rows(path) if name.endswith(JSON_SUFFIXES) else _table_rows(path)
-    entries: list[str | Loader] = []
+    sources: list[Sequence[str]] = []
+    short: list[str] = []
     for row in rows:
         if in_pieces and len(row) > LONG:
-            entries += _pieces(row.encode(), path)
+            sources += [short, Pieces(row.encode(), path)]
+            short = []
         elif row.strip():
-            entries.append(row)
-    return entries
+            short.append(row)
+    return [*sources, short]
 
 
 # Plain text.
 
 
-def _plain(path: Path, in_pieces: bool) -> list[str | Loader]:
+def _plain(path: Path, in_pieces: bool) -> Sequence[str]:
     if path.name.lower().endswith(".gz"):
         with _unzipping(path, "gzip"), gzip.open(path) as file:
             data = file.read()
     elif in_pieces and path.stat().st_size > LONG:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _pieces(mapped, path)
+        return Pieces(mapped, path)
     else:
         data = path.read_bytes()
     if in_pieces and len(data) > LONG:
-        return _pieces(data, path)
+        return Pieces(data, path)
     text = _decode(data, path)
     return [text] if text.strip() else []
-
-
-def _pieces(data: mmap.mmap | bytes, path: Path) -> list[str | Loader]:
-    _piece(data, path, 0)  # what is no text at all is refused at once
-    return [partial(_piece, data, path, i) for i in range(len(data) // PIECE)]
 
 
 def _piece(data: mmap.mmap | bytes, path: Path, index: int) -> str:
