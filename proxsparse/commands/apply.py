@@ -34,8 +34,8 @@ from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.mask import load_mask
-from proxsparse.model.loading import load_tokenizer
-from proxsparse.record import refuse_to_overwrite
+from proxsparse.model.loading import EMBEDDED, load_tokenizer
+from proxsparse.record import OWN, refuse_to_overwrite
 
 
 def arguments() -> Parser:
@@ -53,6 +53,8 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if args.baseline:
         own = {"mask": str(run.baseline_folder(args.baseline)), "output": str(run.result_file(args.baseline))}
+    elif args.mask or args.model != EMBEDDED:  # not the run's own: its files stay
+        own = {"mask": str(run.mask_file)}
     else:
         own = {"mask": str(run.mask_file), "output": str(run.result_file(PRUNED)), "save": str(run.pruned_folder)}
     return evaluation_of(run) | own
@@ -66,8 +68,9 @@ def main(args: argparse.Namespace) -> None:
     if args.no_eval and not args.save:
         raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
     mask = load_mask(args.mask)
-    saved = not args.save or Path(args.save).is_dir()
-    if saved and done_already(args, "pruned perplexity", decisive_of(args)):
+    own_folder = args.run and args.save and Path(args.save) == Run(args.run).pruned_folder
+    saved = not args.save or (own_folder and (Path(args.save) / OWN).is_file())
+    if saved and not args.no_eval and done_already(args, "pruned perplexity", decisive_of(args)):
         return
     if args.save:
         refuse_to_overwrite(Path(args.save))
@@ -79,7 +82,8 @@ def main(args: argparse.Namespace) -> None:
         save_pruned(model, mask, args.save, tokenizer=tokenizer)
         print(f"pruned checkpoint written to {args.save}")
     results = evaluate(model, windows, args)
-    write_result(model, args, perplexity=as_record(results), measured=decisive_of(args))
+    if not args.no_eval:
+        write_result(model, args, perplexity=as_record(results), measured=decisive_of(args))
     print_json(
         {"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}}
     )

@@ -101,7 +101,7 @@ def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bo
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted. Learning goes on from its last checkpoint when started again.", file=sys.stderr)
+        print("interrupted. The same command again goes on where it can.", file=sys.stderr)
         return 130
     print(f"error: {with_flags(sentence(error, parser), parser)}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

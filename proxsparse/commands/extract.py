@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import mask_digest
+from proxsparse.errors import UsageError
 from proxsparse.learning.folder import locate
 from proxsparse.record import read_json, versions, write_json
 
@@ -38,9 +40,19 @@ def arguments() -> Parser:
 def main(args: argparse.Namespace) -> None:
     checkpoint, run = locate(args.checkpoint)
     whole_run = checkpoint != Path(args.checkpoint) and not (args.output or args.include or args.exclude)
+    if not whole_run and not args.output and run.is_finished:
+        raise UsageError(
+            f"{run.mask_file} is the mask of the whole run: give --output FILE for that of one checkpoint, or of some "
+            "weights."
+        )
     record = Path(args.record) if args.record else (run.blocks_file if whole_run else None)
     before = read_json(record) if record and record.is_file() else {}
-    if whole_run and run.mask_file.is_file() and before.get("checkpoint") == str(checkpoint):
+    if (
+        whole_run
+        and run.mask_file.is_file()
+        and before.get("checkpoint") == str(checkpoint)
+        and before.get("mask") == mask_digest(run.mask_file)
+    ):
         print(f"extract: done already ({run.mask_file})")
         print_json({"mask": str(run.mask_file)})
         return
@@ -50,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
     print_zeros(learned.zeros)
     output = run.save(learned.mask, args.output)
     if record:
-        write_json(record, {"checkpoint": str(checkpoint), "zeros": learned.zeros, "versions": versions()})
+        found = {"checkpoint": str(checkpoint), "mask": mask_digest(output), "zeros": learned.zeros}
+        write_json(record, found | {"versions": versions()})
     blocks_24 = sum(learned.zeros["all"][2:])
     print_json({"mask": str(output), "weights": len(learned.mask.tensors), "blocks_24": blocks_24})
 

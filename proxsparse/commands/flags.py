@@ -99,7 +99,8 @@ class LearnParser(HfArgumentParser):
             machine = machine | {"eval_strategy": "steps", "eval_steps": 0.1}
         rest = _with_defaults(words, machine | ({} if named else {"output_dir": "runs"}))
         run, config, own = self._dataclasses(rest)
-        self._check(run, config)
+        looking = self.planning or getattr(own, "where", False) or getattr(own, "dry_run", False)
+        self._check(run, config, looking)
         self._one_batch_size(words, run, config)
         if not named:
             config.output_dir = str(Path("runs") / default_folder(run, config))
@@ -128,14 +129,14 @@ class LearnParser(HfArgumentParser):
         alike = alike or [n for n in known if n.startswith(name[:4])][:1]
         return f"There is no flag --{name}{f'; did you mean --{alike[0]}?' if alike else '.'} (see --help)"
 
-    def _check(self, run: LearnArguments, config: ProxSparseConfig) -> None:
+    def _check(self, run: LearnArguments, config: ProxSparseConfig, looking: bool) -> None:
         if ":" in resolve_device(run.device):
             raise UsageError(
                 f"--device takes auto, cpu or an accelerator without a number; choose one with "
                 f"CUDA_VISIBLE_DEVICES. Got {run.device!r}."
             )
         gpus = torch.cuda.device_count()
-        if not self.planning and gpus > 1 and "RANK" not in os.environ and not config.use_cpu:
+        if not looking and gpus > 1 and "RANK" not in os.environ and not config.use_cpu:
             raise UsageError(
                 f"There are {gpus} GPUs and one process: choose one with CUDA_VISIBLE_DEVICES=0, or use all with "
                 "accelerate launch end-to-end/main.py ..."
@@ -248,8 +249,8 @@ def _last_part(name: str) -> str:
 
 
 def option(words: list[str], name: str) -> str | None:
-    """Value of --name among the words; '' for a bare flag, None where it is not given."""
-    for i, word in enumerate(words):
+    """Value of --name among the words, the last one as for argparse; '' for a bare flag, None where it is not given."""
+    for i, word in reversed(list(enumerate(words))):
         if word == f"--{name}":
             return words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else ""
         if word.startswith(f"--{name}="):
@@ -277,6 +278,6 @@ def without(words: list[str], name: str) -> list[str]:
 
 def _with_defaults(words: list[str], defaults: dict[str, Any]) -> list[str]:
     """The words, and each default that none of them names."""
-    alias = {"model": "model_dir"}
+    alias = {"model": "model_dir", "batch_size": "per_device_train_batch_size"}
     missing = {n: v for n, v in defaults.items() if option(words, n) is None and option(words, alias.get(n, n)) is None}
-    return [*words, *(w for n, v in missing.items() for w in (f"--{n}", _spoken(v)))]
+    return [*(w for n, v in missing.items() for w in (f"--{n}", _spoken(v))), *words]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from proxsparse.commands.cli import Parser
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
-from proxsparse.learning.folder import Run
+from proxsparse.learning.folder import WINDOWS, Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask
 from proxsparse.model.loading import (
     DTYPES,
@@ -76,7 +76,11 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     dataset = settings["dataset"]
     if dataset in FROM_HUB:
         return found | {"dataset": list(PRINTED)}
-    return found | ({"dataset": [dataset], "split": "heldout"} if dataset in NAMED or Path(dataset).exists() else {})
+    if dataset == WINDOWS:
+        return found
+    if dataset not in NAMED and not Path(dataset).exists():
+        raise UsageError(f"The text of this run, {dataset}, is not here any more: give --dataset and --split.", "run")
+    return found | {"dataset": [dataset], "split": "heldout"}
 
 
 def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) -> bool:

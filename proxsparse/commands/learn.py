@@ -12,6 +12,7 @@ settings), checkpoints, mask.safetensors and history.json. The same command agai
 import dataclasses
 import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def main(parsed: Parsed) -> None:
         print(f"python end-to-end/main.py {shlex.join([*words, '--output_dir', str(folder.folder)])}")
         return
     data = dataclasses.asdict(run)
+    # As they lie on the disk, so that commands with --run find them from every folder.
+    data |= {n: str(Path(data[n]).resolve()) for n in ("model", "dataset") if Path(data[n]).exists()}
     folder.refuse_another(described(data, config))
     if folder.is_finished:
         print(f"learned: done already ({folder.mask_file})")

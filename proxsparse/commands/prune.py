@@ -35,7 +35,7 @@ from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
-from proxsparse.mask import MASK_FILE, save_mask
+from proxsparse.mask import MASK_FILE, load_mask, save_mask
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len
@@ -102,9 +102,6 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    if args.run and args.save and (Path(args.save) / MASK_FILE).is_file():
-        print(f"{args.prune_method}: done already ({Path(args.save) / MASK_FILE})")
-        return
     method = METHODS[args.prune_method]()
     wanted = Wanted(
         Pattern.parse(args.sparsity_type, args.sparsity_ratio),
@@ -117,6 +114,17 @@ def main(args: argparse.Namespace) -> None:
     changes_weights = method.updates_weights and wanted.update
     check(args, wanted.pattern, changes_weights)
     method.check(wanted)
+    info = {
+        "method": args.prune_method,
+        "weights_updated": changes_weights,
+        "allocation": args.allocation,
+        "dataset": args.dataset,
+        "samples": args.samples,
+        "ctx_len": args.ctx_len,
+        "seed": args.seed,
+    }
+    if pruned_already(args, info, wanted.pattern):
+        return
     tokenizer = load_tokenizer(args.model, **options_of(args))
     windows = None
     if method.reads_text or args.allocation == "owl":
@@ -129,15 +137,7 @@ def main(args: argparse.Namespace) -> None:
     wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
     mask = method.prune_model(model, tokenizer, windows, wanted)
     mask.base_model = args.model
-    mask.info = {
-        "method": args.prune_method,
-        "weights_updated": changes_weights,
-        "allocation": args.allocation,
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "ctx_len": args.ctx_len,
-        "seed": args.seed,
-    }
+    mask.info = info
     note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
     print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
     if args.save:
@@ -149,6 +149,18 @@ def main(args: argparse.Namespace) -> None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
+
+
+def pruned_already(args: argparse.Namespace, info: dict[str, Any], pattern: Pattern) -> bool:
+    """Whether the folder of a run has this very mask, and nothing else is asked for; says so."""
+    path = Path(args.save or "") / MASK_FILE
+    if not args.run or args.save_model or args.eval_zero_shot is not None or not path.is_file():
+        return False
+    found = load_mask(path)
+    if found.info != info or found.pattern != pattern:
+        return False
+    print(f"{args.prune_method}: done already ({path})")
+    return True
 
 
 def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> None:

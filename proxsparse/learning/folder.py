@@ -27,11 +27,22 @@ from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
 ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
+WINDOWS = "windows given in Python"  # instead of the name of a text
 DENSE, PRUNED, ZERO_SHOT = "dense", "pruned", "zero_shot"  # names of results, and of the pruned checkpoint
 
 # Settings of TRL's and transformers' configurations that decide the mask; our own all do, but for these.
-DECISIVE = ("learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta2", "warmup_steps")
-UNDECIDED = ("keep_base", "offload_learned", "logging_steps")  # a run that ran out of memory goes on with others
+DECISIVE = (
+    "learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "warmup_steps", "max_grad_norm", "label_smoothing_factor", "lr_scheduler_kwargs", "loss_type",
+    "load_best_model_at_end",
+)  # fmt: skip
+UNDECIDED = (
+    "keep_base",
+    "offload_learned",
+    "logging_steps",
+    "save_total_limit",
+    "per_device_eval_batch_size",
+)  # a run that ran out of memory goes on with others
 PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
 
 

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import ProxSparseConfig
-from proxsparse.learning.folder import Run, described
+from proxsparse.learning.folder import WINDOWS, Run, described
 from proxsparse.learning.progress import show_progress
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import Mask, load_mask
@@ -77,18 +77,28 @@ def learn_mask(
     """
     if windows.dim() != 2 or not len(windows):
         raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
-    with tempfile.TemporaryDirectory() as scratch, restored(model):
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and model.device.type == "cuda":
+        raise UsageError(
+            "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "
+            "accelerate launch."
+        )
+    if model.dtype == torch.float16:
+        raise UsageError(
+            "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
         config = ProxSparseConfig(method=method, max_length=windows.shape[1], **(defaults | settings))
-        data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": "windows given in Python"}
+        data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": WINDOWS}
         data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
         run = Run(str(config.output_dir))
         settled = described(data | {"text": digest(windows)}, config)
         run.refuse_another(settled)
         if run.is_finished:
             return load_mask(run.mask_file)
-        return learn(model, tokenizer, windows, config, data, eval_windows=eval_windows).mask
+        with restored(model):
+            return learn(model, tokenizer, windows, config, data, eval_windows=eval_windows).mask
 
 
 def learn(

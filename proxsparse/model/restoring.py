@@ -1,6 +1,7 @@
 """Leave a model as it came, whatever a trainer does to it in between."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     """Inside the block a trainer may use the model; after it, the model is as it was before.
 
     Put back are the weights, which of them need gradients, training or evaluation mode, the forward method (a trainer
-    wraps it for mixed precision), activation checkpointing and the cache setting.
+    wraps it for mixed precision), activation checkpointing, and both configurations.
 
     Args:
         weights: False where the weights do not move; else a copy of them waits in host memory.
@@ -20,13 +21,16 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     kept = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if weights else {}
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
-    training, use_cache, checkpointing = model.training, model.config.use_cache, model.is_activation_checkpointing
+    training, checkpointing = model.training, model.is_activation_checkpointing
+    config, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
     try:
         yield
     finally:
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        model.generation_config = generation
         model.__dict__.pop("forward", None)
         model.__dict__.update(forward)
-        model.config.use_cache = use_cache
         if model.is_activation_checkpointing and not checkpointing:
             model.activation_checkpointing_disable()
         model.train(training)

@@ -3,6 +3,7 @@
 Shapes: (..., I) rows with the input dimension last; a block is m neighbours along it.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Pattern:
             )
         if not n:
             return cls(0, m)
-        if ratio not in (0.5, 1 - n / m):
+        if ratio != 0.5 and not math.isclose(ratio, 1 - n / m, abs_tol=1e-3):
             raise UsageError(
                 f"`sparsity_ratio={ratio}` contradicts `sparsity_type={text}`, which removes {1 - n / m:.3g}.",
                 "sparsity_ratio",
