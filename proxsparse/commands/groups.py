@@ -100,7 +100,7 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"mask": None if mask is None else mask_digest(mask)}
 
 
-def mask_digest(mask: str) -> str:
+def mask_digest(mask: str | Path) -> str:
     """SHA-256 of a mask file."""
     path = Path(mask)
     path = path / MASK_FILE if path.is_dir() else path

@@ -36,13 +36,8 @@ DECISIVE = (
     "warmup_steps", "max_grad_norm", "label_smoothing_factor", "lr_scheduler_kwargs", "loss_type",
     "load_best_model_at_end",
 )  # fmt: skip
-UNDECIDED = (
-    "keep_base",
-    "offload_learned",
-    "logging_steps",
-    "save_total_limit",
-    "per_device_eval_batch_size",
-)  # a run that ran out of memory goes on with others
+# A run that ran out of memory goes on with others of these.
+UNDECIDED = ("keep_base", "offload_learned", "logging_steps", "save_total_limit", "per_device_eval_batch_size")
 PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
 
 
