@@ -299,6 +299,7 @@ def test_masks_of_stacked_experts_apply_in_their_own_layout(saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_random_tenth_of_all_architectures_has_no_fault(tmp_path):
     """Another tenth with another seed; benchmarks/architectures.py without --sample tries all of them."""
     assert len(KINDS) >= 150
