@@ -11,12 +11,10 @@ flags recipe model_dir method dataset samples ctx_len batch_size seed lambda_val
 learn=("$root/end-to-end/main.py" ${flags[@]+"${flags[@]}"} ${given[@]+"${given[@]}"})
 IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # semicolons separate them, so that paths may have spaces
 flags split max_windows dtype device
+run=(--run "$("$python" "${learn[@]}" --where)")
 if ((dry_run)); then
-    plan=$("$python" "${learn[@]}" --dry_run)
-    printf '%s\n' "$plan"
-    run=(--run "${plan##*--output_dir }")
+    "$python" "${learn[@]}" --dry_run
 else
-    run=(--run "$("$python" "${learn[@]}" --where)")
     launcher
     stage "learn" "${launch[@]}" "${learn[@]}"
 fi

@@ -3,17 +3,15 @@
 #
 #   bash script/eval_pruned_prox_model.sh [--dry-run] [NAME...]      names: proxsparse_pruned_model_download.py --list
 #
-# It downloads what is missing into $models (pruned_models). Results go to $models/NAME.json, and are not measured again.
+# It downloads what is missing into $models (pruned_models). Results go to $models/NAME.json; one that is there is not
+# measured again, so delete it after a change of settings.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${models:=pruned_models}" "${evaluation:=wikitext2;c4}" "${dtype:=auto}" "${device:=auto}" "${ctx_len:=}"
 IFS=';' read -r -a texts <<<"$evaluation"
 
-dry_run=0 names=()
-for argument in "$@"; do
-    if [[ $argument == --dry-run || $argument == --dry_run ]]; then dry_run=1; else names+=("$argument"); fi
-done
-listing=$("$python" - ${names[@]+"${names[@]}"} <<'PY'
+arguments "$@"
+listing=$("$python" - ${given[@]+"${given[@]}"} <<'PY'
 import sys
 from proxsparse.recipes import RELEASED
 unknown = [name for name in sys.argv[1:] if name not in RELEASED]
@@ -36,7 +34,7 @@ while read -r name folder learned_ctx_len; do
         printf '\n== %s: measured already (%s)\n' "$name" "$models/$name.json"
     else
         printf '\n== %s\n' "$name"
-        [[ -e $models/$folder/.downloaded ]] || "${fetch[@]}"
-        "${measure[@]}"
+        [[ -e $models/$folder/.downloaded ]] || "${fetch[@]}" </dev/null
+        "${measure[@]}" </dev/null
     fi
 done <<<"$listing"

@@ -1,6 +1,7 @@
 """Learning in Python and by command: one mask, one folder, one record of where it comes from."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,10 @@ from conftest import tiny_llama
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.commands.flags import LearnParser, option
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import Run
+from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import load_mask
 from proxsparse.operator.kernels import cache
 from proxsparse.recipes import RECIPES, RELEASED
@@ -196,3 +199,106 @@ def test_a_model_in_another_dtype_is_learned_in_python(tokenizer):
     mask = proxsparse.learn_mask(model, tokenizer, windows, bf16=False)
     assert mask.density() == 0.5
     assert model.dtype == torch.bfloat16
+
+
+def test_looking_at_a_run_is_no_mistake_next_to_several_gpus(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for way in ("--where", "--dry_run"):
+        assert console(["learn", "--model", "smollm2-135m", "--dataset", "wiki", way]) == 0
+    assert "runs/smollm2-135m-wiki_masked_400" in capsys.readouterr().out
+    assert console(["learn", "--dataset", "wiki", "--use_cpu", "false", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "There are 2 GPUs and one process" in capsys.readouterr().err
+
+
+def test_python_learns_neither_in_float16_nor_on_shards_nor_on_several_gpus_at_once(tokenizer, monkeypatch):
+    model, windows = tiny_llama(), torch.ones(2, 32, dtype=torch.long)
+    with pytest.raises(UsageError, match="load the model in bfloat16"):
+        proxsparse.learn_mask(tiny_llama().half(), tokenizer, windows)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(UsageError, match="FSDP's shards"):
+            proxsparse.learn_mask(model, tokenizer, windows)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with pytest.raises(UsageError, match="one GPU per process"):
+        proxsparse.learn_mask(model, tokenizer, windows)
+
+
+def test_python_gets_its_configurations_back(loaded):
+    model, tokenizer, windows = loaded
+    model.generation_config.temperature = 0.5  # without do_sample: what can't be saved is cleaned for the run only
+    config, generation = model.config.to_dict(), model.generation_config.to_dict()
+    proxsparse.learn_mask(model, tokenizer, windows, **PLAIN)
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == (config, generation)
+
+
+def test_the_mask_of_a_run_is_not_replaced_by_that_of_one_checkpoint(run, tmp_path, capsys):
+    before = (run / "mask.safetensors").read_bytes()
+    assert console(["extract", "--checkpoint", str(run / "checkpoint-4")]) == 2
+    assert "is the mask of the whole run: give --output FILE" in capsys.readouterr().err
+    assert console(["extract", "--run", str(run), "--include", "q_proj"]) == 2
+    assert (run / "mask.safetensors").read_bytes() == before
+
+
+def test_saving_without_measuring_writes_no_result(checkpoint, corpus, tmp_path):
+    out = tmp_path / "run"
+    assert console(learn_flags(checkpoint, corpus, out)) == 0
+    assert console(["apply", "--run", str(out), "--no_eval"]) == 0
+    assert (out / "pruned" / "config.json").is_file()
+    assert not (out / "pruned.json").exists()
+
+
+def test_a_run_of_relative_paths_is_measured_from_every_folder(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.copytree(corpus, tmp_path / "text")
+    monkeypatch.chdir(tmp_path)
+    assert console(learn_flags("model", "text", "run")) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert console(["eval", "--run", "../run", "--max_windows", "1"]) == 0
+    shutil.rmtree(tmp_path / "text")
+    capsys.readouterr()
+    assert console(["eval", "--run", "../run", "--max_windows", "1"]) == 2
+    assert "is not here any more: give --dataset" in capsys.readouterr().err
+
+
+def test_another_baseline_mask_in_the_folder_is_made_again(run, capsys):
+    wanda = ["prune", "--run", str(run), "--prune_method", "wanda"]
+    assert console(wanda) == console(wanda) == 0
+    assert "done already" in capsys.readouterr().out
+    for change in (["--nsamples", "3"], ["--sparsity_type", "4:8"]):
+        assert console([*wanda, *change]) == 0
+        assert "done already" not in capsys.readouterr().out
+
+
+def test_a_result_of_another_mask_is_not_the_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("proxsparse.commands.zero_shot.zero_shot", lambda *args, **options: {"task": {"acc": 0.5}})
+    zero_shot = ["zero-shot", "--run", str(run), "--tasks", "task"]
+    assert console([*zero_shot, "--mask", str(run)]) == 0
+    assert not (run / "zero_shot.json").exists()
+    assert console(zero_shot) == 0
+    assert json.loads((run / "zero_shot.json").read_text())["tasks"] == {"task": {"acc": 0.5}}
+
+
+def test_the_last_of_two_equal_flags_counts_and_defaults_never_win():
+    words = ["--samples", "8", "--output_dir=a", "--samples=9"]
+    assert (option(words, "samples"), option(words, "output_dir"), option(words, "seed")) == ("9", "a", None)
+    given = LearnParser().parse(["--recipe", "llama2-7b-prox", "--samples", "3", "--samples", "7", "--seed=1"])
+    assert (given.run.samples, given.config.seed, given.run.model) == (7, 1, "meta-llama/Llama-2-7b-hf")
+
+
+def test_extraction_keeps_to_the_best_checkpoint_where_the_run_does(checkpoint, corpus, tmp_path, monkeypatch):
+    losses, evaluate = iter([1.0, 2.0]), ProxSparseTrainer.evaluate
+
+    def known(*args, **options):
+        return evaluate(*args, **options) | {"eval_loss": next(losses)}
+
+    monkeypatch.setattr(ProxSparseTrainer, "evaluate", known)
+    best = ["--load_best_model_at_end", "true", "--eval_samples", "2", "--eval_strategy", "steps", "--eval_steps", "4"]
+    out = tmp_path / "run"
+    assert console(learn_flags(checkpoint, corpus, out, *best, "--learning_rate", "0.1")) == 0
+    learned, last = load_mask(out), tmp_path / "last.safetensors"
+    assert console(["extract", "--run", str(out)]) == 0
+    assert same(learned, load_mask(out))
+    assert console(["extract", "--checkpoint", str(out / "checkpoint-8"), "--output", str(last)]) == 0
+    assert not same(learned, load_mask(last))

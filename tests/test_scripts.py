@@ -12,8 +12,11 @@ import pytest
 from conftest import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from proxsparse.__main__ import main
+from proxsparse.recipes import RECIPES, RELEASED
+
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(p.name for p in (ROOT / "script").glob("learn_mask_*.sh"))
+SCRIPTS = sorted(p.name for p in (ROOT / "script").glob("learn_mask_*.sh"))
 # From the release's scripts: model, lambda1, learning rate, context, lambda2, epsilon.
 PUBLISHED = {
     "learn_mask_llama2_7b_prox.sh": ("meta-llama/Llama-2-7b-hf", 0.25, 1e-4, 4096, 0, None),
@@ -57,33 +60,42 @@ def models(tmp_path_factory, tokenizer):
     return {name: folder / name for name in made}
 
 
-def test_there_is_a_script_for_every_published_recipe():
-    assert set(RECIPES) == set(PUBLISHED)
+def test_every_published_recipe_has_a_script_that_names_it():
+    named = {name: re.findall(r"^recipe=(\S+)$", (ROOT / "script" / name).read_text(), re.M) for name in SCRIPTS}
+    assert set(named) == set(PUBLISHED)
+    assert sorted(recipe for found in named.values() for recipe in found) == sorted(RECIPES)
+    for name, (recipe,) in named.items():
+        assert RECIPES[recipe].model == PUBLISHED[name][0]
 
 
-@pytest.mark.parametrize("script", RECIPES)
-def test_a_dry_run_shows_the_published_settings_and_the_plan_and_runs_nothing(script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_recipe_holds_the_published_settings(script, capsys):
     model, lambda1, learning_rate, ctx_len, lambda2, epsilon = PUBLISHED[script]
-    done = shell(script, "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "memory a device, computed" in done.stdout
-    learn = next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line)
-    flags = flags_of(learn)
+    (recipe,) = re.findall(r"^recipe=(\S+)$", (ROOT / "script" / script).read_text(), re.M)
+    assert main(["learn", "--recipe", recipe, "--dry_run"]) == 0
+    flags = flags_of(capsys.readouterr().out)
     assert (flags["model"], float(flags["lambda_value"]), float(flags["learning_rate"]), int(flags["ctx_len"])) == (
         model, lambda1, learning_rate, ctx_len
     )  # fmt: skip
     assert (flags["method"], flags["samples"], flags["batch_size"], flags["seed"]) == ("paper", "400", "1", "42")
     assert float(flags.get("lambda2_value", 0)) == lambda2
     assert (float(flags["epsilon"]) if "epsilon" in flags else None) == epsilon
+
+
+def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
+    done = shell("learn_mask_llama2_13b_full.sh", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memory a device, computed" in done.stdout
+    assert flags_of(next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line))["epsilon"] == "0.5"
     measured = [line for line in done.stdout.splitlines() if "eval/" in line and "report" not in line]
     assert all("--dataset wikitext2 c4 " in line for line in measured)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", RECIPES)
-def test_every_recipe_runs_to_its_end(script, models, corpus, tmp_path):
-    family = next(f for f in models if f.lower() in PUBLISHED[script][0].lower().replace("open_", ""))
+@pytest.mark.parametrize("script", ["learn_mask_llama2_13b_full.sh", "learn_mask_qwen_2.5_14b_prox.sh"])
+def test_a_recipe_runs_to_its_end(script, models, corpus, tmp_path):
+    family = next(f for f in models if f.lower() in PUBLISHED[script][0].lower())
     setting = {"model_dir": models[family], "dataset": corpus, "samples": 6, "ctx_len": 32, "split": "heldout"}
     setting |= {"evaluation": corpus, "output_dir": tmp_path / "the run", "device": "cpu", "max_windows": 4}
     done = shell(script, "--bf16", "false", cwd=tmp_path, **setting)
@@ -130,8 +142,6 @@ def test_a_baseline_script_prunes(models, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
-    from proxsparse.commands.download import RELEASED
-
     shutil.copytree(models["Llama"], tmp_path / "models" / RELEASED["llama2-7b"][0])
     (tmp_path / "models" / RELEASED["llama2-7b"][0] / ".downloaded").touch()
     setting = {"models": tmp_path / "models", "evaluation": corpus, "ctx_len": 32, "device": "cpu"}

@@ -175,5 +175,5 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_and_gives_its_mask(checkpoint
     shutil.rmtree(run / "checkpoint-6")
     codes, done = sharded(2, [flags(checkpoint, corpus, str(run), **changes)])
     assert codes == [0]
-    assert done.stdout.count("going on from") == 1
+    assert (done.stdout + done.stderr).count("going on from") == 1
     assert all(load_mask(run).tensors[name].equal(mask) for name, mask in whole.items())

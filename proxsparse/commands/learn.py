@@ -24,7 +24,7 @@ from proxsparse.commands.groups import say_coverage
 from proxsparse.commands.plan import print_plan
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
-from proxsparse.learning.learn import learn
+from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_dtype
 from proxsparse.text import calibration_windows, check_ctx_len
 
@@ -70,8 +70,7 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     tokenizer = load_tokenizer(run.model, **options)
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
     # FSDP puts shards where they belong; until then no device may need to hold the whole model.
-    sharded = config.fsdp_plugin_args or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    device = "cpu" if config.use_cpu or sharded else str(config.device)
+    device = "cpu" if config.use_cpu or is_sharded(config) else str(config.device)
     model = load_model(run.model, dtype=dtype, device=device, **options)
     if model.dtype == torch.float16:
         print("float16 weights are learned in bfloat16: second moments underflow in float16")

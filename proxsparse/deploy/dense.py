@@ -84,7 +84,7 @@ def save_pruned(
         scratch.mkdir()
         if base is not None:
             changes = _Changes(base, shape, mask)
-            _copy_small_files(base, scratch)
+            _copy_small_files(base, scratch, renamed=form != "dense" or not base.is_plain)
             _stream(base, changes, scratch, form)
         else:
             _save_from_memory(shape, mask, tokenizer, scratch, form)
@@ -116,8 +116,12 @@ def _files_of(model: PreTrainedModel) -> Checkpoint | None:
     return found if same else None
 
 
-def _copy_small_files(base: Checkpoint, folder: Path) -> None:
-    """Everything but weights and hidden files, as it is; the configuration of dequantised weights says so."""
+def _copy_small_files(base: Checkpoint, folder: Path, renamed: bool) -> None:
+    """Everything but weights and hidden files, as it is; the configuration of dequantised weights says so.
+
+    Args:
+        renamed: whether the files of weights get other names than the base's, one of which its configuration may give.
+    """
     for place in (base.folder, *(path for path in sorted(base.folder.rglob("*")) if path.is_dir())):
         inner = place.relative_to(base.folder)
         names = [path.name for path in place.iterdir()]
@@ -129,8 +133,11 @@ def _copy_small_files(base: Checkpoint, folder: Path) -> None:
             if copied and (place / name).is_file():
                 (folder / inner).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(place / name, folder / inner / name)
-    if not base.is_plain and not base.is_compact:
-        write_json(folder / "config.json", without_quantisation(base.config))
+    dequantised = not base.is_plain and not base.is_compact
+    config = without_quantisation(base.config) if dequantised else dict(base.config)
+    if (renamed and config.pop("transformers_weights", None)) or dequantised:
+        write_json(folder / "config.json", config)
+    if dequantised:
         for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
             (folder / name).unlink(missing_ok=True)
 

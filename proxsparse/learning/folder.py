@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import ProxSparseConfig
@@ -195,8 +196,12 @@ class Run:
         return output
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
+        """The complete checkpoint that the run's mask is of: the newest, or the best where that was asked for."""
         found = last_complete_checkpoint(self.folder)
+        if found and self.settings.get("load_best_model_at_end") and self.is_finished:
+            best = read_json(Path(found) / TRAINER_STATE_NAME).get("best_model_checkpoint")
+            if best and (self.folder / Path(best).name).is_dir():
+                return self.folder / Path(best).name
         return Path(found) if found else None
 
     def learned(self, checkpoint: Path, include: str | None = None, exclude: str | None = None) -> Learned:

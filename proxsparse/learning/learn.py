@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     """What a run ends with.
 
     Attributes:
-        mask: that was learned; of several processes the first has it, the others an empty one.
+        mask: that was learned; under FSDP2 the first process has it, the others an empty one.
         history: the Trainer's log, an entry per logging step.
     """
 
@@ -90,6 +90,11 @@ def learn_mask(
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
         config = ProxSparseConfig(method=method, max_length=windows.shape[1], **(defaults | settings))
+        if is_sharded(config):
+            raise UsageError(
+                "learn_mask gives the model back as it was, which FSDP's shards can't be: learn with the command learn or "
+                "with ProxSparseTrainer."
+            )
         data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": WINDOWS}
         data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
         run = Run(str(config.output_dir))
@@ -149,6 +154,11 @@ def learn(
         run.save(mask)
         write_json(run.history_file, trainer.state.log_history)
     return Outcome(mask, trainer.state.log_history)
+
+
+def is_sharded(config: ProxSparseConfig) -> bool:
+    """Whether FSDP will cut the model into shards, as the configuration or accelerate launch says."""
+    return bool(config.fsdp_plugin_args) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def defaults_on(device: str) -> dict[str, Any]:
