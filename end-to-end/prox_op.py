@@ -1,4 +1,4 @@
-"""The operator as a program, and to import from beside it: ``from prox_op import prox_op``.
+"""The operator as a program, and to import from this folder: ``from prox_op import prox_op``.
 
 See ``proxsparse/commands/operator.py``, or --help.
 """

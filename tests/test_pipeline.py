@@ -1,14 +1,18 @@
 """The commands, as a user runs them: end to end on a tiny model, and one clear sentence for every mistake."""
 
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +24,21 @@ from proxsparse.mask import load_mask
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script, *args, **kwargs):
-    """Run a script of the repository; returns the finished process."""
+def started(script, *args):
+    """Run a script of the repository as a program of its own; returns the finished process."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+
+
+def run(script, *args):
+    """Run a script of the repository as ``started`` does, but in this process, which has imported all it needs."""
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.chdir(ROOT)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 def last_json(done):
@@ -41,7 +56,7 @@ def learn_flags(checkpoint, corpus, out, **changes):
 def learned(tmp_path_factory, checkpoint, corpus):
     """A finished run of end-to-end/main.py."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, last_json(run("end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
+    return out, last_json(started("end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
 
 
 def test_learning_leaves_a_mask_a_history_and_its_configuration(learned, checkpoint):
@@ -153,7 +168,7 @@ def test_masks_agree_with_themselves_and_by_half_with_chance():
 
 
 def test_the_operator_as_a_program(tmp_path):
-    printed = last_json(run("end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
+    printed = last_json(started("end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
     assert printed["prox"] == [4.0, 3.0, 0.0, 0.0]
     assert (tmp_path / "path.png").stat().st_size > 1000
     beside = "from prox_op import prox_op; import torch; print(prox_op(torch.ones(1, 4), 9.0).tolist())"
@@ -176,7 +191,7 @@ def test_the_loop_in_the_documentation_runs_and_prunes():
 def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus, tmp_path):
     whole = tmp_path / "whole"
     flags = {"samples": 60, "save_steps": 5}
-    last_json(run("end-to-end/main.py", *learn_flags(checkpoint, corpus, whole, **flags)))
+    last_json(started("end-to-end/main.py", *learn_flags(checkpoint, corpus, whole, **flags)))
     broken = tmp_path / "broken"
     command = [
         sys.executable,
@@ -191,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus,
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "mask.safetensors").exists()
-    again = run("end-to-end/main.py", *learn_flags(checkpoint, corpus, broken, **flags))
+    again = started("end-to-end/main.py", *learn_flags(checkpoint, corpus, broken, **flags))
     last_json(again)
     assert load_file(broken / "mask.safetensors").keys() == load_file(whole / "mask.safetensors").keys()
     assert (broken / "mask.safetensors").read_bytes() == (whole / "mask.safetensors").read_bytes()

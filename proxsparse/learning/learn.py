@@ -92,8 +92,8 @@ def learn_mask(
         config = ProxSparseConfig(method=method, max_length=windows.shape[1], **(defaults | settings))
         if is_sharded(config):
             raise UsageError(
-                "learn_mask gives the model back as it was, which FSDP's shards can't be: learn with the command learn or "
-                "with ProxSparseTrainer."
+                "learn_mask gives the model back as it was, which FSDP's shards can't be: use ProxSparseTrainer, "
+                "or end-to-end/main.py."
             )
         data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": WINDOWS}
         data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
