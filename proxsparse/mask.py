@@ -2,7 +2,8 @@
 
 A mask file is a safetensors file with one uint8 tensor per weight matrix. Bits are packed along the input dimension
 (``numpy.packbits``, little-endian), so a matrix of (O, I), inputs last, takes (O, ceil(I / 8)) bytes. The metadata says
-which model the mask belongs to. Names are those of ``model.named_parameters()``.
+which model the mask belongs to. Names are those of ``model.named_parameters()``. A mask that was made for another order
+of the channels holds that order too (``proxsparse.model.channels``), as int32 tensors.
 
 Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool, True = keep.
 """
@@ -21,13 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.channels import ChannelOrder, put_into_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import expand_scale, top2_mask
 from proxsparse.record import atomic_path, versions
 
-FORMAT = "proxsparse-mask-1"
+FORMAT, ORDERED = "proxsparse-mask-1", "proxsparse-mask-2"  # the second one where channels have another order
+ORDER = "channel_order."  # before the names of its tensors
 MASK_FILE = "mask.safetensors"
 
 
@@ -40,12 +43,14 @@ class Mask:
         pattern: the pattern of every weight's mask; text is parsed.
         base_model: the original model, for which the mask was made.
         info: everything else worth keeping: method, settings, versions.
+        order: of the model's channels that the mask was made for; empty: as they are.
     """
 
     tensors: dict[str, Tensor]
     pattern: Pattern = TWO_OF_FOUR
     base_model: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    order: ChannelOrder = field(default_factory=ChannelOrder)
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -98,15 +103,16 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         # Contiguous, because safetensors writes memory in its own order, and masks of Conv1D weights are transposed.
         packed[name] = np.ascontiguousarray(np.packbits(tensor.numpy(), axis=-1, bitorder="little"))
         shapes[name] = list(tensor.shape)
+    packed |= {f"{ORDER}{key}": index.numpy() for key, index in mask.order.packed().items()}
     # One entry only: safetensors writes several in random order, and the same mask should give the same bytes.
     metadata = {
-        "format": FORMAT,
+        "format": ORDERED if mask.order else FORMAT,
         "pattern": str(mask.pattern),
         "base_model": mask.base_model,
         "shapes": shapes,
         "info": mask.info,
         "versions": versions(),
-    }
+    } | ({"channel_order": mask.order.described()} if mask.order else {})
     with atomic_path(path) as scratch:
         save_file(packed, str(scratch), metadata={"proxsparse": json.dumps(metadata, default=str)})
 
@@ -129,11 +135,13 @@ def load_mask(path: Path | str) -> Mask:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
-            if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            if not isinstance(metadata, dict) or metadata.get("format") not in (FORMAT, ORDERED):
                 raise UsageError(f"{path} is a safetensors file, but not a mask written by proxsparse.", "mask")
             shapes, info = dict(metadata["shapes"]), dict(metadata["info"])
             pattern, base_model = Pattern.parse(str(metadata["pattern"])), str(metadata["base_model"])
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            indices = {n[len(ORDER) :]: torch.from_numpy(packed.pop(n)) for n in list(packed) if n.startswith(ORDER)}
+            order = ChannelOrder.unpacked(metadata.get("channel_order", []), indices)
     except UsageError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -155,7 +163,7 @@ def load_mask(path: Path | str) -> Mask:
         unpacked = np.unpackbits(bits, axis=-1, count=shape[-1], bitorder="little").astype(bool)
         tensors[name] = torch.from_numpy(unpacked)
         pattern.check(tensors[name], name)
-    return Mask(tensors, pattern, base_model, info)
+    return Mask(tensors, pattern, base_model, info, order)
 
 
 def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
@@ -180,6 +188,8 @@ def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
 def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
     """Set the pruned weights of a model to exactly +0.0, in place; kept weights keep their bits.
 
+    Where the mask was made for another order of the channels, the model is put into it first. It computes the same.
+
     Returns:
         The weights that were pruned.
 
@@ -187,6 +197,7 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         UsageError: the mask belongs to a model with other weights; names what differs.
     """
     targets = fit_mask(model, mask)
+    put_into_order(model, mask.order)
     with torch.no_grad():
         for name, target in targets.items():
             rows = target.rows(target.weight)

@@ -180,7 +180,7 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "score", "masked_forward", "distill", "temperature", "relative", "train_only_pruned", "include",
+        "method", "permute", "score", "masked_forward", "distill", "temperature", "relative", "train_only_pruned", "include",
         "exclude", "norm_samples",
     ],
     "regulariser": [
@@ -240,6 +240,7 @@ def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
         f"{_last_part(run.model)}-{_last_part(run.dataset)}_{config.method}_{run.samples}_lr{config.learning_rate}"
         f"_len{run.ctx_len}_batch{run.batch_size}_lambda{config.lambda_value}"
     )
+    name += "_permuted" if config.permute != "none" else ""
     return name + (f"_lambdatwo{config.lambda2_value}_eps{config.epsilon}" if config.project_lambda2 else "")
 
 

@@ -36,7 +36,10 @@ from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
+from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
+from proxsparse.model.ordering import order_channels
+from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len
 
@@ -53,6 +56,7 @@ def arguments() -> Parser:
         choices=ALLOCATIONS,
         help="share of each decoder block, for unstructured and N:8 patterns; default: %(default)s",
     )
+    parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument("--mask_only", action="store_true", help="keep the original weights under the method's mask")
     parser.add_argument(
         "--prior", default="sparsegpt", choices=[*ONE_SHOT, "none"], help="mask that maskllm starts from"
@@ -122,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
         "samples": args.samples,
         "ctx_len": args.ctx_len,
         "seed": args.seed,
-    }
+    } | ({} if args.permute == "none" else {"permute": args.permute})
     if pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
@@ -135,7 +139,9 @@ def main(args: argparse.Namespace) -> None:
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
     wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
+    order = order_channels(model, windows if method.reads_text else None) if args.permute == "auto" else None
     mask = method.prune_model(model, tokenizer, windows, wanted)
+    mask.order = order or mask.order
     mask.base_model = args.model
     mask.info = info
     note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
@@ -173,6 +179,8 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
         )
     if args.save_model:
         refuse_to_overwrite(Path(args.save_model))
+    if args.permute != "none" and pattern != TWO_OF_FOUR:
+        raise UsageError(f"--permute auto is for 2:4, whose blocks it forms; got {pattern}.")
     if args.allocation != "uniform":
         refuse_without_freedom(pattern, args.allocation)
 

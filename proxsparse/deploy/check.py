@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import UsageError
+from proxsparse.model.channels import ORDER_FILE, ChannelOrder, load_order
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
@@ -21,7 +22,7 @@ def check_sparsity(
     """Whether a checkpoint is 2:4 and, compared with its base, nothing but pruned.
 
     Every block of every prunable weight has at most two non-zeros. With a base: kept weights are its bits, and all
-    other tensors are unchanged. One tensor of each is in memory at a time (of stacked experts, one layer's).
+    other tensors are unchanged, but for the order of channels that the checkpoint says. One tensor of each is in memory at a time (of stacked experts, one layer's).
 
     Args:
         name: checkpoint folder of any form, or a Hub id that is in the cache.
@@ -43,6 +44,7 @@ def check_sparsity(
     if missing:
         raise UsageError(f"{name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
     original = _original(base, revision, trust_remote_code) if base else None
+    order = load_order(found.folder / ORDER_FILE)
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders: list[str] = []
     seen: set[str] = set()
@@ -53,7 +55,7 @@ def check_sparsity(
             if target is not None and target.rows(tensor).shape[-1] % 4 == 0:
                 offenders += _wrong_blocks(key, target, tensor, counts)
             if original is not None:
-                sentence = _difference(key, tensor, original, pruned=target is not None)
+                sentence = _difference(key, tensor, original, order, pruned=target is not None)
                 counts["changed_tensors"] += sentence is not None
                 offenders += [sentence] if sentence else []
     if original is not None:
@@ -131,10 +133,12 @@ def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, counts: dict[str, 
     return [f"{key}: {int(wrong.sum())} blocks are not 2:4, the first is {place}row {row}, block {block}"]
 
 
-def _difference(key: str, tensor: Tensor, original: Mapping[str, Tensor], pruned: bool) -> str | None:
+def _difference(
+    key: str, tensor: Tensor, original: Mapping[str, Tensor], order: ChannelOrder, pruned: bool
+) -> str | None:
     if key not in original:
         return f"{key}: is not in the base"
-    before = original[key]
+    before = order.of(key, original[key])
     if before.shape != tensor.shape or before.dtype != tensor.dtype:
         ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, before))
         return f"{key}: {ours} in the model, {theirs} in the base"

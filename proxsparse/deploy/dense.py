@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from proxsparse.deploy.card import model_card
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask, fit_mask
+from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import FORMAT, packed
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
@@ -68,6 +69,8 @@ def save_pruned(
         RunError: the base's files are missing or damaged.
     """
     folder = Path(folder)
+    if not isinstance(model, str) and order_of(model) != mask.order:
+        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
     if form not in FORMS:
         raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
     if form == "compact" and mask.pattern != TWO_OF_FOUR:
@@ -87,7 +90,10 @@ def save_pruned(
             _copy_small_files(base, scratch, renamed=form != "dense" or not base.is_plain)
             _stream(base, changes, scratch, form)
         else:
+            put_into_order(shape, mask.order)
             _save_from_memory(shape, mask, tokenizer, scratch, form)
+        if mask.order:
+            save_order(mask.order, scratch / ORDER_FILE)
         origin = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
         card = model_card(title or folder.name, mask, results, form=form, origin=origin)
         (scratch / "README.md").write_text(card, encoding="utf-8")
@@ -156,6 +162,7 @@ class _Changes:
         self.mask = mask
         self.layout = Layout(base.tensors, model)
         self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
+        self.moved = {move.name for move in mask.order.moves}
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
@@ -187,6 +194,8 @@ class _Changes:
         if masks:
             self._kept |= group.stored(masks, True)
         values = {name: self.values[name].cpu() for name in group.parameters if name in self.values}
+        if not values and self.moved & set(group.parameters):
+            values = {name: self.mask.order.of(name, value) for name, value in self.layout.read(group).items()}
         if len(values) == len(group.parameters):
             self._new |= group.stored(values, 0.0)
 

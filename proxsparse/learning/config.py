@@ -17,12 +17,14 @@ from proxsparse.errors import UsageError
 from proxsparse.learning import objective, optim
 from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
+from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
 
 CHOICES: dict[str, tuple] = {
     "score": ("activation", "weight"),
     "rounding": ("stochastic", "nearest"),
     "keep_base": PLACES,
     "project_lambda2": (0, 1),
+    "permute": PERMUTE,
 }
 _SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _POSITIVE = (lambda value: 0 < value < float("inf"), "a finite number > 0")
@@ -196,6 +198,7 @@ class ProxSparseConfig(SFTConfig):
         },
     )
     norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
+    permute: str = field(default="none", metadata={"help": PERMUTE_HELP})
     include: str | None = field(default=None, metadata={"help": "prune only weights whose name has this expression"})
     exclude: str | None = field(default=None, metadata={"help": "leave out weights whose name has this expression"})
 

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
+from proxsparse.model.channels import ORDER_FILE, load_order
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
@@ -228,6 +229,7 @@ class Run:
         weights = {t.name: t.weight.detach() for t in targets}
         norms = self._norms()
         mask = extract_mask(weights, targets, norms)
+        mask.order = load_order(self.folder / ORDER_FILE)
         return Learned(mask, sparsity_by_kind(weights, targets), "weight" if norms is None else "activation")
 
     def _norms(self) -> dict[str, Tensor] | None:

@@ -29,8 +29,10 @@ from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
+from proxsparse.model.channels import ORDER_FILE, ChannelOrder
 from proxsparse.model.inputs import NORMS_FILE, stored_norms
 from proxsparse.model.loading import load_model
+from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.model.trainable import clean_generation_config, window_collator
@@ -66,6 +68,10 @@ REFUSALS = (
     Refusal(
         lambda t: t.args.optim_in_backward and (t.args.world_size > 1 or t.is_fsdp_enabled),
         "`optim_in_backward` steps before gradients of several processes are averaged; use one process, and no FSDP.",
+    ),
+    Refusal(
+        lambda t: t.is_fsdp_enabled and t.args.permute != "none",
+        "`permute=auto` needs the whole model in every process, which FSDP does not have: use `permute=none`.",
     ),
     Refusal(
         lambda t: _plugin(t) and t.args.project_lambda2 and not _plugin(t).reshard_after_forward,
@@ -109,6 +115,11 @@ class ProxSparseTrainer(SFTTrainer):
         clean_generation_config(model)
         if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
             kwargs["data_collator"] = window_collator(kwargs["processing_class"])
+        self.order = ChannelOrder()
+        if args.permute == "auto":
+            with args.main_process_first(local=False):  # the first process writes the order, the others read it
+                windows = torch.tensor(kwargs["train_dataset"][: args.norm_samples]["input_ids"])
+                self.order = stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = False
@@ -124,6 +135,7 @@ class ProxSparseTrainer(SFTTrainer):
         """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
         mask = extract_mask({t.name: t.weight.detach() for t in self.targets}, self.targets, self.norms)
         mask.base_model = self.model.config._name_or_path
+        mask.order = self.order
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
 

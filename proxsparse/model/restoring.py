@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from proxsparse.model.channels import mark, order_of
+
 
 @contextlib.contextmanager
 def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     """Inside the block a trainer may use the model; after it, the model is as it was before.
 
-    Put back are the weights, which of them need gradients, training or evaluation mode, the forward method (a trainer
+    Put back are the weights and the order of their channels, which of them need gradients, training or evaluation mode, the forward method (a trainer
     wraps it for mixed precision), activation checkpointing, and both configurations.
 
     Args:
@@ -21,6 +23,7 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     kept = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if weights else {}
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
+    order = order_of(model)
     training, checkpointing = model.training, model.is_activation_checkpointing
     config, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
     try:
@@ -38,6 +41,7 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
             for name, parameter in model.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
+                    mark(model, order)
                 if name in gradients:
                     parameter.requires_grad_(gradients[name])
                 parameter.grad = None

@@ -1,0 +1,195 @@
+"""The order of a model's channels: which order each weight has, how it is stored, and how a model is put into it.
+
+The inputs of a projection may stand in any order, if whatever writes them stands in the same one. Blocks of four are
+formed of neighbours, so another order is another choice of what competes. The model computes the same function.
+
+``proxsparse.model.wiring`` finds what must move together, ``proxsparse.model.ordering`` chooses the order.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from proxsparse.errors import RunError, UsageError
+from proxsparse.record import atomic_path
+
+ORDER_FILE = "channel_order.safetensors"  # in folders of runs and of pruned checkpoints
+PERMUTE = ("none", "auto")
+PERMUTE_HELP = (
+    "auto: reorder channels first so that important weights share no block, which changes nothing of what the model "
+    "computes; none: as they are"
+)
+MARK = "_proxsparse_order"  # on a model whose channels have been moved
+
+
+@dataclass(frozen=True)
+class Move:
+    """One dimension of a parameter that is reordered.
+
+    Attributes:
+        name: of the parameter in ``model.named_parameters()``.
+        dim: of the parameter; of stacked experts, counted with the dimension of the experts.
+        key: of the index in ``ChannelOrder.indices``.
+    """
+
+    name: str
+    dim: int
+    key: str
+
+
+@dataclass
+class ChannelOrder:
+    """Another order of a model's channels.
+
+    Attributes:
+        moves: what is reordered.
+        indices: key -> (D,) int64: the old place of every new entry of a dimension; (E, D) for stacked experts.
+    """
+
+    moves: list[Move] = field(default_factory=list)
+    indices: dict[str, Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.moves)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChannelOrder):
+            return NotImplemented
+        same = self.moves == other.moves and self.indices.keys() == other.indices.keys()
+        return same and all(torch.equal(index, other.indices[key]) for key, index in self.indices.items())
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter's values in this order."""
+        for move in self._by_name.get(name, ()):
+            tensor = reordered(tensor, move.dim, self.indices[move.key])
+        return tensor
+
+    def inverse(self) -> "ChannelOrder":
+        """The order that undoes this one."""
+        return ChannelOrder(self.moves[::-1], {key: index.argsort(-1) for key, index in self.indices.items()})
+
+    def joined(self, other: "ChannelOrder") -> "ChannelOrder":
+        """This order and another one of other dimensions."""
+        return ChannelOrder(self.moves + other.moves, self.indices | other.indices)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Put the parameters of a model into this order, in place."""
+        for name, parameter in model.named_parameters():
+            if name in self._by_name:
+                parameter.copy_(self.of(name, parameter.detach()))
+
+    @property
+    def _by_name(self) -> dict[str, list[Move]]:
+        found: dict[str, list[Move]] = {}
+        for move in self.moves:
+            found.setdefault(move.name, []).append(move)
+        return found
+
+    # As tensors and text, which is how files hold it
+
+    def packed(self) -> dict[str, Tensor]:
+        return {key: index.to(torch.int32) for key, index in self.indices.items()}
+
+    def described(self) -> list[list[Any]]:
+        return [[move.name, move.dim, move.key] for move in self.moves]
+
+    @classmethod
+    def unpacked(cls, moves: Any, tensors: Mapping[str, Tensor]) -> "ChannelOrder":
+        """The inverse of ``packed`` and ``described``.
+
+        Raises:
+            ValueError: they are no order.
+        """
+        found = [Move(str(name), int(dim), str(key)) for name, dim, key in moves]
+        indices = {key: tensor.to(torch.int64) for key, tensor in tensors.items()}
+        if {move.key for move in found} != set(indices):
+            raise ValueError("the moves and the indices of the channel order differ")
+        for key, index in indices.items():
+            if not torch.equal(index.sort(-1).values, torch.arange(index.shape[-1]).expand_as(index)):
+                raise ValueError(f"the channel order {key} names channels twice")
+        return cls(found, indices)
+
+
+def reordered(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """A tensor with one dimension in another order; of stacked experts (index (E, D)), each in its own."""
+    index = index.to(tensor.device)
+    if index.dim() == 1:
+        return tensor.index_select(dim, index)
+    return torch.stack([own.index_select(dim - 1, places) for own, places in zip(tensor, index, strict=True)])
+
+
+def order_of(model: nn.Module) -> ChannelOrder:
+    """The order into which the channels of a model in memory have been put."""
+    return getattr(model, MARK, None) or ChannelOrder()
+
+
+def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
+    """Put the channels of a model into an order, once.
+
+    Raises:
+        UsageError: they are in another one, or the order belongs to a model with other weights.
+    """
+    current = order_of(model)
+    if current == order:
+        return
+    if current:
+        raise UsageError("The channels of the model have been put into another order: load the model again.", "model")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for move in order.moves:
+        shape, index = shapes.get(move.name), order.indices[move.key]
+        fits = shape is not None and len(shape) > move.dim and shape[move.dim] == index.shape[-1]
+        if not fits or (index.dim() == 2 and shape is not None and shape[0] != len(index)):
+            raise UsageError(f"The order of channels does not fit the model: {move.name} is {shape} there.", "mask")
+    order.apply(model)
+    mark(model, order)
+
+
+def mark(model: nn.Module, order: ChannelOrder) -> None:
+    """Remember that a model's channels have been put into an order."""
+    setattr(model, MARK, order)
+
+
+def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None = None) -> None:
+    """Write an order to a file of its own.
+
+    Args:
+        origin: what it was chosen for.
+    """
+    # One entry: safetensors writes several in random order.
+    described = {"moves": order.described(), "origin": dict(origin or {})}
+    with atomic_path(path) as scratch:
+        save_file(order.packed(), scratch, metadata={"proxsparse": json.dumps(described)})
+
+
+def load_order(path: Path, origin: Mapping[str, str] | None = None) -> ChannelOrder:
+    """Read an order; an empty one where there is no file.
+
+    Args:
+        origin: what it must have been chosen for; None: anything.
+
+    Raises:
+        UsageError: it was chosen for something else.
+        RunError: the file is damaged.
+    """
+    if not path.is_file():
+        return ChannelOrder()
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            described = json.loads((file.metadata() or {})["proxsparse"])
+        order, found = ChannelOrder.unpacked(described["moves"], tensors), dict(described["origin"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"The file {path} is damaged ({error}): copy it again.") from error
+    if origin is not None and found != dict(origin):
+        what = "text" if found.get("model") == origin.get("model") else "model"
+        raise UsageError(f"{path} was made for another {what}: give another `output_dir`, or delete it.")
+    return order

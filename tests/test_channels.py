@@ -1,0 +1,243 @@
+"""Channels in another order: the model computes the same, the blocks keep more, and every form of a mask knows it."""
+
+import json
+import shutil
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from safetensors.torch import load_file
+from test_checkpoint import tensors_of
+from test_prunable import build
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+import proxsparse
+from proxsparse.__main__ import main as console
+from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
+from proxsparse.model.channels import ORDER_FILE, ChannelOrder, Move, load_order, order_of, put_into_order, reordered
+from proxsparse.model.ordering import arrange, kept, order_channels
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import top2_mask
+
+WINDOWS = torch.randint(1, 63, (4, 24), generator=torch.Generator().manual_seed(0))
+WIRED = ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
+
+
+def spread(model):
+    """Weights large enough that a wrong order shows in the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.dim() == 1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", WIRED)
+@torch.no_grad()
+def test_the_function_is_the_same_and_blocks_keep_more(family):
+    model = spread(build(family))
+    before, weights = model(WINDOWS).logits, {n: p.clone() for n, p in model.named_parameters()}
+    scores = kept_by(model)
+    order = order_channels(model, None)
+    assert order_of(model) == order
+    embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    moved = {(move.name, move.dim) for move in order.moves}
+    assert (embedding, 1) in moved
+    assert sum(len({t.in_dim for t in find_prunable(model) if t.name == name}) for name, _ in moved) > 4
+    torch.testing.assert_close(model(WINDOWS).logits, before, rtol=1e-4, atol=1e-4)
+    after = kept_by(model)
+    assert sum(after.values()) > 1.005 * sum(scores.values())
+    order.inverse().apply(model)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def kept_by(model):
+    return {t.name: float(kept(t.rows(t.weight.detach()).abs().flatten(0, -2))) for t in find_prunable(model)}
+
+
+def test_an_order_that_changes_the_function_is_undone_and_said(monkeypatch, caplog):
+    model = spread(build("llama"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wrong = ChannelOrder([Move("model.layers.0.mlp.down_proj.weight", 1, "x")], {"x": torch.arange(64).flip(0)})
+    monkeypatch.setattr("proxsparse.model.ordering._order", lambda *args: wrong)
+    assert not order_channels(model, None)
+    assert "keep their order: another would change the function" in caplog.text
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_an_architecture_that_is_not_known_keeps_its_order(caplog):
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2))
+    assert not order_channels(model, WINDOWS)
+    assert "how they are wired is not known" in caplog.text
+
+
+def test_the_best_order_of_few_channels_is_found():
+    """Eight channels: every way to deal them into two blocks is tried."""
+    generator = torch.Generator().manual_seed(3)
+    ratio = []
+    for _ in range(20):
+        scores = torch.rand(6, 8, generator=generator) ** 2
+        ways = ([*c, *(i for i in range(8) if i not in c)] for c in combinations(range(8), 4))
+        best = max(kept(scores[:, way]) for way in ways)
+        found = arrange(scores)
+        assert sorted(found.tolist()) == list(range(8))
+        assert kept(scores[:, found]) >= kept(scores)
+        ratio.append(kept(scores[:, found]) / best)
+    assert sum(ratio) / len(ratio) > 0.99
+
+
+def test_important_channels_do_not_meet():
+    scores = torch.full((5, 16), 0.1)
+    scores[:, :8] = 1.0  # eight of sixteen channels, all in two blocks: half of them would be lost
+    assert kept(scores[:, arrange(scores)]) == pytest.approx(5 * 8 * 1.0)
+
+
+def test_stacked_experts_have_an_order_each():
+    tensor = torch.arange(12.0).view(2, 2, 3)
+    index = torch.tensor([[2, 0, 1], [0, 2, 1]])
+    assert reordered(tensor, 2, index).tolist() == [[[2, 0, 1], [5, 3, 4]], [[6, 8, 7], [9, 11, 10]]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("channels") / "base"
+    spread(tiny_llama()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(base, corpus, tmp_path_factory):
+    """Folder of a Wanda mask for another order of the channels."""
+    folder = tmp_path_factory.mktemp("channels") / "wanda"
+    flags = ["--dataset", corpus, "--ctx_len", "32", "--nsamples", "4", "--permute", "auto", "--save", str(folder)]
+    assert console(["prune", "--model", str(base), "--prune_method", "wanda", *flags]) == 0
+    return folder
+
+
+def test_a_mask_knows_its_order_and_application_puts_the_model_into_it(base, pruned, tmp_path):
+    mask = load_mask(pruned)
+    assert mask.order
+    model = proxsparse.load_model(str(base))
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    apply_mask(model, mask)
+    for name, parameter in model.named_parameters():
+        wanted = mask.order.of(name, whole[name])
+        assert torch.equal(parameter, wanted.where(mask.tensors[name], 0.0) if name in mask.tensors else wanted), name
+    apply_mask(model, mask)  # a second time changes nothing
+    assert torch.equal(model.model.norm.weight, mask.order.of("model.norm.weight", whole["model.norm.weight"]))
+    save_mask(mask, tmp_path / "again.safetensors")
+    assert load_mask(tmp_path / "again.safetensors").order == mask.order
+    with pytest.raises(UsageError, match="put into another order: load the model again"):
+        apply_mask(model, Mask({n: top2_mask(torch.rand(m.shape)) for n, m in mask.tensors.items()}))
+
+
+@pytest.mark.parametrize("form", ["dense", "compact"])
+def test_an_export_is_the_base_in_its_order_under_the_mask(form, base, pruned, tmp_path):
+    flags = ["--model", str(base), "--mask", str(pruned), "--form", form, "--to", str(tmp_path / "out")]
+    assert console(["export", *flags]) == 0
+    assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 0
+    model = proxsparse.load_model(str(base))
+    apply_mask(model, load_mask(pruned))
+    read = proxsparse.load_model(str(tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(read(WINDOWS).logits, model(WINDOWS).logits)
+    (tmp_path / "out" / ORDER_FILE).unlink()
+    assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 1
+
+
+def test_application_writes_what_export_writes(base, pruned, tmp_path, corpus):
+    common = ["--model", str(base), "--mask", str(pruned)]
+    assert console(["export", *common, "--to", str(tmp_path / "export")]) == 0
+    assert console(["apply", *common, "--save", str(tmp_path / "apply"), "--no_eval"]) == 0
+    ours, theirs = tensors_of(tmp_path / "export"), tensors_of(tmp_path / "apply")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "apply" / ORDER_FILE).is_file()
+
+
+@pytest.mark.parametrize("family", WIRED)
+def test_a_mask_of_ones_exports_a_checkpoint_with_the_dense_logits(family, tmp_path):
+    """Plain transformers reads it: nothing but the order of channels has changed."""
+    spread(build(family)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = proxsparse.load_model(str(tmp_path / "base"))
+    with torch.no_grad():
+        before = model(WINDOWS).logits
+    order = order_channels(model, WINDOWS)
+    ones = {t.name: torch.ones_like(t.rows(t.weight), dtype=torch.bool) for t in find_prunable(model)}
+    proxsparse.save_pruned(str(tmp_path / "base"), Mask(ones, order=order), tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(read(WINDOWS).logits, before, rtol=1e-4, atol=1e-4)
+    stored = load_file(tmp_path / "base" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert stored[0].keys() == stored[1].keys()
+    assert any(not torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
+
+
+def learning(base, corpus, out, *more):
+    flags = ["--model", str(base), "--dataset", corpus, "--ctx_len", "32", "--samples", "8", "--bf16", "false"]
+    return ["learn", *flags, "--save_steps", "4", "--use_cpu", "true", "--output_dir", str(out), *more]
+
+
+def test_a_run_learns_in_its_order_and_every_command_knows_it(base, corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert console(learning(base, corpus, run, "--permute", "auto")) == 0
+    learned = load_mask(run)
+    assert learned.order
+    assert console(["extract", "--run", str(run)]) == 0
+    again = load_mask(run)
+    assert again.order == learned.order
+    assert all(torch.equal(again.tensors[name], mask) for name, mask in learned.tensors.items())
+    assert console(["apply", "--run", str(run), "--max_windows", "2"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])[corpus]
+    evaluation = ["--dataset", corpus, "--split", "heldout", "--ctx_len", "32", "--max_windows", "2"]
+    assert console(["eval", "--model", str(run / "pruned"), *evaluation]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[corpus] == measured
+    assert console(["check", "--model", str(run / "pruned"), "--base", str(base)]) == 0
+    assert console(learning(base, corpus, run)) == 2
+    assert "--permute auto, now it is none" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_in_its_order(base, corpus, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert console(learning(base, corpus, whole, "--permute", "auto")) == 0
+    shutil.copytree(whole, broken)
+    (broken / "mask.safetensors").unlink()
+    (broken / "history.json").unlink()
+    shutil.rmtree(broken / "checkpoint-8")
+    assert console(learning(base, corpus, broken, "--permute", "auto")) == 0
+    ours, theirs = load_mask(whole), load_mask(broken)
+    assert ours.order == theirs.order
+    assert all(torch.equal(ours.tensors[name], mask) for name, mask in theirs.tensors.items())
+
+
+def test_python_gets_its_model_back_in_the_old_order(base, corpus):
+    model, tokenizer = proxsparse.load_model(str(base)), proxsparse.load_tokenizer(str(base))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    windows = proxsparse.calibration_windows(corpus, tokenizer, 32, 4, seed=0)
+    mask = proxsparse.learn_mask(model, tokenizer, windows, permute="auto", bf16=False)
+    assert mask.order
+    assert not order_of(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    apply_mask(model, mask)
+    assert order_of(model) == mask.order
+
+
+def test_an_order_that_does_not_fit_and_a_damaged_one_are_one_sentence(base, pruned, tmp_path):
+    order = load_mask(pruned).order
+    with pytest.raises(UsageError, match="does not fit the model"):
+        put_into_order(tiny_llama(intermediate_size=128), order)
+    with pytest.raises(ValueError, match="names channels twice"):
+        ChannelOrder.unpacked([["w", 0, "k"]], {"k": torch.tensor([0, 0, 1])})
+    (tmp_path / ORDER_FILE).write_bytes(b"nothing")
+    with pytest.raises(RunError, match="is damaged"):
+        load_order(tmp_path / ORDER_FILE)
+
+
+def test_other_patterns_keep_their_order(base, tmp_path, capsys):
+    flags = ["--prune_method", "magnitude", "--sparsity_type", "4:8", "--permute", "auto", "--save", str(tmp_path)]
+    assert console(["prune", "--model", str(base), *flags]) == 2
+    assert "--permute auto is for 2:4" in capsys.readouterr().err
