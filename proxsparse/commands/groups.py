@@ -133,7 +133,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) 
 
 
 def add_mask_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mask", default=None, metavar="FILE", help="mask.safetensors, or the folder it lies in")
+    parser.add_argument("--mask", default=None, metavar="FILE", help=f"{MASK_FILE}, or the folder it lies in")
 
 
 def require(args: argparse.Namespace, *names: str) -> None:

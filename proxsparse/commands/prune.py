@@ -82,7 +82,7 @@ def arguments() -> Parser:
         choices=["auto", "true", "false"],
         help="compute layers in bfloat16 autocast, statistics in float32; auto: where the CPU does so natively",
     )
-    parser.add_argument("--save", default=None, metavar="FOLDER", help="write mask.safetensors here")
+    parser.add_argument("--save", default=None, metavar="FOLDER", help=f"write {MASK_FILE} here")
     parser.add_argument("--save_model", default=None, metavar="FOLDER", help="write the pruned checkpoint here")
     parser.add_argument(
         "--eval_zero_shot",

@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-from proxsparse.mask import Mask
+from proxsparse.mask import MASK_FILE, Mask
 
 TEMPLATE = """---
 {{ card_data }}
@@ -47,7 +47,7 @@ model = proxsparse.load(folder, sparse=True)     # compact weights: faster decod
 MASK = """This is the mask alone, one bit per weight; the weights are those of the base model.
 
 ```bash
-proxsparse export --model {base} --mask mask.safetensors --to pruned
+proxsparse export --model {base} --mask {mask} --to pruned
 ```"""
 NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
 mask_compressed.npz`."""
@@ -100,6 +100,6 @@ def model_card(
         origin=" ".join(said),
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=LOADING[form].format(name=name, base=mask.base_model),
+        loading=LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE),
     )
     return str(card)
