@@ -262,6 +262,18 @@ def test_a_multimodal_checkpoint_keeps_its_vision_tower_and_its_class(kind, tmp_
     run("check", "--model", tmp_path / "out", "--base", tmp_path / "base")
 
 
+def test_parameters_that_a_model_draws_by_itself_are_those_of_the_files(tmp_path):
+    """DiffLlama draws its lambdas on the CPU even where a model without values is asked for."""
+    base, sizes = tmp_path / "base", {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    config = hf.DiffLlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    hf.DiffLlamaForCausalLM(config).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    assert all(p.is_meta for p in empty_model(str(base)).parameters())
+    mask = magnitude_mask(base, tmp_path / "mask")
+    run("export", "--model", base, "--mask", tmp_path / "mask", "--to", tmp_path / "pruned")
+    assert_only_pruned(base, tmp_path / "pruned", mask)
+
+
 def test_hub_names_of_gpt2_are_found(tmp_path):
     model = build("gpt2", vocab_size=257)
     model.save_pretrained(tmp_path / "base")

@@ -214,7 +214,10 @@ def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bo
 def empty_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without values (on torch's meta device), of a configuration."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.to("meta")  # some models draw parameters on the CPU all the same, which would pass for values of the user
+    model.tie_weights()
+    return model
 
 
 def parameter_readers(name: str, revision: str | None = None) -> dict[str, Callable[[], Tensor]] | None:
