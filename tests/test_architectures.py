@@ -1,4 +1,4 @@
-"""Kinds of models beyond Llama: experts of every layout, layers of every shape, states in place of attention."""
+"""Kinds of models beyond Llama: experts of every layout, layers of every shape, states instead of attention."""
 
 import subprocess
 import sys

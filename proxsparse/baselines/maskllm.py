@@ -1,4 +1,4 @@
-"""MaskLLM: learn which of the six 2:4 masks each block takes, by sampling them with the Gumbel softmax. Weights frozen.
+"""MaskLLM: learn which of the six 2:4 masks each block takes, by sampling with the Gumbel softmax; weights are frozen.
 
     mask = learn_mask(model, tokenizer, windows, output_dir="runs/maskllm")
 
@@ -188,7 +188,7 @@ def learn_mask(
     prior: dict[str, Tensor] | None = None,
     **settings: Any,
 ) -> Mask:
-    """Learn a mask on calibration windows, one optimizer step a window.
+    """Learn a mask on calibration windows, with one optimizer step per window.
 
     Args:
         windows: (N, T) token ids.

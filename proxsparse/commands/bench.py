@@ -4,8 +4,8 @@
     python -m proxsparse bench --model runs/demo/pruned --prompt 1024 \\
         --tokens 64 --dtype bfloat16
 
-On a CPU pruned linear layers become compact; on a GPU they become torch's semi-structured tensors, where a quick
-measurement says that a shape gains. Both runs are of this process, on the same weights.
+Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
+tensors, for those shapes where a quick measurement shows a gain. Both are measured in one process, on the same weights.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def arguments() -> Parser:
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=positive_int, default=256, help="tokens to prefill; default: %(default)s")
     parser.add_argument("--tokens", type=positive_int, default=32, help="tokens to decode; default: %(default)s")
-    parser.add_argument("--repeat", type=positive_int, default=5, help="the median counts; default: %(default)s")
+    parser.add_argument(
+        "--repeat", type=positive_int, default=5, help="measurements, whose median is shown; default: %(default)s"
+    )
     return parser
 
 
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, args) -> dict[str, float]:
-    """Tokens a second of prefill and decoding, and bytes of the weights."""
+    """Tokens per second of prefill and of decoding, and bytes of the weights."""
     ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
     prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
 

@@ -1,12 +1,13 @@
-"""Learn a 2:4 mask: fine-tune under the ProxSparse regulariser, then write mask.safetensors.
+"""Learn a 2:4 mask from samples of text, and write it to mask.safetensors in the folder of the run.
 
     python end-to-end/main.py --model smollm2-135m --dataset wiki \\
         --ctx_len 512 --samples 100 --output_dir runs/mine
     python end-to-end/main.py --recipe llama2-7b-prox --dry_run
                                        (a published recipe: what it will do)
 
-Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds run.json (its
-settings), checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
+Flags of TRL's SFTConfig and transformers' TrainingArguments work too; --help_all lists them. The folder holds run.json
+(the settings), checkpoints, mask.safetensors and history.json. If a run stops, the same command goes on from the last
+checkpoint.
 """
 
 import dataclasses

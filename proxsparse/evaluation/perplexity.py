@@ -33,7 +33,7 @@ class Perplexity(NamedTuple):
         standard_error: of the perplexity, from the spread over windows (delta method).
         nll: mean negative log-likelihood a token, in nats.
         windows: how many.
-        ctx_len: tokens a window.
+        ctx_len: tokens per window.
         seconds: wall time.
     """
 

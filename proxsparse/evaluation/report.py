@@ -57,7 +57,7 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> None:
-    """Picture of a run: loss, share of 2:4 blocks, of all and by decoder block, and mask churn over steps.
+    """Picture of a run over its steps: loss, share of 2:4 blocks (all, and by layer), and mask churn.
 
     Args:
         history: the Trainer's log history.
@@ -86,7 +86,7 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
         shares = np.array([[np.nan if s is None else 100 * s for s in found] for _, found in layers]).T
         edges = [layers[0][0] - 1, *(step for step, _ in layers)]
         image = axes[3].pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, cmap="viridis", vmin=0)
-        axes[3].set(title="learned blocks already 2:4, by decoder block (%)", ylabel="decoder block")
+        axes[3].set(title="learned blocks already 2:4, by layer (%)", ylabel="layer")
         axes[3].invert_yaxis()
         axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes[3])

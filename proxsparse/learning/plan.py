@@ -153,7 +153,7 @@ class _Sizes:
 
     Attributes:
         largest: of the trained weights.
-        block: of the largest decoder block.
+        block: of the largest layer.
         ends: embeddings and LM head.
     """
 
