@@ -67,9 +67,9 @@ def model_card(
     """Text of the README.md of a pruned checkpoint.
 
     Args:
-        name: of the folder or repository.
-        mask: that was applied; its info holds method and settings.
-        form: as it was exported, one of ``LOADING``.
+        name: name of the folder or repository.
+        mask: the mask that was applied; its info holds method and settings.
+        form: form of the export, one of ``LOADING``.
         results: text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
         origin: where the weights came from, one of ``ORIGINAL``.
     """

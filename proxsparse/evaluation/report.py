@@ -23,7 +23,7 @@ BLUE, RED, GREEN = "#3b6fb6", "#c0504d", "#5a9e6f"
 
 
 def perplexity_table(title: str, rows: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """Table of perplexities: one row a model, one column a text.
+    """Table of perplexities: one row per model, one column per text.
 
     Args:
         rows: model -> text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
@@ -43,7 +43,7 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
     """Table of zero-shot accuracies and their mean.
 
     Args:
-        results: of ``proxsparse.evaluation.zero_shot.zero_shot``.
+        results: the result of ``proxsparse.evaluation.zero_shot.zero_shot``.
     """
     table = Table(title="zero-shot accuracy")
     for head in ("task", "accuracy", "standard error"):
@@ -61,7 +61,7 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
 
     Args:
         history: the Trainer's log history.
-        path: of the PNG, written atomically.
+        path: the PNG to write, atomically.
     """
     logs = [entry for entry in history if "share_24" in entry]
     steps = [entry["step"] for entry in logs]

@@ -5,8 +5,8 @@
     mask = trainer.mask()
 
 Three things are added, none by copying the Trainer: a callback applies the operator after each real optimizer step;
-``training_step`` has the objective put the weights in place that the loss is taken of; ``compute_loss`` asks it for the
-loss.
+in ``training_step`` the objective puts the weights in place with which the loss is computed; ``compute_loss`` asks it
+for the loss.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class ProxSparseTrainer(SFTTrainer):
         model: the pretrained model; its weights at this moment are the original weights W0.
         args: ProxSparseConfig.
         norms: name -> (I,) input norms, or None to measure them on the first training windows.
-        kwargs: of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
+        kwargs: arguments of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
 
     Raises:
         UsageError: settings that exclude each other, a package that is missing, or nothing to prune.

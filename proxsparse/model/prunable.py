@@ -25,9 +25,9 @@ class Prunable:
     """One pruned weight.
 
     Attributes:
-        name: of the parameter in ``model.named_parameters()``.
-        module: that holds it.
-        attribute: of the module that is the parameter.
+        name: name of the parameter in ``model.named_parameters()``.
+        module: the module that holds it.
+        attribute: name of the module's attribute that is the parameter.
         in_dim: dimension of the parameter that is the input: 1 for nn.Linear, 0 for Conv1D, 1 or 2 for experts.
         block: index of the layer.
     """
@@ -172,7 +172,7 @@ class Coverage:
 
     Attributes:
         pruned: weights that are pruned, counted by entries.
-        linear: all linear weights, routers and what may be linear among them, counted by entries.
+        linear: all linear weights, with routers and with what may be linear, counted by entries.
         layers: number of decoder layers.
         dense: reason -> kinds of weights that stay dense because of it.
     """
@@ -199,7 +199,7 @@ def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
     Every matrix in the layers is a target or is named, except embeddings, norms and biases.
 
     Args:
-        targets: of ``find_prunable``.
+        targets: the result of ``find_prunable``.
     """
     chosen = {target.name for target in targets}
     pruned = linear = 0
