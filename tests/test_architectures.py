@@ -221,7 +221,7 @@ def test_what_is_never_seen_is_said(caplog):
     model.model.layers[1].feed_forward.experts.forward = lambda hidden: hidden  # nothing is multiplied
     with caplog.at_level("WARNING", logger="proxsparse"):
         input_norms(model, expert, WINDOWS)
-    assert "nothing was seen that flows into 1 weights (feed_forward.experts.gate_up_proj)" in caplog.text
+    assert "no inputs were seen of 1 weights (feed_forward.experts.gate_up_proj)" in caplog.text
 
 
 # --- one-shot methods
@@ -257,7 +257,7 @@ def test_bench_decodes_with_the_models_own_cache_and_keeps_dense_what_the_code_r
     assert main(["export", "--model", base, "--mask", str(mask), "--to", str(pruned)]) == 0
     bench = ["bench", "--model", str(pruned), "--prompt", "1", "--tokens", "2", "--repeat", "1"]
     assert main(bench) == 0
-    assert "linears are compact" in capsys.readouterr().out
+    assert "linear layers are compact" in capsys.readouterr().out
 
 
 def test_a_layer_whose_weight_the_code_reads_is_put_back_unchanged():

@@ -59,10 +59,11 @@ def main(args: argparse.Namespace) -> None:
     rows = {"dense": measure(model, args)}
     if model.device.type == "cuda":
         converted = use_semi_structured(model)
-        print(f"{converted['sparse']} linears are semi-structured, {converted['dense']} stay dense: no gain, or no fit")
+        counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
+        print(f"{counts} (they gain nothing, or do not fit)")
     else:
         converted = {"sparse": use_compact(model)}
-        print(f"{converted['sparse']} linears are compact")
+        print(f"{converted['sparse']} linear layers are compact")
     rows["sparse"] = measure(model, args)
     show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
     print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         return
     learned = run.learned(checkpoint, args.include, args.exclude)
     if not run.settings and learned.compared == "weight":
-        print("note: the folder of the run is not here: blocks compare plain magnitudes")
+        print("note: the checkpoint is not in the folder of a run, so blocks compare weights by magnitude alone")
     print_zeros(learned.zeros)
     output = run.save(learned.mask, args.output)
     if record:

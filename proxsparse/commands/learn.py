@@ -74,7 +74,7 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     device = "cpu" if config.use_cpu or is_sharded(config) else str(config.device)
     model = load_model(run.model, dtype=dtype, device=device, **options)
     if model.dtype == torch.float16:
-        print("float16 weights are learned in bfloat16: second moments underflow in float16")
+        print("note: float16 weights are learned in bfloat16, because second moments underflow in float16")
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     say_coverage(model, config.include, config.exclude)
     held_out = windows[run.samples :] if run.eval_samples else None

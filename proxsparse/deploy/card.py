@@ -14,8 +14,8 @@ TEMPLATE = """---
 
 # {{ name }}, pruned to {{ pattern }}
 
-{{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. {{ origin }} the others are exact zeros.
-Which ones to keep was chosen by {{ method }} ([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
+This is {{ base }} with {{ kept }} of its prunable weights kept ({{ pattern }}). {{ origin }} the others are exact
+zeros. The kept weights were chosen by {{ method }}, with the tools of [ProxSparse](https://arxiv.org/abs/2502.00258).
 {% if settings %}
 | setting | value |
 |---|---|
@@ -93,7 +93,7 @@ def model_card(
         data,
         template_str=TEMPLATE,
         name=name,
-        base=mask.base_model or "The original model",
+        base=mask.base_model or "the original model",
         kept=f"{mask.density():.0%}",
         pattern=mask.pattern,
         method=method,

@@ -279,7 +279,7 @@ def own_optimizer(
         return StochasticAdamW, options | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if stochastic:
         logger.warning(
-            "the optimizer %s rounds bfloat16 weights its own way; the setting 'rounding' does not reach it", name
+            "the optimizer %s rounds bfloat16 weights in its own way; the setting 'rounding' has no effect on it", name
         )
     return None
 

@@ -172,8 +172,8 @@ class ProxSparseTrainer(SFTTrainer):
     def _leave_fused_head(self, error: Exception) -> None:
         """Compute the language-model loss from logits from here on; the routers' own loss is left out."""
         logger.info(
-            "TRL's fused loss can't be had of a %s (%s): the loss is computed from logits, which takes more memory, "
-            "and without a loss of the routers",
+            "TRL's fused loss does not work with a %s (%s): the loss is computed from logits, which takes more memory, "
+            "and without the routers' own loss",
             type(self.model).__name__, error,
         )  # fmt: skip
         self._fused_head = self.aux_loss_enabled = False

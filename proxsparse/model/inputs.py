@@ -172,7 +172,7 @@ def note_unseen(targets: list[Prunable]) -> None:
     kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", target.kind) for target in targets})
     if kinds:
         logger.warning(
-            "note: nothing was seen that flows into %d weights (%s); they are scored by magnitude alone",
+            "note: no inputs were seen of %d weights (%s); their entries are compared by magnitude alone",
             len(targets),
             ", ".join(kinds),
         )
