@@ -298,6 +298,14 @@ def test_masks_of_stacked_experts_apply_in_their_own_layout(saved, tmp_path):
     assert torch.equal(model.get_parameter(name), before * kept)
 
 
+def test_reversible_layers_learn_though_their_inputs_are_frozen(saved, tmp_path):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--dataset", str(text), "--ctx_len", "128", "--samples", "2", "--bf16", "false", "--use_cpu", "true"]
+    assert main(["learn", "--model", saved("reformer"), *flags, "--output_dir", str(run)]) == 0
+    assert load_mask(run).density() == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_random_tenth_of_all_architectures_has_no_fault(tmp_path):

@@ -113,6 +113,7 @@ class ProxSparseTrainer(SFTTrainer):
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = False
         self._step_seconds = 0.0
+        self._inputs_need_grad = False
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         super().__init__(model, args, **kwargs)
         refuse(REFUSALS, self)
@@ -158,6 +159,10 @@ class ProxSparseTrainer(SFTTrainer):
             outputs = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False)
             loss = self.objective.loss(outputs.logits, inputs["labels"], share)
         if self.model.training:
+            if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
+                self._inputs_need_grad = True
+                model.enable_input_require_grads()  # Reformer's reversible layers see no weights, only their inputs
+                return self.compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = loss + self.objective.penalty(share, self.args.device)
         return (loss, outputs) if return_outputs else loss
 
