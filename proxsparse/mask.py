@@ -40,9 +40,9 @@ class Mask:
 
     Attributes:
         tensors: name of the weight -> bool tensor with the input dimension last, True = keep.
-        pattern: the pattern of every weight's mask; text is parsed.
+        pattern: the pattern of every weight's mask; text such as '2:4' is parsed.
         base_model: the original model, for which the mask was made.
-        info: everything else worth keeping: method, settings, versions.
+        info: where the mask comes from: method, settings and the like.
         order: of the model's channels that the mask was made for; empty: as they are.
     """
 
@@ -92,7 +92,11 @@ def extract_mask(
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:
-    """Write a mask file atomically.
+    """Write a mask file. It appears whole or not at all.
+
+    Args:
+        mask: the mask.
+        path: the file to write, for example mask.safetensors.
 
     Raises:
         RunError: the mask does not have the pattern it claims.
@@ -189,6 +193,10 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
     """Set the pruned weights of a model to exactly +0.0, in place; kept weights keep their bits.
 
     Where the mask was made for another order of the channels, the model is put into it first. It computes the same.
+
+    Args:
+        model: the model that the mask was made for.
+        mask: which weights to keep.
 
     Returns:
         The weights that were pruned.

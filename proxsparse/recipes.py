@@ -1,6 +1,6 @@
 """The published recipes: what each model was learned with, and the pruned models that the authors released.
 
-Every number stands here once; the scripts, ``learn --recipe NAME`` and the download of released models read it.
+Every number is written here only; the scripts, ``learn --recipe NAME`` and the download of released models read it.
 
 Source: Liu et al., ProxSparse, ICML 2025, https://arxiv.org/abs/2502.00258, and the scripts of its release.
 """
@@ -20,9 +20,9 @@ class Recipe:
     Attributes:
         model: Hub id that transformers can load.
         lambda_value: lambda1, absolute, unit 1 / |weight|.
-        learning_rate: peak of AdamW's.
+        learning_rate: peak learning rate of AdamW.
         ctx_len: tokens per calibration sample.
-        lambda2_value, epsilon: of the frozen-weight regulariser; None where the recipe has none.
+        lambda2_value, epsilon: settings of the frozen-weight regulariser; None where the recipe does without it.
         released: folder in the repository of released models, or None.
     """
 

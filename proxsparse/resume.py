@@ -1,6 +1,6 @@
 """Folders of runs: whose they are, and checkpoints that count only when they are complete.
 
-A run claims its folder with a record of its settings, and a run with others is refused there.
+A run claims its folder with a record of its settings. A run with other settings is refused there.
 
 The Trainer writes a checkpoint file by file; a run killed in between leaves a folder that looks like one. A marker is
 written last, with the size and checksum of every file, and only folders that agree with their marker are resumed from.
@@ -31,11 +31,11 @@ def claim(
     """Write down what a run is made of; refuse the folder of another one.
 
     Args:
-        folder: of the run; need not exist.
+        folder: folder of the run; it need not exist.
         record: its ``settings`` are compared, name by name; what else it holds is kept for readers.
         decisive: names of the settings that make it another run; None: all. Names that an older record lacks are
             passed over.
-        write: False only compares, as in the processes next to the first.
+        write: False only compares, as in all processes but the first.
 
     Raises:
         UsageError: a setting differs; names it, with both values where they are short.
@@ -70,7 +70,7 @@ def starting_point(output_dir: Path | str, asked: str | None = None) -> str | No
     """The checkpoint that a run goes on from, or None at its start.
 
     Args:
-        asked: ``resume_from_checkpoint`` of the Trainer: a folder; yes and no mean nothing, a run goes on anyway.
+        asked: ``resume_from_checkpoint`` of the Trainer: a folder. True and False are ignored: a run always goes on.
 
     Raises:
         UsageError: the folder asked for is not a complete checkpoint.
@@ -97,10 +97,10 @@ def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None 
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once the Trainer has written all of it, then removes older ones but for the best.
+    """Marks a checkpoint when the Trainer has written all of it, then removes older ones, except the best.
 
     Args:
-        keep: how many checkpoints stay; None for all.
+        keep: how many checkpoints are kept; None for all.
         write: see ``complete_checkpoints``.
     """
 
@@ -129,7 +129,7 @@ def checkpoints(output_dir: Path | str) -> list[Path]:
 
 
 def last_complete_checkpoint(output_dir: Path | str) -> str | None:
-    """Newest complete checkpoint of a run, or None. Others are passed over, and what is wrong with them is said."""
+    """Newest complete checkpoint of a run, or None. A warning says what is wrong with those that are passed over."""
     for folder in reversed(checkpoints(output_dir)):
         wrong = fault(folder)
         if wrong is None:

@@ -1,11 +1,11 @@
-"""Texts: named and local corpora, cut into calibration samples and evaluation windows.
+"""Texts: named and local texts, cut into calibration samples and evaluation windows.
 
     wikitext2          wikitext-2-raw-v1 from the Hub: train split to calibrate, test split to evaluate
     c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
     c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
-    wiki, news         the embedded corpora (see ``proxsparse/model/embedded.py``): every eighth document is held out
-    path               a .txt, .jsonl, .json.gz, .parquet or .arrow file, or a folder of them
-                       (see ``proxsparse/model/documents.py``)
+    wiki, news         the embedded texts (see ``proxsparse/model/embedded.py``): every eighth document is held out
+    path               a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them
+                       (see ``proxsparse/model/documents.py``): every eighth document is held out
 
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
@@ -36,15 +36,15 @@ DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tok
 
 
 def load_documents(name: str, split: str = "all") -> Sequence[str]:
-    """Documents of a corpus.
+    """Documents of a text.
 
     Args:
-        name: see the module docstring.
+        name: name or path, see the module docstring.
         split: 'calibration' and 'heldout' never share a document; 'all' is everything there is
-            (of a Hub corpus: its evaluation split).
+            (of a Hub text: its evaluation split).
 
     Raises:
-        UsageError: no such corpus or file, or nothing readable in it.
+        UsageError: no such text or file, or nothing readable in it.
         RunError: the Hub can't be reached.
     """
     if split not in SPLITS:
@@ -73,7 +73,14 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: 
 
     Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
     second of any. Spans are joined and cut into full windows. Only the documents that are needed are tokenised, and a
-    long text is many documents (see ``read_local``), so that the cost is that of the samples.
+    long text is many documents (see ``read_local``), so the cost depends on the samples and not on the text.
+
+    Args:
+        name: name or path of the text, see the module docstring. Its held-out part is not read.
+        tokenizer: tokenizer of the model.
+        ctx_len: tokens per sample.
+        samples: number of samples.
+        seed: seed of the shuffling.
 
     Returns:
         (samples, ctx_len) int64.
@@ -112,11 +119,15 @@ def evaluation_windows(
     *,
     bos: bool = False,
 ) -> Tensor:
-    """Evaluation windows after the protocols that papers print (see each branch).
+    """Evaluation windows, cut as in papers.
 
     Args:
-        limit: at most this many windows, evenly spread over the text; None for the whole protocol. The whole text is
-            read and tokenised either way.
+        name: name or path of the text, see the module docstring.
+        tokenizer: tokenizer of the model.
+        ctx_len: tokens per window.
+        split: 'all', 'heldout' or 'calibration', see ``load_documents``.
+        limit: at most this many windows, evenly spread over the text; None for all. The whole text is read and
+            tokenised either way.
         bos: begin every window with the tokenizer's BOS token, followed by ctx_len - 1 tokens of text. Papers don't:
             with a tokenizer that puts BOS first (see ``adds_bos``) only their first window begins with it.
 

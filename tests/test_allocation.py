@@ -98,7 +98,7 @@ def test_blocks_get_shares_of_their_own_that_average_to_the_target(allocation, k
 
 
 def test_at_24_there_is_no_freedom(model):
-    with pytest.raises(UsageError, match="`allocation=owl` gives decoder blocks different shares, and 2:4 fixes"):
+    with pytest.raises(UsageError, match="`allocation=owl` gives layers different shares, and 2:4 fixes"):
         allocate(model, Pattern.parse("2:4"), "owl", windows())
     with pytest.raises(UsageError, match="`allocation` must be one of uniform, owl, alphapruning; got 'even'"):
         allocate(model, Pattern.parse("4:8"), "even", windows())

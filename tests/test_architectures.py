@@ -1,4 +1,4 @@
-"""Kinds of models beyond Llama: experts of every layout, layers of every shape, states in place of attention."""
+"""Kinds of models beyond Llama: experts of every layout, layers of every shape, states instead of attention."""
 
 import subprocess
 import sys
@@ -221,7 +221,7 @@ def test_what_is_never_seen_is_said(caplog):
     model.model.layers[1].feed_forward.experts.forward = lambda hidden: hidden  # nothing is multiplied
     with caplog.at_level("WARNING", logger="proxsparse"):
         input_norms(model, expert, WINDOWS)
-    assert "nothing was seen that flows into 1 weights (feed_forward.experts.gate_up_proj)" in caplog.text
+    assert "no inputs were seen of 1 weights (feed_forward.experts.gate_up_proj)" in caplog.text
 
 
 # --- one-shot methods
@@ -257,7 +257,7 @@ def test_bench_decodes_with_the_models_own_cache_and_keeps_dense_what_the_code_r
     assert main(["export", "--model", base, "--mask", str(mask), "--to", str(pruned)]) == 0
     bench = ["bench", "--model", str(pruned), "--prompt", "1", "--tokens", "2", "--repeat", "1"]
     assert main(bench) == 0
-    assert "linears are compact" in capsys.readouterr().out
+    assert "linear layers are compact" in capsys.readouterr().out
 
 
 def test_a_layer_whose_weight_the_code_reads_is_put_back_unchanged():
@@ -296,6 +296,14 @@ def test_masks_of_stacked_experts_apply_in_their_own_layout(saved, tmp_path):
     blocks = before.transpose(1, 2).unflatten(-1, (-1, 4)).abs()  # (E, out, blocks, 4)
     kept = torch.zeros_like(blocks).scatter(-1, blocks.topk(2, dim=-1).indices, 1).flatten(-2).transpose(1, 2)
     assert torch.equal(model.get_parameter(name), before * kept)
+
+
+def test_reversible_layers_learn_though_their_inputs_are_frozen(saved, tmp_path):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--dataset", str(text), "--ctx_len", "128", "--samples", "2", "--bf16", "false", "--use_cpu", "true"]
+    assert main(["learn", "--model", saved("reformer"), *flags, "--output_dir", str(run)]) == 0
+    assert load_mask(run).density() == 0.5
 
 
 @pytest.mark.slow

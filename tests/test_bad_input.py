@@ -205,8 +205,8 @@ TEXTS = [
     ("broken.parquet", b"PAR1....", "is not a readable parquet file"),
     ("list.jsonl", b'{"text": ["a"]}\n', "is a list in row 1; give a string"),
     ("empty.parquet", b"", "is not a readable parquet file"),
-    ("table.csv", b"x", "has no .txt, .jsonl, .json.gz or .parquet file"),
-    ("text.pdf", b"%PDF-1.4", "has no .txt, .jsonl, .json.gz or .parquet file"),
+    ("table.csv", b"x", "has no .txt, .jsonl, .json, .parquet or .arrow file"),
+    ("text.pdf", b"%PDF-1.4", "has no .txt, .jsonl, .json, .parquet or .arrow file"),
     ("short.txt", b"only a few words", "enough for"),
 ]
 

@@ -137,5 +137,5 @@ def test_selected_and_left_out_are_all_linears_of_the_blocks(layers, heads, head
 
 def test_a_model_without_decoder_blocks_is_refused():
     model = hf.BertModel(hf.BertConfig(**(SIZES | {"num_key_value_heads": 4})))
-    with pytest.raises(UsageError, match=r"has no decoder blocks to prune|is left to prune"):
+    with pytest.raises(UsageError, match=r"has no decoder layers to prune|is left to prune"):
         find_prunable(model, include="decoder")

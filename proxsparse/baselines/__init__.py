@@ -1,4 +1,4 @@
-"""Baselines for every architecture: magnitude, Wanda, SparseGPT and ADMM look once, MaskLLM learns."""
+"""Baselines for every architecture: magnitude, Wanda, SparseGPT and ADMM are one-shot, MaskLLM learns."""
 
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.magnitude import Magnitude

@@ -12,10 +12,12 @@ from proxsparse.operator.pattern import Pattern
 
 
 class ADMM(GramMethod):
-    """Args:
-    damping: added to the diagonal of the normalised Gram matrix, as a share of its mean.
-    iterations: of ADMM in all.
-    pruning_iterations: the first so many tighten the mask on a cubic schedule; then it is fixed.
+    """ADMM: the mask and new values of the kept weights.
+
+    Args:
+        damping: added to the diagonal of the normalised Gram matrix, as a share of its mean.
+        iterations: number of ADMM iterations in all.
+        pruning_iterations: how many of them, from the first, tighten the mask on a cubic schedule; then it is fixed.
     """
 
     def __init__(self, damping: float = 0.1, iterations: int = 20, pruning_iterations: int = 15):

@@ -1,11 +1,11 @@
-"""How much of each decoder block is removed: OWL and AlphaPruning, instead of the same share everywhere.
+"""What share of each layer is removed: OWL and AlphaPruning, instead of the same share everywhere.
 
-Both need freedom that 2:4 does not have: they give blocks of the model different shares, as unstructured patterns or as
-N of every 8. At exactly 2:4 every block has the same share, so asking for it there is refused.
+Both give layers different shares, as unstructured patterns or as N of every 8. At 2:4 every layer has the same share,
+so both are refused there.
 
 Sources: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), https://arxiv.org/abs/2310.05175;
 Lu et al., AlphaPruning, https://arxiv.org/abs/2410.10912.
-Shapes: L = decoder blocks.
+Shapes: L = layers. In the names of this module a block is a layer.
 """
 
 import math
@@ -34,17 +34,17 @@ def allocate(
     outlier: float = 5.0,
     spread: float | None = None,
 ) -> dict[int, Pattern]:
-    """A pattern for every decoder block that removes the asked share on average.
+    """A pattern for every layer; on average they remove the share that is asked for.
 
     Args:
         pattern: what to reach on average over all prunable weights.
         allocation: 'uniform', 'owl' or 'alphapruning'.
         windows: (N, T) calibration token ids; OWL reads them, the others do not.
         outlier: OWL's M: a score counts as an outlier above M times its matrix's mean.
-        spread: how far blocks may move from the average share; default 0.08 for OWL, 0.3 for AlphaPruning.
+        spread: how far layers may move from the average share; default 0.08 for OWL, 0.3 for AlphaPruning.
 
     Returns:
-        index of the decoder block -> its pattern.
+        index of the layer -> its pattern.
 
     Raises:
         UsageError: an unknown allocation, or one that the pattern leaves no freedom for.
@@ -71,14 +71,14 @@ def allocate(
 def refuse_without_freedom(pattern: Pattern, allocation: str) -> None:
     if pattern.structured and pattern.m < SHORTEST_BLOCK:
         raise UsageError(
-            f"`allocation={allocation}` gives decoder blocks different shares, and {pattern} fixes the share of every "
+            f"`allocation={allocation}` gives layers different shares, and {pattern} fixes the share of every "
             f"one. Use it with `sparsity_type=unstructured` or an N:8 pattern (the result is then not 2:4), or leave "
             "`allocation=uniform`."
         )
 
 
 def outlier_ratios(model: PreTrainedModel, windows: Tensor, outlier: float) -> Tensor:
-    """Percent of a block's Wanda scores that lie above ``outlier`` times their mean: (L,) float64 (OWL's D)."""
+    """Percent of a layer's Wanda scores that lie above ``outlier`` times their mean: (L,) float64 (OWL's D)."""
     targets = find_prunable(model, multiple=1)
     norms = input_norms(model, targets, windows)
     scores: dict[int, list[Tensor]] = {}
@@ -93,11 +93,11 @@ def outlier_ratios(model: PreTrainedModel, windows: Tensor, outlier: float) -> T
 
 
 def owl_shares(ratios: Tensor, sizes: Tensor, share: float, spread: float) -> Tensor:
-    """Share removed of every block: blocks with more outliers lose less, within 2 * ``spread`` of each other.
+    """Share removed of every layer: layers with more outliers lose less, within 2 * ``spread`` of each other.
 
     Args:
         ratios: (L,) percent of outliers.
-        sizes: (L,) weights a block.
+        sizes: (L,) weights per layer.
     """
     span = (ratios.max() - ratios.min()).clamp_min(1e-12)
     kept = 2 * spread * (ratios - ratios.min()) / span
@@ -105,7 +105,7 @@ def owl_shares(ratios: Tensor, sizes: Tensor, share: float, spread: float) -> Te
 
 
 def tail_exponents(model: PreTrainedModel) -> Tensor:
-    """Mean power-law exponent of the spectra of a block's matrices: (L,) float64 (AlphaPruning's alpha)."""
+    """Mean power-law exponent of the spectra of a layer's matrices: (L,) float64 (AlphaPruning's alpha)."""
     targets = find_prunable(model, multiple=1)
     exponents: dict[int, list[float]] = {}
     for target in targets:
@@ -150,13 +150,13 @@ def tail_exponent(spectrum: Tensor) -> float:
 
 
 def alpha_shares(exponents: Tensor, sizes: Tensor, share: float, spread: float) -> Tensor:
-    """Share removed of every block: a larger exponent (a lighter tail, a less trained block) loses more.
+    """Share removed of every layer: a layer with a larger exponent (a lighter tail, less trained) loses more.
 
     Shares lie between (1 - spread) and (1 + spread) of a common factor.
 
     Args:
         exponents: (L,) of ``tail_exponents``.
-        sizes: (L,) weights a block.
+        sizes: (L,) weights per layer.
     """
     span = (exponents.max() - exponents.min()).clamp_min(1e-12)
     relative = 1 - spread + 2 * spread * (exponents - exponents.min()) / span
@@ -165,9 +165,9 @@ def alpha_shares(exponents: Tensor, sizes: Tensor, share: float, spread: float) 
 
 
 def whole_numbers(shares: Tensor, sizes: Tensor, pattern: Pattern) -> list[int]:
-    """Weights kept of every m in each block: rounded shares, corrected one by one until the average is the pattern's.
+    """Weights kept of every m in each layer: rounded shares, corrected one by one until the average is the pattern's.
 
-    The correction goes to the block whose rounding error it lessens most.
+    A correction goes to the layer whose rounding error it reduces most.
     """
     wished = pattern.m * (1 - shares)
     kept = wished.round().clamp(1, pattern.m)
@@ -177,13 +177,13 @@ def whole_numbers(shares: Tensor, sizes: Tensor, pattern: Pattern) -> list[int]:
         error = torch.where((kept + step >= 1) & (kept + step <= pattern.m), (kept + step - wished).abs(), torch.inf)
         block = int(error.argmin())
         if abs(excess + step * sizes[block].item()) >= abs(excess):
-            break  # blocks of unequal size: no nearer to be had
+            break  # layers of unequal size: nothing comes nearer
         kept[block] += step
     return [int(n) for n in kept]
 
 
 def _balanced(shares: Tensor, sizes: Tensor, share: float) -> Tensor:
-    """Shift shares by a constant until their mean, weighted by size, is ``share``; none leaves (0.01, 0.99)."""
+    """Shift shares by a constant until their mean, weighted by size, is ``share``. All stay in [0.01, 0.99]."""
     low, high = -1.0 - shares.max().item(), 1.0 - shares.min().item()
     for _ in range(60):
         middle = (low + high) / 2

@@ -66,7 +66,7 @@ def invert(gram: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
 
     Args:
         gram: (I, I) symmetric, diagonal > 0.
-        name: of the weight, for the error.
+        name: name of the weight, for the error.
 
     Returns:
         (damped gram, its inverse).

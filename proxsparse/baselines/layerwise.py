@@ -1,6 +1,7 @@
-"""The calibration walk of all one-shot methods: block after block, each seeing what the pruned ones before it produce.
+"""The calibration walk of all one-shot methods: layer after layer, each with the outputs of the pruned ones before it.
 
-One block's statistics and two copies of the hidden states exist at a time.
+One layer's statistics and two copies of the hidden states exist at a time. In the names of this module a block is a
+layer.
 Shapes: N = windows, T = ctx_len, H = hidden size.
 """
 
@@ -18,7 +19,7 @@ from proxsparse.model.inputs import listen, note_unseen
 from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of, find_prunable
 from proxsparse.operator.pattern import Pattern
 
-Call = tuple[tuple, dict[str, Any]]  # arguments of a block but for the hidden states
+Call = tuple[tuple, dict[str, Any]]  # arguments of a layer, without the hidden states
 logger = logging.getLogger(__name__)
 
 # The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
@@ -29,7 +30,7 @@ TRIED = 64  # tokens that show whether the layers run one after the other
 
 
 class _Reached(Exception):
-    """The first block has been reached; the rest of the forward pass is not needed."""
+    """The first layer has been reached; the rest of the forward pass is not needed."""
 
 
 @torch.no_grad()
@@ -51,10 +52,10 @@ def prune_layerwise(
     Args:
         windows: (N, T) calibration token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
-        pattern: for all blocks, or by block index (see ``allocation.allocate``).
-        update: keep the method's new weights; False keeps its mask on the original ones, which later blocks then see.
-        hidden_device: where the hidden states lie between blocks.
-        bf16: compute the blocks in bfloat16 autocast; statistics and solves stay float32.
+        pattern: for all layers, or by index of the layer (see ``allocation.allocate``).
+        update: keep the method's new weights. False keeps the original ones under the mask; later layers see these.
+        hidden_device: where the hidden states are kept between layers.
+        bf16: compute the layers in bfloat16 autocast; statistics and solves stay float32.
 
     Returns:
         The mask; the model holds the pruned (and, with ``update``, changed) weights.
@@ -102,10 +103,10 @@ def _look(
     own: list[Prunable],
     inputs: Tensor | tuple[list[Tensor], Call],
 ) -> list[Prunable]:
-    """Fill the statistics of a block's weights, and give the weights that nothing was seen to flow into.
+    """Fill the statistics of a layer's weights, and return the weights whose inputs were not seen.
 
     Args:
-        inputs: the hidden states that enter the block, in batches, with its other arguments; or windows of token ids,
+        inputs: the hidden states that enter the layer, in batches, with its other arguments; or windows of token ids,
             with which the whole model is run.
     """
     with listen(own, lambda target, expert, seen: statistics[target.name].add(expert, seen)) as visited:
@@ -130,10 +131,10 @@ def _common(patterns: dict[int, Pattern], width: int) -> Pattern:
 def first_inputs(
     model: PreTrainedModel, blocks: list, windows: Tensor, hidden_device: str
 ) -> tuple[list[Tensor], list[Call]]:
-    """Hidden states that enter the first block, in batches (B, T, H), and every block's other arguments.
+    """Hidden states that enter the first layer, in batches (B, T, H), and every layer's other arguments.
 
-    The other arguments (positions, masks) depend on the shape of the batch only, and batches have one shape; blocks
-    of one model may differ in them (sliding and full attention), so that each block's own are kept.
+    The other arguments (positions, masks) depend on the shape of the batch only, and all batches have one shape. Layers
+    of one model may differ in them (sliding and full attention), so each layer's own are kept.
     """
     if windows.shape[1] > LONGEST_CONTEXT:
         raise RunError(
@@ -170,7 +171,7 @@ def first_inputs(
 
 
 def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
-    """Whether each block reads what the one before it wrote, so that they can be run one at a time.
+    """Whether each layer reads what the one before it wrote, so that they can be run one at a time.
 
     Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that.
     """
@@ -192,7 +193,7 @@ def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
             _alike(run_block(block, own, call, model.device), following)
             for block, own, call, following in zip(blocks, inputs, calls, inputs[1:], strict=False)
         )
-    except (TypeError, RuntimeError):  # a block that wants what another one made
+    except (TypeError, RuntimeError):  # a layer that needs what another one made
         return False
 
 
@@ -202,7 +203,7 @@ def _alike(found: Tensor, wanted: Tensor) -> bool:
 
 
 def run_block(block, states: Tensor, call: Call, device: torch.device | str) -> Tensor:
-    """Output hidden states of one block, which may return a tensor or a tuple that begins with it."""
+    """Output hidden states of one layer, which may return a tensor or a tuple that begins with it."""
     arguments, keywords = call
     output = block(states.to(device), *arguments, **keywords)
     return output if torch.is_tensor(output) else output[0]

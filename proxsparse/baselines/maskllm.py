@@ -1,4 +1,4 @@
-"""MaskLLM: learn which of the six 2:4 masks each block takes, by sampling them with the Gumbel softmax. Weights frozen.
+"""MaskLLM: learn which of the six 2:4 masks each block takes, by sampling with the Gumbel softmax; weights are frozen.
 
     mask = learn_mask(model, tokenizer, windows, output_dir="runs/maskllm")
 
@@ -188,13 +188,13 @@ def learn_mask(
     prior: dict[str, Tensor] | None = None,
     **settings: Any,
 ) -> Mask:
-    """Learn a mask on calibration windows, one optimizer step a window.
+    """Learn a mask on calibration windows, with one optimizer step per window.
 
     Args:
         windows: (N, T) token ids.
-        output_dir: for checkpoints; a run that was stopped goes on from the last complete one.
+        output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
         prior: see MaskLLMTrainer.
-        settings: of MaskLLMConfig.
+        settings: fields of ``MaskLLMConfig``.
 
     Returns:
         The mask; the model's weights are as they were.
@@ -236,7 +236,7 @@ def one_shot_prior(model: PreTrainedModel, windows: Tensor, method: Any, **optio
     Args:
         windows: (N, T) token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
-        options: of ``prune_layerwise``.
+        options: arguments of ``prune_layerwise``.
     """
     targets = find_prunable(model)
     kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}

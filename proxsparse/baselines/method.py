@@ -1,4 +1,4 @@
-"""What every baseline is: one call that prunes a model, whether it looks at each weight once or learns.
+"""What every baseline has: one call that prunes a model, whether the method is one-shot or learns.
 
 A one-shot method adds two members: ``statistic(target)`` makes what it collects of a weight's inputs (or None), and
 ``prune(rows, statistic, pattern)`` returns (mask, new weights or None).
@@ -24,17 +24,17 @@ from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 @dataclass
 class Wanted:
-    """What a method is asked for, next to a model and a text; each reads what concerns it.
+    """What a method is asked for, next to a model and a text; each method reads what concerns it.
 
     Attributes:
-        pattern: of the mask; with another allocation than uniform, on average.
+        pattern: pattern of the mask; where the allocation is not uniform, on average over the layers.
         allocation: see ``allocation.allocate``.
         update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
         prior: one-shot method whose mask a learned one starts from, or None.
-        hidden_device: where the hidden states of the calibration walk lie between blocks.
+        hidden_device: where the hidden states of the calibration walk are kept between layers.
         bf16: compute in bfloat16 autocast; None: what suits the method and the device.
-        seed: of a learned method's noise.
-        folder: where a learned method keeps what it goes on from after an interruption.
+        seed: seed of a learned method's noise.
+        folder: where a learned method keeps its checkpoints, from which it goes on after a stop.
     """
 
     pattern: Pattern = TWO_OF_FOUR
@@ -59,8 +59,10 @@ class Method(Protocol):
     reads_text: ClassVar[bool]
 
     def check(self, wanted: Wanted) -> None:
-        """Raises:
-        UsageError: the method can't do this; asked before a model is loaded.
+        """Refuse what the method can't do; called before a model is loaded.
+
+        Raises:
+            UsageError: says what is not possible.
         """
 
     def prune_model(
@@ -73,11 +75,11 @@ class Method(Protocol):
         """
 
     def forget(self, wanted: Wanted) -> None:
-        """Remove what was kept to go on from; called once the result is safe."""
+        """Remove what was kept for going on after a stop; called when the result has been written."""
 
 
 class OneShot:
-    """A method that looks at every weight once, on the calibration walk."""
+    """A method that prunes every weight once, on the calibration walk (``layerwise``)."""
 
     updates_weights: ClassVar[bool] = False
     reads_text: ClassVar[bool] = True

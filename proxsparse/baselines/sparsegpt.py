@@ -13,9 +13,11 @@ from proxsparse.operator.pattern import Pattern
 
 
 class SparseGPT(GramMethod):
-    """Args:
-    damping: added to the diagonal of the Hessian, as a share of its mean.
-    block_size: columns updated together; the result does not depend on it for N:M patterns.
+    """SparseGPT: the mask and new values of the kept weights.
+
+    Args:
+        damping: added to the diagonal of the Hessian, as a share of its mean.
+        block_size: columns updated together; the result does not depend on it for N:M patterns.
     """
 
     def __init__(self, damping: float = 0.01, block_size: int = 128):

@@ -4,8 +4,8 @@
     python -m proxsparse bench --model runs/demo/pruned --prompt 1024 \\
         --tokens 64 --dtype bfloat16
 
-On a CPU pruned linear layers become compact; on a GPU they become torch's semi-structured tensors, where a quick
-measurement says that a shape gains. Both runs are of this process, on the same weights.
+Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
+tensors, for those shapes where a quick measurement shows a gain. Both are measured in one process, on the same weights.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def arguments() -> Parser:
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=positive_int, default=256, help="tokens to prefill; default: %(default)s")
     parser.add_argument("--tokens", type=positive_int, default=32, help="tokens to decode; default: %(default)s")
-    parser.add_argument("--repeat", type=positive_int, default=5, help="the median counts; default: %(default)s")
+    parser.add_argument(
+        "--repeat", type=positive_int, default=5, help="measurements, whose median is shown; default: %(default)s"
+    )
     return parser
 
 
@@ -57,10 +59,11 @@ def main(args: argparse.Namespace) -> None:
     rows = {"dense": measure(model, args)}
     if model.device.type == "cuda":
         converted = use_semi_structured(model)
-        print(f"{converted['sparse']} linears are semi-structured, {converted['dense']} stay dense: no gain, or no fit")
+        counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
+        print(f"{counts} (they gain nothing, or do not fit)")
     else:
         converted = {"sparse": use_compact(model)}
-        print(f"{converted['sparse']} linears are compact")
+        print(f"{converted['sparse']} linear layers are compact")
     rows["sparse"] = measure(model, args)
     show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
     print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})
@@ -68,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, args) -> dict[str, float]:
-    """Tokens a second of prefill and decoding, and bytes of the weights."""
+    """Tokens per second of prefill and of decoding, and bytes of the weights."""
     ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
     prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
 

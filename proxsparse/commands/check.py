@@ -4,9 +4,9 @@
     python -m proxsparse check --model runs/mine/pruned --base the/original
     python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
-It reads every form that export writes, and a base from the Hub's cache too. Every block has at most two non-zeros. With
---base, kept weights are the base's bit for bit, and everything else is unchanged. Otherwise the exit code is 1 and the
-first offenders are named: for people who fine-tune or merge after pruning.
+Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros. With --base, the kept
+weights must be those of the base bit for bit, and everything else must be unchanged. If not, the first findings are
+named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too.
 """
 
 import argparse

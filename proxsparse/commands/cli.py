@@ -22,6 +22,7 @@ from typing import Any
 from proxsparse.errors import RunError, UsageError, task_of
 
 DEBUG = "--debug"
+DEBUG_HELP = f"{DEBUG} after any command shows the traceback of an error."
 SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")  # in the library's messages
 SPOKEN = {"True": "true", "False": "false"}
 
@@ -41,13 +42,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the examples' line breaks kept, and errors that ``command`` shows.
+    """argparse, but examples in the description keep their line breaks, and ``command`` shows the errors.
 
-    The dest of a flag is the name of the library's argument, so that messages of the library find their flag.
+    The dest of a flag is the name of the library's argument, so that messages of the library can name the flag.
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, epilog=DEBUG_HELP, **kwargs)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
@@ -58,9 +59,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(arguments: Callable[[], Any]) -> Callable[[Callable[[Any], int | None]], Callable[..., int]]:
-    """Make a program of a function: parse, run, and end with one sentence and an exit code, whatever was raised.
+    """Make a program of a function: it parses, runs, and ends with an exit code.
 
-    0: done; 1: the work failed; 2: an argument is wrong; 130: interrupted.
+    Whatever is raised becomes one sentence on stderr. Exit codes are 0: done; 1: the work failed; 2: an argument is
+    wrong; 130: interrupted.
+
+    Args:
+        arguments: makes the parser.
     """
 
     def decorate(main: Callable[[Any], int | None]) -> Callable[..., int]:

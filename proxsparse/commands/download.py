@@ -4,7 +4,7 @@
     python proxsparse_pruned_model_download.py --only llama2-7b qwen2.5-14b
     python proxsparse_pruned_model_download.py         (all, about 120 GB)
 
-Started again, it goes on where it stopped. bash script/eval_pruned_prox_model.sh measures their perplexity.
+If it stops, the same command goes on where it stopped. bash script/eval_pruned_prox_model.sh measures their perplexity.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COMPLETE = ".downloaded"  # written last, in a folder that has all of its files
 
 def arguments() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--list", action="store_true", help="show the names and leave; needs no network")
+    parser.add_argument("--list", action="store_true", help="show the names and stop; needs no network")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="short names; default: all")
     parser.add_argument("--to", default="pruned_models", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--revision", default=None, help="revision of the repository")

@@ -1,4 +1,4 @@
-"""Export a base model and a mask: as an ordinary checkpoint, as the mask alone, or in the compact form.
+"""Write a pruned model: as an ordinary checkpoint, in the compact form, or as the mask alone.
 
     python -m proxsparse export --run runs/mine --to pruned
     python -m proxsparse export --model meta-llama/Llama-3.1-8B \\
@@ -50,9 +50,11 @@ def arguments() -> Parser:
     parser = RunParser(_from_run, description=__doc__)
     add_model_arguments(parser, computes=False)
     add_mask_argument(parser)
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder")
-    parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="default: %(default)s")
-    parser.add_argument("--results", default=None, metavar="FILE", help="JSON of eval_mask_ppl.py, for the model card")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
+    parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
+    parser.add_argument(
+        "--results", default=None, metavar="FILE", help="JSON that eval_mask_ppl.py wrote, for the model card"
+    )
     parser.add_argument(
         "--push_to_hub",
         default=None,

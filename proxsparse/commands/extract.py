@@ -4,8 +4,8 @@
     python end-to-end/mask_op.py --checkpoint runs/mine/checkpoint-100 \\
         --output mask-100.safetensors
 
-It prints how many zeros the blocks of the learned weights have, by layer kind: the closer to two in every block, the
-less the final choice of the mask changes. A run's own shares are kept in its folder.
+It prints how many zeros the blocks of the learned weights have, by layer kind. The more blocks have at least two zeros,
+the less the mask changes the learned weights. For a run, the shares are also written into its folder.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def arguments() -> Parser:
         help="learned checkpoint, or the folder of a run",
     )  # fmt: skip
     parser.add_argument("--output", default=None, metavar="FILE", help="default: the mask of the run")
-    parser.add_argument("--include", default=None, metavar="REGEX", help="only weights whose name has this expression")
-    parser.add_argument("--exclude", default=None, metavar="REGEX", help="leave out weights with this expression")
+    parser.add_argument("--include", default=None, metavar="REGEX", help="take only weights whose name matches")
+    parser.add_argument("--exclude", default=None, metavar="REGEX", help="leave out weights whose name matches")
     parser.add_argument(
-        "--record", default=None, metavar="FILE", help="write the shares of zeros as JSON; default: in the run"
+        "--record", default=None, metavar="FILE", help="write the shares of zeros as JSON; default: in the run's folder"
     )
     return parser
 
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         return
     learned = run.learned(checkpoint, args.include, args.exclude)
     if not run.settings and learned.compared == "weight":
-        print("note: the folder of the run is not here: blocks compare plain magnitudes")
+        print("note: the checkpoint is not in the folder of a run, so blocks compare weights by magnitude alone")
     print_zeros(learned.zeros)
     output = run.save(learned.mask, args.output)
     if record:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import HfArgumentParser
 
-from proxsparse.commands.cli import HelpFormatter
+from proxsparse.commands.cli import DEBUG_HELP, HelpFormatter
 from proxsparse.commands.groups import MODEL_HELP, TEXT_HELP
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import METHODS, ProxSparseConfig
@@ -36,9 +36,9 @@ class LearnArguments:
     dataset: str = field(default="c4", metadata={"help": f"calibration text: {TEXT_HELP}"})
     ctx_len: int = field(default=4096, metadata={"help": "tokens per calibration sample"})
     samples: int = field(default=400, metadata={"help": "calibration samples"})
-    eval_samples: int = field(default=0, metadata={"help": "held-out calibration samples for eval_loss under the mask"})
+    eval_samples: int = field(default=0, metadata={"help": "further samples, to measure eval_loss under the mask"})
     batch_size: int = field(default=1, metadata={"help": "samples per device and micro-batch"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32, bfloat16"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto, float32, bfloat16"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, or the accelerator's name"})
 
 
@@ -47,8 +47,8 @@ class Parsed(NamedTuple):
 
     Attributes:
         run: what to learn on.
-        config: of the learning.
-        words: the flags as they were given, with a recipe's written out.
+        config: the settings of the learning.
+        words: the flags as they were given, and those of the recipe.
         own: flags that belong to one command only.
     """
 
@@ -62,8 +62,8 @@ class LearnParser(HfArgumentParser):
     """The flags of LearnArguments and ProxSparseConfig, and --recipe.
 
     Args:
-        documentation: shown above the flags by --help.
-        planning: only look; several GPUs and one process are then no mistake.
+        documentation: text that --help shows above the flags.
+        planning: nothing is learned, so one process on a machine with several GPUs is no mistake.
     """
 
     def __init__(self, documentation: str | None = None, planning: bool = False):
@@ -159,10 +159,14 @@ class LearnParser(HfArgumentParser):
         config.per_device_train_batch_size = run.batch_size
 
     def print_short_help(self) -> None:
-        """The flags of this project in groups; those of SFTConfig are two hundred more."""
+        """The flags of this project in groups; SFTConfig has two hundred more."""
         usage = "%(prog)s [--model MODEL] [--dataset TEXT] [flags]"
         shown = argparse.ArgumentParser(
-            usage=usage, description=self.documentation, add_help=False, formatter_class=HelpFormatter
+            usage=usage,
+            description=self.documentation,
+            epilog=DEBUG_HELP,
+            add_help=False,
+            formatter_class=HelpFormatter,
         )
         fields = {f.name: f for cls in (LearnArguments, ProxSparseConfig) for f in dataclasses.fields(cls)}
         for title, names in GROUPS.items():
@@ -180,8 +184,8 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "permute", "score", "masked_forward", "distill", "temperature", "relative", "train_only_pruned", "include",
-        "exclude", "norm_samples",
+        "method", "permute", "score", "masked_forward", "distill", "temperature", "relative", "train_only_pruned",
+        "include", "exclude", "norm_samples",
     ],
     "regulariser": [
         "lambda_value", "target_share", "lambda_ramp", "project_lambda2", "lambda2_value", "epsilon",
@@ -195,14 +199,14 @@ GROUPS = {
 # Of flags that are transformers', whose own help is long.
 HELP = {
     "trust_remote_code": "run code that comes with the model: true or false",
-    "seed": "of the choice of samples and of all noise",
+    "seed": "seed of the choice of samples and of all noise",
     "bf16": "compute in bfloat16; default: true on GPUs and on CPUs that do so natively",
     "activation_checkpointing": "recompute activations in the backward pass; default: true on GPUs",
     "gradient_accumulation_steps": "micro-batches per optimizer step",
     "output_dir": "folder of the run; default: runs/<a name made of the settings>",
-    "logging_steps": "steps between two lines of the log, below 1 a share of all",
-    "save_steps": "steps between two checkpoints, below 1 a share of all",
-    "save_total_limit": "checkpoints that are kept",
+    "logging_steps": "steps between two lines of the log; below 1, a share of all steps",
+    "save_steps": "steps between two checkpoints; below 1, a share of all steps",
+    "save_total_limit": "how many checkpoints are kept",
     "report_to": "none, tensorboard, wandb or trackio",
 }
 

@@ -28,8 +28,8 @@ from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
 from proxsparse.text import NAMED, SPLITS, adds_bos, check_ctx_len, evaluation_windows
 
-MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (embedded)"
-TEXT_HELP = f"{', '.join(NAMED)}, or a .txt/.jsonl/.json.gz/.parquet file or a folder of them"
+MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
+TEXT_HELP = f"{', '.join(NAMED)}, or a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them"
 
 FROM_HUB = ("wikitext2", "c4", "c4_new")
 PRINTED = ("wikitext2", "c4")  # the texts on which papers print perplexities
@@ -46,7 +46,10 @@ class RunParser(Parser):
         super().__init__(**kwargs)
         self.from_run = from_run
         self.add_argument(
-            "--run", default=None, metavar="FOLDER", help="of a learning run, which gives what you do not"
+            "--run",
+            default=None,
+            metavar="FOLDER",
+            help="folder of a learning run: the model, the text and the files that you do not name come from it",
         )
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,7 +130,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) 
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     if computes:
         parser.add_argument(
-            "--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: the checkpoint's own"
+            "--dtype",
+            default="auto",
+            choices=["auto", *DTYPES],
+            help="dtype of the weights; auto: the checkpoint's own; default: %(default)s",
         )
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...; default: %(default)s")
 
@@ -164,21 +170,25 @@ def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dataset", nargs="+", default=["wikitext2"], metavar="TEXT", help=f"{TEXT_HELP}; default: %(default)s"
+        "--dataset", nargs="+", default=["wikitext2"], metavar="TEXT", help=f"{TEXT_HELP}; default: wikitext2"
     )
     parser.add_argument(
         "--split",
         default="all",
         choices=SPLITS,
-        help="part of a local or embedded text: all, or heldout where another part calibrated; default: %(default)s",
+        help="part of a local or embedded text: heldout is what calibration never reads; default: %(default)s, and "
+        "heldout with --run",
     )
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
-    parser.add_argument("--bos", action="store_true", help="begin every window with BOS; papers' protocol does not")
+    parser.add_argument("--bos", action="store_true", help="begin every window with BOS, which papers do not")
     parser.add_argument(
         "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
     )
     parser.add_argument(
-        "--max_windows", type=positive_int, default=None, help="use so many windows, spread evenly; default: all"
+        "--max_windows",
+        type=positive_int,
+        default=None,
+        help="measure only this many windows, spread evenly over the text; default: all",
     )
 
 
@@ -211,7 +221,7 @@ def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, 
     check_ctx_len(args.ctx_len, load_config(args.model, evaluating=evaluating, **options_of(args)))
     tokenizer = load_tokenizer(args.model, **options_of(args))
     if adds_bos(tokenizer) and not args.bos:
-        print("note: this tokenizer puts BOS first, which one window of a text has; --bos puts it into every window")
+        print("note: this tokenizer puts BOS first, so most windows begin without it; --bos puts it into every window")
     return {
         text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows, bos=args.bos)
         for text in args.dataset

@@ -1,12 +1,13 @@
-"""Learn a 2:4 mask: fine-tune under the ProxSparse regulariser, then write mask.safetensors.
+"""Learn a 2:4 mask from samples of text, and write it to mask.safetensors in the folder of the run.
 
     python end-to-end/main.py --model smollm2-135m --dataset wiki \\
         --ctx_len 512 --samples 100 --output_dir runs/mine
     python end-to-end/main.py --recipe llama2-7b-prox --dry_run
                                        (a published recipe: what it will do)
 
-Every flag of transformers' TrainingArguments and TRL's SFTConfig works too. The output folder holds run.json (its
-settings), checkpoints, mask.safetensors and history.json. The same command again goes on from the last checkpoint.
+Flags of TRL's SFTConfig and transformers' TrainingArguments work too; --help_all lists them. The folder holds run.json
+(the settings), checkpoints, mask.safetensors and history.json. If a run stops, the same command goes on from the last
+checkpoint.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     device = "cpu" if config.use_cpu or is_sharded(config) else str(config.device)
     model = load_model(run.model, dtype=dtype, device=device, **options)
     if model.dtype == torch.float16:
-        print("float16 weights are learned in bfloat16: second moments underflow in float16")
+        print("note: float16 weights are learned in bfloat16, because second moments underflow in float16")
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     say_coverage(model, config.include, config.exclude)
     held_out = windows[run.samples :] if run.eval_samples else None

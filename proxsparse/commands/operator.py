@@ -1,8 +1,10 @@
 """Try the proximal operator: on four numbers, and along lambda.
 
-python end-to-end/prox_op.py 4 3 2 1 --lambda_value 0.1
-python end-to-end/prox_op.py 4 3 2 1 --draw path.png
+    python end-to-end/prox_op.py 4 3 2 1 --lambda_value 0.1
+    python end-to-end/prox_op.py 4 3 2 1 --draw path.png
                                    (the block's path over lambda)
+
+It prints the block before and after, its penalty R, and the objective that the operator minimises.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     python -m proxsparse plan --model meta-llama/Llama-2-13b-hf --bf16 true \\
         --gpus 8 --sharded
 
-It takes the flags of end-to-end/main.py, and --gpus N and --sharded to plan for other devices than this machine's. The
-figures are computed, not measured; tests hold them against tiny runs.
+It takes the flags of end-to-end/main.py. With --gpus N and --sharded it plans for other devices than this machine's.
+The figures are computed, not measured; tests compare them with tiny runs.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Baselines on any decoder architecture, with the flags of Wanda's users.
+"""Prune with a baseline: magnitude, Wanda, SparseGPT, ADMM or MaskLLM. The flags are named as in Wanda's code.
 
     python baseline/main.py --run runs/demo --prune_method wanda
                                   (the model and the samples of a run)
@@ -9,7 +9,8 @@
     python baseline/main.py --prune_method wanda --sparsity_type unstructured \\
         --sparsity_ratio 0.7 --allocation owl --save runs/owl
 
-It writes mask.safetensors to --save wherever the weights keep their values, and the pruned checkpoint to --save_model.
+--save writes mask.safetensors, --save_model the pruned checkpoint. SparseGPT and ADMM change the kept weights, so their
+result is a checkpoint; with --mask_only it is a mask.
 """
 
 import argparse
@@ -49,17 +50,22 @@ def arguments() -> Parser:
     add_model_arguments(parser)
     parser.add_argument("--prune_method", required=True, choices=METHODS, help="the baseline")
     parser.add_argument("--sparsity_type", default="2:4", help="N:M or unstructured; default: %(default)s")
-    parser.add_argument("--sparsity_ratio", type=float, default=0.5, help="share removed, for unstructured")
+    parser.add_argument(
+        "--sparsity_ratio", type=float, default=0.5, help="share removed, for unstructured; default: %(default)s"
+    )
     parser.add_argument(
         "--allocation",
         default="uniform",
         choices=ALLOCATIONS,
-        help="share of each decoder block, for unstructured and N:8 patterns; default: %(default)s",
+        help="share removed in each layer, for unstructured and N:8 patterns; default: %(default)s",
     )
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
-    parser.add_argument("--mask_only", action="store_true", help="keep the original weights under the method's mask")
+    parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
     parser.add_argument(
-        "--prior", default="sparsegpt", choices=[*ONE_SHOT, "none"], help="mask that maskllm starts from"
+        "--prior",
+        default="sparsegpt",
+        choices=[*ONE_SHOT, "none"],
+        help="method whose mask maskllm starts from; default: %(default)s",
     )
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
     parser.add_argument(
@@ -73,12 +79,12 @@ def arguments() -> Parser:
         default=2048,
         help="tokens per sample; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples; default: %(default)s")
     parser.add_argument(
         "--hidden_device",
         default="cpu",
         choices=["cpu", "model"],
-        help="where hidden states lie between layers: cpu, or with the model (faster); default: %(default)s",
+        help="where hidden states are kept between layers: cpu, or with the model (faster); default: %(default)s",
     )
     parser.add_argument(
         "--bf16",
@@ -144,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     mask.order = order or mask.order
     mask.base_model = args.model
     mask.info = info
-    note = " (not 2:4: decoder blocks keep different shares)" if args.allocation != "uniform" else ""
+    note = " (not 2:4: layers keep different shares)" if args.allocation != "uniform" else ""
     print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
     if args.save:
         save_mask(mask, Path(args.save) / MASK_FILE)

@@ -4,9 +4,9 @@
     python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json \\
         "ProxSparse 2:4=mine.json" --compare Wanda=runs/demo/wanda
 
-Without --rows and --compare it shows what lies in the folder of the run: the dense and the pruned model, and the
-baselines that were pruned for it. Rows are results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output;
---compare takes other masks, and shows how far the run's own agrees with them, by layer kind.
+Without --rows and --compare it shows what is in the folder of the run: the dense and the pruned model, and the
+baselines that were pruned for it. --rows takes results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output.
+--compare takes other masks, and shows how far the run's own mask agrees with them, by layer kind.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TITLES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "maskllm":
 def arguments() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the run")
-    parser.add_argument("--rows", nargs="*", default=None, metavar="NAME=FILE", help="results to tabulate, in order")
+    parser.add_argument("--rows", nargs="*", default=None, metavar="NAME=FILE", help="results to show, in this order")
     parser.add_argument("--compare", nargs="*", default=None, metavar="NAME=MASK", help="other masks of the same model")
     return parser
 

@@ -1,12 +1,12 @@
-"""Accuracy on the paper's seven zero-shot tasks, of a checkpoint or of original weights under a mask.
+"""Accuracy on zero-shot tasks, of a checkpoint or of original weights under a mask.
 
     python eval/zero_shot.py --run runs/mine
     python eval/zero_shot.py --model runs/mine/pruned --tasks arc_easy piqa
     python eval/zero_shot.py --model smollm2-135m --tasks my_task.yaml \\
         --limit 100
 
-It runs EleutherAI's lm-evaluation-harness: pip install 'proxsparse[zero-shot]'. Its tasks come from the Hub; a .yaml
-file in the harness's format, whose dataset_path is json and whose data_files are local, runs without a network.
+It runs EleutherAI's lm-evaluation-harness: pip install 'lm_eval>=0.4.9'. Its tasks come from the Hub; a .yaml file in
+the harness's format, whose dataset_path is json and whose data_files are local, runs without a network.
 """
 
 import argparse
@@ -39,7 +39,11 @@ def arguments() -> Parser:
     add_model_arguments(parser)
     add_mask_argument(parser)
     parser.add_argument(
-        "--tasks", nargs="+", default=list(PAPER_TASKS), metavar="TASK", help="harness tasks or .yaml files"
+        "--tasks",
+        nargs="+",
+        default=list(PAPER_TASKS),
+        metavar="TASK",
+        help="tasks of the harness or .yaml files; default: the paper's seven",
     )
     parser.add_argument("--batch_size", type=positive_int, default=1, help="requests at once; default: %(default)s")
     parser.add_argument("--limit", type=positive_int, default=None, help="examples per task; default: all")

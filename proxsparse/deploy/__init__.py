@@ -1,1 +1,1 @@
-"""From a mask to a model that is used: written, checked, run sparse."""
+"""From a mask to a model that is used: write it, check it, run it sparse."""

@@ -14,8 +14,8 @@ TEMPLATE = """---
 
 # {{ name }}, pruned to {{ pattern }}
 
-{{ base }} with {{ kept }} of its prunable weights kept, {{ pattern }} sparse. {{ origin }} the others are exact zeros.
-Which ones to keep was chosen by {{ method }} ([ProxSparse](https://arxiv.org/abs/2502.00258) tools).
+This is {{ base }} with {{ kept }} of its prunable weights kept ({{ pattern }}). {{ origin }} the others are exact
+zeros. The kept weights were chosen by {{ method }}, with the tools of [ProxSparse](https://arxiv.org/abs/2502.00258).
 {% if settings %}
 | setting | value |
 |---|---|
@@ -67,9 +67,9 @@ def model_card(
     """Text of the README.md of a pruned checkpoint.
 
     Args:
-        name: of the folder or repository.
-        mask: that was applied; its info holds method and settings.
-        form: as it was exported, one of ``LOADING``.
+        name: name of the folder or repository.
+        mask: the mask that was applied; its info holds method and settings.
+        form: form of the export, one of ``LOADING``.
         results: text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
         origin: where the weights came from, one of ``ORIGINAL``.
     """
@@ -93,7 +93,7 @@ def model_card(
         data,
         template_str=TEMPLATE,
         name=name,
-        base=mask.base_model or "The original model",
+        base=mask.base_model or "the original model",
         kept=f"{mask.density():.0%}",
         pattern=mask.pattern,
         method=method,

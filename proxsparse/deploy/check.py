@@ -21,13 +21,14 @@ def check_sparsity(
 ) -> tuple[dict[str, int], list[str]]:
     """Whether a checkpoint is 2:4 and, compared with its base, nothing but pruned.
 
-    Every block of every prunable weight has at most two non-zeros. With a base: kept weights are its bits, and all
-    other tensors are unchanged, but for the order of channels that the checkpoint says. One tensor of each is in memory at a time (of stacked experts, one layer's).
+    Every block of every prunable weight must have at most two non-zeros. With a base, kept weights must be equal to its
+    own bit for bit, and all other tensors unchanged, but for the order of channels that the checkpoint names. One
+    tensor of each model is in memory at a time (of stacked experts, one layer's).
 
     Args:
         name: checkpoint folder of any form, or a Hub id that is in the cache.
-        base: the original model: the same, or a GGUF file; None: only the blocks are looked at.
-        revision: of the base.
+        base: the original model: a folder, a Hub id in the cache, or a GGUF file; None: only the blocks are checked.
+        revision: revision of the base.
         trust_remote_code: run code that comes with the model.
 
     Returns:

@@ -1,6 +1,6 @@
 """Matrix-vector product with a compact 2:4 weight on the CPU: reads 0.56 of the bytes that a dense weight has.
 
-Decoding one token reads every weight once and is bound by memory, so fewer bytes are less time. The layout makes the
+Decoding one token reads every weight once, and memory limits it, so fewer bytes take less time. The layout makes the
 arithmetic SIMD without gathers: PANEL rows lie next to each other, so that one input value goes to all of them and each
 row picks its two of four inputs by comparisons of its position bits. numba compiles the loops on first use.
 
@@ -74,7 +74,7 @@ def multiply(values, codes, inputs, out):
     """out = inputs W^T for a compact W.
 
     Args:
-        values, codes: of ``pack_panels``.
+        values, codes: the result of ``pack_panels``.
         inputs: (T, 8 G) float32, zero beyond I.
         out: (T, P * PANEL) float32, overwritten.
     """

@@ -56,13 +56,13 @@ def save_pruned(
         model: name or folder of the base, whose weights are pruned while they are copied; or a model in memory, whose
             own values are written where they differ from its files, in the dtype of the files.
         mask: which weights to keep; the others are +0.0.
-        folder: new.
+        folder: the new folder.
         form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
         tokenizer: written only where the model has no files to copy one from.
-        revision: of a Hub model that is given by name.
+        revision: revision of a Hub model that is given by name.
         trust_remote_code: run code that comes with the model.
-        title: of the model card; default: the folder's name.
-        results: for the card, see ``proxsparse.deploy.card.model_card``.
+        title: title of the model card; default: the folder's name.
+        results: results for the card, see ``proxsparse.deploy.card.model_card``.
 
     Raises:
         UsageError: the mask does not fit the model, or has no compact form; the folder holds something else.
@@ -154,7 +154,7 @@ class _Changes:
     Args:
         base: the files.
         model: of their class; with values, those are written where they differ.
-        mask: of its parameters.
+        mask: mask of its parameters.
     """
 
     def __init__(self, base: Checkpoint, model: PreTrainedModel, mask: Mask):

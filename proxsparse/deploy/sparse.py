@@ -1,8 +1,8 @@
 """Run a pruned model sparse: on the CPU with compact weights, on a GPU with torch's semi-structured tensors.
 
-Neither is faster everywhere. Decoding is bound by memory, which compact weights have less of; prefill is bound by
-arithmetic, and falls back to the dense product on the CPU. On a GPU every shape is measured and only those that gain
-are converted. ``proxsparse bench`` shows what a machine gains.
+Neither is faster everywhere. Reading the weights from memory limits decoding, and compact weights have fewer bytes.
+Arithmetic limits prefill, which uses the dense product on the CPU. On a GPU every shape is measured, and only those
+that gain are converted. ``proxsparse bench`` shows what a machine gains.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedMode
     Args:
         folder: compact folder, checkpoint folder, or Hub id.
         sparse: compact weights on a CPU, semi-structured tensors on a GPU where they are faster.
-        options: of ``proxsparse.model.loading.load_model``: dtype, device, revision, ...
+        options: arguments of ``proxsparse.model.loading.load_model``: dtype, device, revision, ...
 
     Raises:
         UsageError, RunError: one sentence on what is missing.
@@ -53,7 +53,7 @@ class CompactLinear(nn.Module):
     """nn.Linear with a compact 2:4 weight, for inference on the CPU.
 
     A few tokens (decoding) go through a kernel that reads 0.56 (float32: 0.53) of the dense bytes and sums in float32;
-    more tokens (prefill) through a dense product with a weight that is expanded for the moment.
+    more tokens (prefill) go through a dense product with a weight that is expanded each time.
 
     Args:
         linear: its weight has at most two non-zeros in every block of four; float32 or bfloat16, on the CPU.
@@ -111,10 +111,10 @@ class CompactLinear(nn.Module):
 
 
 def use_compact(model: PreTrainedModel) -> int:
-    """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, one at a time. In place.
+    """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, in place.
 
     Returns:
-        how many were replaced; Conv1D, stacked experts, and linears whose weight the model's code reads stay dense.
+        how many were replaced. Conv1D, stacked experts, and layers whose weight the model's code reads stay dense.
 
     Raises:
         UsageError: a weight is not 2:4.
@@ -157,13 +157,13 @@ def _dense_linear(compact: CompactLinear) -> nn.Linear:
 
 
 def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
-    """Turn pruned linears on a GPU into torch's semi-structured tensors, where that is measurably faster. In place.
+    """Turn pruned linear weights on a GPU into torch's semi-structured tensors where that is faster, in place.
 
     Args:
         tokens: rows of the input that each shape is measured with.
 
     Returns:
-        {"sparse": n, "dense": n}.
+        {"sparse": number converted, "dense": number left dense}.
 
     Raises:
         UsageError: a weight is not 2:4.

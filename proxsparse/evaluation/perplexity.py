@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of text, after the protocol that papers print.
+"""Perplexity of a model on windows of text, measured as in papers.
 
     perplexity = exp(mean over windows of the mean cross-entropy of the window's tokens, each given those before it)
 
@@ -30,10 +30,10 @@ class Perplexity(NamedTuple):
 
     Attributes:
         perplexity: exp(nll); infinity where that is above the largest float (nll above 709).
-        standard_error: of the perplexity, from the spread over windows (delta method).
-        nll: mean negative log-likelihood a token, in nats.
-        windows: how many.
-        ctx_len: tokens a window.
+        standard_error: standard error of the perplexity, from the spread over windows (delta method).
+        nll: mean negative log-likelihood per token, in nats.
+        windows: number of windows.
+        ctx_len: tokens per window.
         seconds: wall time.
     """
 
@@ -52,7 +52,7 @@ class Perplexity(NamedTuple):
 def fitting_batch_size(model: PreTrainedModel, ctx_len: int) -> int:
     """Windows that the device computes together with room to spare.
 
-    A batch beyond ``TOKENS_AT_ONCE`` tokens makes nothing faster; below that it takes a quarter of the free memory.
+    More than ``TOKENS_AT_ONCE`` tokens make nothing faster; a batch takes at most a quarter of the free memory.
     """
     config = model.config.get_text_config()
     width = getattr(config, "hidden_size", None) or next(model.get_input_embeddings().parameters()).shape[-1]
@@ -72,8 +72,9 @@ def perplexity(
     """Measure the perplexity of ``model`` on ``windows``.
 
     Args:
+        model: a causal language model.
         windows: (n, ctx_len) token ids, on any device.
-        batch_size: windows computed together; the result does not depend on it beyond rounding. None: as fits.
+        batch_size: windows computed together; the result does not depend on it beyond rounding. None: as many as fit.
         progress: label of a progress bar, or None for none.
 
     Raises:

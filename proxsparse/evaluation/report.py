@@ -23,7 +23,7 @@ BLUE, RED, GREEN = "#3b6fb6", "#c0504d", "#5a9e6f"
 
 
 def perplexity_table(title: str, rows: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """Table of perplexities: one row a model, one column a text.
+    """Table of perplexities: one row per model, one column per text.
 
     Args:
         rows: model -> text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
@@ -43,7 +43,7 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
     """Table of zero-shot accuracies and their mean.
 
     Args:
-        results: of ``proxsparse.evaluation.zero_shot.zero_shot``.
+        results: the result of ``proxsparse.evaluation.zero_shot.zero_shot``.
     """
     table = Table(title="zero-shot accuracy")
     for head in ("task", "accuracy", "standard error"):
@@ -57,11 +57,11 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> None:
-    """Picture of a run: loss, share of 2:4 blocks, of all and by decoder block, and mask churn over steps.
+    """Picture of a run over its steps: loss, share of 2:4 blocks (all, and by layer), and mask churn.
 
     Args:
         history: the Trainer's log history.
-        path: of the PNG, written atomically.
+        path: the PNG to write, atomically.
     """
     logs = [entry for entry in history if "share_24" in entry]
     steps = [entry["step"] for entry in logs]
@@ -86,7 +86,7 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
         shares = np.array([[np.nan if s is None else 100 * s for s in found] for _, found in layers]).T
         edges = [layers[0][0] - 1, *(step for step, _ in layers)]
         image = axes[3].pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, cmap="viridis", vmin=0)
-        axes[3].set(title="learned blocks already 2:4, by decoder block (%)", ylabel="decoder block")
+        axes[3].set(title="learned blocks already 2:4, by layer (%)", ylabel="layer")
         axes[3].invert_yaxis()
         axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes[3])

@@ -1,4 +1,4 @@
-"""Zero-shot tasks through EleutherAI's evaluation harness (``pip install 'proxsparse[zero-shot]'``)."""
+"""Zero-shot tasks through EleutherAI's evaluation harness (``pip install 'lm_eval>=0.4.9'``)."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UsageError("Zero-shot tasks need the evaluation harness: pip install 'proxsparse[zero-shot]'.") from error
+        raise UsageError("Zero-shot tasks need the evaluation harness: pip install 'lm_eval>=0.4.9'.") from error
     manager = TaskManager()
     chosen = [_described(task, manager.all_tasks) for task in tasks]
     training = model.training

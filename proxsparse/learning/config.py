@@ -119,7 +119,13 @@ UNSET: Any = None  # filled in from METHODS
 
 @dataclass
 class ProxSparseConfig(SFTConfig):
-    """SFTConfig plus the settings of ProxSparse; every field is also a flag of ``end-to-end/main.py``."""
+    """SFTConfig and the settings of ProxSparse. Every field is also a flag of ``end-to-end/main.py``.
+
+    The help of a field says what it does. ``METHODS`` gives the defaults that depend on ``method``.
+
+    Raises:
+        UsageError: a value is not accepted, or two settings exclude each other.
+    """
 
     # The Trainer's defaults that would hurt here. Weight decay would shrink kept and pruned weights alike, which
     # blurs what lambda1 does; the paper uses none. Dropout is what the model's configuration says (zero in current
@@ -138,14 +144,14 @@ class ProxSparseConfig(SFTConfig):
         default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"}
     )
     adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
-    warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up, a share of all if below 1"})
+    warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up; below 1, a share of all steps"})
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
     lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
         default=UNSET,
         metadata={
-            "help": "lambda1, strength of the 2:4 regulariser, used once a step as it is; auto: steered by feedback so "
-            "that target_share of the blocks are 2:4 at the end"
+            "help": "lambda1, strength of the 2:4 regulariser, applied once per step; auto: feedback sets it so that "
+            "target_share of the blocks are 2:4 at the end"
         },
     )
     target_share: float = field(default=0.95, metadata={"help": "share of 2:4 blocks that lambda_value auto aims at"})
@@ -160,7 +166,8 @@ class ProxSparseConfig(SFTConfig):
         default=UNSET, metadata={"help": "compute the loss with the masked original weights, straight-through"}
     )
     distill: float = field(
-        default=UNSET, metadata={"help": "share of the loss that is KL to the dense model; the rest is the LM loss"}
+        default=UNSET,
+        metadata={"help": "share of the loss that is KL to the dense model; the rest is the language-model loss"},
     )
     temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
     relative: bool = field(
@@ -175,9 +182,7 @@ class ProxSparseConfig(SFTConfig):
     )
     rounding: str = field(
         default="stochastic",
-        metadata={
-            "help": "of bfloat16 weights: stochastic, or nearest (the original behaviour, which loses small steps)"
-        },
+        metadata={"help": "rounding of bfloat16 weights: stochastic, or nearest (as upstream; it loses small steps)"},
     )
     keep_base: str = field(
         default="device",
@@ -188,19 +193,26 @@ class ProxSparseConfig(SFTConfig):
     )
     offload_learned: bool = field(
         default=False,
-        metadata={"help": "learned weights wait on the CPU while the masked ones compute: slower, a third copy less"},
+        metadata={
+            "help": "keep the learned weights on the CPU while the masked ones compute: slower, one copy less on the "
+            "device"
+        },
     )
     optim_in_backward: bool = field(
         default=False,
         metadata={
-            "help": "step each weight as soon as its gradient is there, so that gradients never exist all at once; "
-            "without clipping, accumulation or several processes"
+            "help": "update each weight as soon as its gradient is ready, so that the gradients never exist all at "
+            "once; not with gradient clipping, gradient accumulation or several processes"
         },
     )
     norm_samples: int = field(default=32, metadata={"help": "calibration samples that measure the input norms"})
     permute: str = field(default="none", metadata={"help": PERMUTE_HELP})
-    include: str | None = field(default=None, metadata={"help": "prune only weights whose name has this expression"})
-    exclude: str | None = field(default=None, metadata={"help": "leave out weights whose name has this expression"})
+    include: str | None = field(
+        default=None, metadata={"help": "prune only weights whose name matches this regular expression"}
+    )
+    exclude: str | None = field(
+        default=None, metadata={"help": "leave out weights whose name matches this regular expression"}
+    )
 
     def __post_init__(self):
         if self.method not in METHODS:

@@ -31,7 +31,7 @@ class OriginalWeights:
         place: device; cpu (one weight at a time is brought over); or checkpoint (no copy: one weight at a time is read
             again from the files it came from).
         model: name or folder of the checkpoint.
-        revision: of a Hub model.
+        revision: revision of a Hub model.
 
     Raises:
         UsageError: the checkpoint has no safetensors files here.
@@ -85,7 +85,7 @@ class TakingTurns:
             ...  # compute with them
 
     Args:
-        model: whose weights they are.
+        model: the model whose weights they are.
         targets: the prunable weights.
         original: their W0.
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.

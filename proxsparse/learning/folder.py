@@ -1,10 +1,17 @@
 """The folder of a learning run: one class that knows its files, whose run it is, and what was learned there.
 
-run.json              settings, versions, commit          mask.safetensors       the product
-checkpoint-N/         the Trainer's, once complete        history.json           the Trainer's log
-input_norms...        what blocks are compared by         blocks.json            zeros in the learned blocks
-NAME.json             results: dense, pruned, a baseline  NAME/                  the mask of a baseline
-pruned/               the pruned checkpoint               run.png, kinds.png, report.html
+    run.json                  settings, versions, commit
+    checkpoint-N/             the learned weights after step N, and what the Trainer needs to go on
+    input_norms.safetensors   the norms that blocks are compared with
+    mask.safetensors          the mask: the result of learning
+    history.json              the Trainer's log
+    blocks.json               zeros in the blocks of the learned weights
+    NAME.json                 results: dense, pruned, zero_shot, or the name of a baseline
+    NAME/                     the mask of a baseline
+    pruned/                   the pruned checkpoint
+    run.png, kinds.png, report.html
+
+script/doc.md explains them to users.
 """
 
 import dataclasses
@@ -61,7 +68,7 @@ class Run:
     """The folder of a run, which need not exist yet.
 
     Args:
-        folder: of the run.
+        folder: path of the folder.
     """
 
     def __init__(self, folder: Path | str):
@@ -127,7 +134,7 @@ class Run:
         return self.folder / f"{name}.json"
 
     def baseline_folder(self, method: str) -> Path:
-        """With the mask of a baseline learned from the same samples."""
+        """Folder with the mask of a baseline that saw the same samples."""
         return self.folder / method
 
     def baselines(self) -> list[str]:
@@ -139,7 +146,7 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What stands in run.json: settings, versions, commit; empty where there is none."""
+        """What run.json holds: settings, versions, commit; empty where there is none."""
         return read_json(self._record_file) if self._record_file.is_file() else {}
 
     @property
@@ -154,7 +161,7 @@ class Run:
         """Refuse a folder that holds a run with other settings.
 
         Args:
-            settings: of ``described``.
+            settings: the result of ``described``.
 
         Raises:
             UsageError: names the first setting that differs.
@@ -166,7 +173,7 @@ class Run:
             raise UsageError(f"{made}{error}") from error
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Write down whose run this is, once nothing speaks against it any more.
+        """Write down whose run this is; called when everything has been checked.
 
         Raises:
             UsageError: see ``refuse_another``.
@@ -182,7 +189,7 @@ class Run:
     # What was learned
 
     def save(self, mask: Mask, output: Path | str | None = None) -> Path:
-        """Write the mask with where it comes from, which is the same whether learning or extraction calls this.
+        """Write the mask and where it comes from. Learning and extraction both call this.
 
         Args:
             output: another file; None: the run's own.
@@ -262,7 +269,7 @@ def locate(folder: Path | str) -> tuple[Path, Run]:
 
 
 def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
-    """Settings of a run as they stand in run.json: what it learns from, and every field of its configuration."""
+    """Settings of a run as run.json holds them: what it learns from, and every field of its configuration."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
     return json.loads(json.dumps(data | fields, default=str))
 

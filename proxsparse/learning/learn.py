@@ -1,7 +1,9 @@
-"""Learn a mask: what the project is for, in one function.
+"""Learn a mask, in one function.
 
-mask = learn_mask(model, tokenizer, windows)
-apply_mask(model, mask)
+    mask = learn_mask(model, tokenizer, windows)
+    apply_mask(model, mask)
+
+``learn`` does the work. The command line calls it with the folder of a run.
 """
 
 import hashlib
@@ -36,8 +38,8 @@ class Outcome(NamedTuple):
     """What a run ends with.
 
     Attributes:
-        mask: that was learned; under FSDP2 the first process has it, the others an empty one.
-        history: the Trainer's log, an entry per logging step.
+        mask: the mask that was learned; under FSDP2 the first process has it, the others an empty one.
+        history: the Trainer's log, with one entry per logging step.
     """
 
     mask: Mask
@@ -58,19 +60,19 @@ def learn_mask(
 
     Args:
         model: the pretrained model, float32 or bfloat16, on the device to compute on.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         windows: (N, T) calibration token ids, of ``proxsparse.calibration_windows`` or your own; each is seen once.
         method: 'masked' (this project's) or 'paper'.
         output_dir: folder of the run, for its mask, history and checkpoints. The same call again goes on from the last
             checkpoint, or reads the mask of a run that is done. None: nothing is written.
         eval_windows: (M, T) held-out token ids for the evaluation loss, or None.
-        settings: any field of ``ProxSparseConfig``, as ``learning_rate=0.005``; see ``proxsparse learn --help``.
+        settings: any field of ``ProxSparseConfig``, such as ``learning_rate=0.005``; see ``proxsparse learn --help``.
 
     Returns:
         The mask, 2:4, by names of ``model.named_parameters()``.
 
     Raises:
-        UsageError: a setting, or a folder that holds another run.
+        UsageError: a setting is wrong, or the folder holds another run.
         RunError: the run diverged.
 
     Source: arXiv 2502.00258; what 'masked' does differently is in docs/method.md.
@@ -119,7 +121,7 @@ def learn(
 
     Args:
         windows, eval_windows: (N, T) token ids.
-        config: of the run; its output_dir is the run's folder.
+        config: settings of the run; its output_dir is the run's folder.
         data: what the run learns from, for its record: model, dataset, samples, ctx_len and the like.
 
     Returns:
@@ -162,7 +164,7 @@ def is_sharded(config: ProxSparseConfig) -> bool:
 
 
 def defaults_on(device: str) -> dict[str, Any]:
-    """Settings that suit a kind of device where the Trainer's own, which assume a GPU, do not."""
+    """Defaults for a kind of device. Those of the Trainer assume a GPU."""
     if device != "cpu":
         return {}
     return {"use_cpu": True, "activation_checkpointing": False, "bf16": native_bf16("cpu")}

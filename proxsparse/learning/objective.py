@@ -50,9 +50,9 @@ class Share(NamedTuple):
     """Which part of an optimizer step a micro-batch is.
 
     Attributes:
-        tokens: of all its micro-batches and processes, or None where the mean of this one counts.
-        steps: by which a loss has to divide what is not counted in tokens.
-        processes: whose gradients are averaged, so that a sum is to be multiplied by them; 1 where it is not.
+        tokens: number in all its micro-batches and processes, or None where the mean of this one counts.
+        steps: number by which a loss divides what is not counted in tokens.
+        processes: number of processes whose gradients are averaged, by which a sum is multiplied; else 1.
     """
 
     tokens: Tensor | int | None = None
@@ -110,7 +110,7 @@ class Objective:
         """Inside, the model holds what the loss is taken of; the learned weights are back afterwards.
 
         Args:
-            logits: of the batch, (B * (T - 1), V), by the weights that the model holds when it is called.
+            logits: gives the logits of the batch, (B * (T - 1), V), with the weights that the model then holds.
         """
         if not self.turns:
             yield

@@ -1,8 +1,8 @@
 """Optimizers: bfloat16 weights that learn, relative learning rates, and gradients that never exist all at once.
 
-Updates are computed in float32, and what goes into bfloat16 is rounded stochastically. bfloat16 has eight significant
-bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest loses it,
-every time. Rounded stochastically it survives on average, at no extra memory.
+Updates are computed in float32, and what is stored in bfloat16 is rounded stochastically. bfloat16 has eight
+significant bits, so a step of 1e-4 on a weight of 0.05 is below half a unit in the last place, and rounding to nearest
+loses it every time. Stochastic rounding keeps it on average, at no extra memory.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ class _Rounded(torch.optim.Optimizer):
 
     Args:
         params, defaults: as in torch.optim.Optimizer.
-        seed: of the rounding noise. The noise of a step depends on the seed, the step and the weight's place only, so
-            that a resumed run repeats it.
+        seed: seed of the rounding noise. The noise of a step depends only on the seed, the step and the weight's place,
+            so that a resumed run repeats it.
         stochastic: False rounds to nearest.
     """
 
@@ -108,7 +108,7 @@ class StochasticAdamW(_Rounded):
 
     Args:
         params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        seed: of the rounding noise.
+        seed: seed of the rounding noise.
 
     Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
     """
@@ -142,12 +142,12 @@ class Adafactor(_Rounded):
     """Adafactor without momentum and with a given learning rate; bfloat16 weights are rounded stochastically.
 
     As transformers' with ``scale_parameter=False, relative_step=False``, which it equals on float32 weights; this one
-    takes shards (DTensor) too. A weight's second moments are one number per row and one per column, so that it costs no
-    memory. A float32 gradient is used up: the update is made in its place.
+    takes shards (DTensor) too. A weight's second moments are one number per row and one per column, so that they
+    cost almost no memory. A float32 gradient is overwritten by the update.
 
     Args:
         params, lr, weight_decay: as in torch.optim.AdamW.
-        seed: of the rounding noise.
+        seed: seed of the rounding noise.
         stochastic: False rounds bfloat16 weights to nearest.
 
     Source: Shazeer and Stern, https://arxiv.org/abs/1804.04235; decay and clipping are theirs.
@@ -279,7 +279,7 @@ def own_optimizer(
         return StochasticAdamW, options | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if stochastic:
         logger.warning(
-            "the optimizer %s rounds bfloat16 weights its own way; the setting 'rounding' does not reach it", name
+            "the optimizer %s rounds bfloat16 weights in its own way; the setting 'rounding' has no effect on it", name
         )
     return None
 

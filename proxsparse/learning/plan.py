@@ -2,7 +2,7 @@
 
 Weights, gradients, optimizer states and copies are counted from the model's configuration. Activations are not guessed
 by a formula: the forward pass runs on fake tensors, which have shapes and no memory, and what autograd keeps is added
-up. So it holds for every architecture, and takes seconds for any size.
+up. So the plan is right for every architecture, and takes seconds for any size.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Plan:
     Attributes:
         parameters, trainable, prunable: numbers of weights.
         steps: optimizer steps.
-        parts: name -> bytes on one device, of what exists at the worst moment.
+        parts: name -> bytes on one device, at the moment with the highest sum.
         note: what could not be counted, or nothing.
     """
 
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes on one device at the worst moment."""
+        """Bytes on one device at the moment when most is needed."""
         return sum(self.parts.values())
 
     def per_parameter(self) -> float:
@@ -109,12 +109,12 @@ def plan_learning(
     """Memory and steps of ``end-to-end/main.py`` with these settings.
 
     Args:
-        dimensions: of the model.
-        config: of the run.
-        dtype: of the weights.
-        devices: processes.
-        sharded: over all devices (FSDP2), or a whole model in each.
-        on_cpu: the device is the CPU, so that what waits there still counts.
+        dimensions: configuration of the model.
+        config: settings of the run.
+        dtype: dtype of the weights.
+        devices: number of devices, with one process each.
+        sharded: whether the devices share one model (FSDP2), or each has a whole one.
+        on_cpu: the device is the CPU, so that what is kept there counts too.
 
     Raises:
         UsageError, RunError: there is nothing to prune, or no causal language model of these dimensions.
@@ -152,8 +152,8 @@ class _Sizes:
     """Numbers of weights of a model, and bytes of what its forward pass leaves.
 
     Attributes:
-        largest: of the trained weights.
-        block: of the largest decoder block.
+        largest: entries of the largest trained weight.
+        block: weights of the largest layer.
         ends: embeddings and LM head.
     """
 

@@ -127,7 +127,7 @@ class ProximalStep:
         }
 
     def share_by_layer(self) -> list[float | None]:
-        """Share of 2:4 blocks of every decoder block; None: nothing of it is pruned."""
+        """Share of 2:4 blocks of every layer; None: nothing of it is pruned."""
         by_layer = torch.zeros(self.targets[-1].block + 1, 2, dtype=torch.int64)
         by_layer.index_add_(0, torch.tensor([t.block for t in self.targets]), self._counts)
         return [blocks_24 / blocks if blocks else None for blocks_24, blocks in by_layer.tolist()]

@@ -10,8 +10,8 @@ class Refusal(NamedTuple):
     """One combination that can't work.
 
     Attributes:
-        when: asked of the settings, or of whatever the table is about.
-        sentence: what is wrong and what to do; {0.name} stands for an attribute of the same.
+        when: called with the settings (or another subject of the table); true where the refusal applies.
+        sentence: what is wrong and what to do; {0.name} stands for an attribute of the subject.
     """
 
     when: Callable[[Any], Any]
@@ -19,8 +19,10 @@ class Refusal(NamedTuple):
 
 
 def refuse(table: Iterable[Refusal], subject: Any) -> None:
-    """Raises:
-    UsageError: the first sentence of the table that applies.
+    """Raise the first refusal of the table that applies to the subject.
+
+    Raises:
+        UsageError: its sentence.
     """
     for refusal in table:
         if refusal.when(subject):

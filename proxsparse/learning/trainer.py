@@ -5,8 +5,8 @@
     mask = trainer.mask()
 
 Three things are added, none by copying the Trainer: a callback applies the operator after each real optimizer step;
-``training_step`` has the objective put the weights in place that the loss is taken of; ``compute_loss`` asks it for the
-loss.
+in ``training_step`` the objective puts the weights in place with which the loss is computed; ``compute_loss`` asks it
+for the loss.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class ProxSparseTrainer(SFTTrainer):
         model: the pretrained model; its weights at this moment are the original weights W0.
         args: ProxSparseConfig.
         norms: name -> (I,) input norms, or None to measure them on the first training windows.
-        kwargs: of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
+        kwargs: arguments of SFTTrainer; ``train_dataset`` has a column ``input_ids`` of windows of equal length.
 
     Raises:
         UsageError: settings that exclude each other, a package that is missing, or nothing to prune.
@@ -124,6 +124,7 @@ class ProxSparseTrainer(SFTTrainer):
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = False
         self._step_seconds = 0.0
+        self._inputs_need_grad = False
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         super().__init__(model, args, **kwargs)
         refuse(REFUSALS, self)
@@ -170,6 +171,10 @@ class ProxSparseTrainer(SFTTrainer):
             outputs = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False)
             loss = self.objective.loss(outputs.logits, inputs["labels"], share)
         if self.model.training:
+            if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
+                self._inputs_need_grad = True
+                model.enable_input_require_grads()  # Reformer's reversible layers see no weights, only their inputs
+                return self.compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = loss + self.objective.penalty(share, self.args.device)
         return (loss, outputs) if return_outputs else loss
 
@@ -184,8 +189,8 @@ class ProxSparseTrainer(SFTTrainer):
     def _leave_fused_head(self, error: Exception) -> None:
         """Compute the language-model loss from logits from here on; the routers' own loss is left out."""
         logger.info(
-            "TRL's fused loss can't be had of a %s (%s): the loss is computed from logits, which takes more memory, "
-            "and without a loss of the routers",
+            "TRL's fused loss does not work with a %s (%s): the loss is computed from logits, which takes more memory, "
+            "and without the routers' own loss",
             type(self.model).__name__, error,
         )  # fmt: skip
         self._fused_head = self.aux_loss_enabled = False

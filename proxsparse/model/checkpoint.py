@@ -39,8 +39,8 @@ class Stored:
     """A tensor of a checkpoint, not yet read.
 
     Attributes:
-        shape: of the plain tensor.
-        file: that holds it, or its first part.
+        shape: shape of the plain tensor.
+        file: the file that holds it, or its first part.
         read: gives the plain tensor.
     """
 
@@ -57,8 +57,8 @@ class Checkpoint:
     """A model's files on this machine.
 
     Args:
-        folder: with config.json and safetensors files.
-        name: by which messages call it; default: the folder.
+        folder: folder with config.json and safetensors files.
+        name: name that messages give it; default: the folder.
 
     Raises:
         RunError: a file is damaged, or an index names files outside of its folder.
@@ -74,7 +74,7 @@ class Checkpoint:
 
         Args:
             name: folder, Hub id that is in the cache, or the embedded model.
-            revision: of a Hub model.
+            revision: revision of a Hub model.
         """
         source, extra = model_source(name)
         if extra:
@@ -135,7 +135,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What transformers takes where config.json names no dtype: the first floating one of the first file."""
+        """The dtype that transformers takes where config.json names none: the first floating one of the first file."""
         file = self._open[self.files[0]]
         stored = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118 (not a dict)
         return next((DTYPES[name] for name in stored if name in DTYPES), torch.float32)

@@ -61,7 +61,7 @@ def packed(name: str, rows: Tensor) -> dict[str, Tensor]:
     """The two tensors that stand for a 2:4 weight in a file.
 
     Args:
-        name: of the weight.
+        name: name of the weight.
         rows: (..., I) inputs last.
 
     Raises:

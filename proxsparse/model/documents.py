@@ -106,7 +106,7 @@ def _readable(path: Path) -> list[Path]:
         files = [path]
     found = [p for p in files if p.name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))]
     if not found:
-        raise UsageError(f"{path} has no .txt, .jsonl, .json.gz or .parquet file.", "dataset")
+        raise UsageError(f"{path} has no .txt, .jsonl, .json, .parquet or .arrow file.", "dataset")
     return found
 
 

@@ -42,7 +42,7 @@ def package_file(package: str, relative: str) -> Path:
 
 @functools.cache
 def wikipedia() -> tuple[str, ...]:
-    """Articles of the embedded Wikipedia dump as plain prose, one string an article."""
+    """Articles of the embedded Wikipedia dump as plain prose, one string per article."""
     import mwparserfromhell
 
     dump = bz2.decompress(package_file("gensim", WIKIPEDIA_FILE).read_bytes())
@@ -64,6 +64,6 @@ def wikipedia() -> tuple[str, ...]:
 
 @functools.cache
 def news() -> tuple[str, ...]:
-    """The 300 news articles of the Lee corpus, one string an article."""
+    """The 300 news articles of the Lee corpus, one string per article."""
     lines = package_file("gensim", NEWS_FILE).read_text(encoding="utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip())

@@ -39,8 +39,8 @@ class clear_errors:
     """Turn whatever the Hub and transformers raise on a wrong or unreachable model into one sentence.
 
     Args:
-        name: of the model.
-        part: of it that is loaded: model or tokenizer.
+        name: name of the model.
+        part: what is loaded: model or tokenizer.
     """
 
     def __init__(self, name: str, part: str = "model"):

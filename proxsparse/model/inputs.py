@@ -1,4 +1,4 @@
-"""What flows into the prunable weights: hooks that see it, and the norms that score weights by it.
+"""The inputs of the prunable weights: hooks that see them, and the norms by which weights are scored.
 
 Source of the score |w_ij| * ||x_j||_2: Sun et al., Wanda, https://arxiv.org/abs/2306.11695.
 Shapes: I = in_features; E = experts; T = tokens.
@@ -36,11 +36,11 @@ Visit = Callable[[Prunable, int | None, Tensor], None]
 
 @contextlib.contextmanager
 def listen(targets: list[Prunable], visit: Visit) -> Iterator[set[str]]:
-    """Call ``visit(target, expert, inputs)`` for everything that flows into the targets inside the block.
+    """Call ``visit(target, expert, inputs)`` for all inputs of the targets, inside the with block.
 
-    ``inputs`` is (T, I) float32; ``expert`` is None but for stacked experts, which are visited one at a time with the
-    tokens routed to them. Linears are seen as they are called, transformers' own stacked experts as they are routed,
-    all other experts at their matrix products.
+    ``inputs`` is (T, I) float32. ``expert`` is None except for stacked experts, which are visited one at a time with
+    the tokens routed to them. Linear layers are seen when they are called, transformers' own stacked experts when
+    tokens are routed to them, all other experts at their matrix products.
 
     Yields:
         The names of the targets that were visited, as they come.
@@ -129,7 +129,7 @@ class NormStatistic:
         self.tokens[place] += len(inputs)
 
     def norm(self) -> Tensor:
-        """Root mean square of every input. Where nothing flowed, the input counts a thousandth of the mean.
+        """Root mean square of every input: at least a thousandth of their mean, and 1 where no input was seen.
 
         Raises:
             RunError: an input was not finite.
@@ -172,7 +172,7 @@ def note_unseen(targets: list[Prunable]) -> None:
     kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", target.kind) for target in targets})
     if kinds:
         logger.warning(
-            "note: nothing was seen that flows into %d weights (%s); they are scored by magnitude alone",
+            "note: no inputs were seen of %d weights (%s); their entries are compared by magnitude alone",
             len(targets),
             ", ".join(kinds),
         )
@@ -184,7 +184,7 @@ def stored_norms(
     """Input norms that are measured once and kept in a file, so that a resumed run has the same.
 
     Args:
-        path: of the file; it is read where it exists.
+        path: the file; it is read where it exists.
         first: whether this process is the one that shows progress and writes.
 
     Raises:

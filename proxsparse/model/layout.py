@@ -51,7 +51,7 @@ class Group:
         the entry's value is.
 
         Args:
-            values: parameter -> tensor of its shape; those that lack are filled with ``missing``.
+            values: parameter -> tensor of its shape; missing ones are filled with ``missing``.
 
         Raises:
             RunError: loading computes with the entries instead of moving them.
@@ -91,7 +91,7 @@ class Layout:
 
     Args:
         tensors: name in the files -> tensor.
-        model: of the checkpoint's class and configuration; it may have no values (device meta).
+        model: a model of the checkpoint's class and configuration; it may have no values (device meta).
     """
 
     def __init__(self, tensors: Mapping[str, Stored], model: PreTrainedModel):

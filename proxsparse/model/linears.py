@@ -37,8 +37,8 @@ class Weight:
     """One matrix, or one stack of matrices, of a decoder layer.
 
     Attributes:
-        module: that holds the parameter.
-        attribute: of the module that is the parameter.
+        module: the module that holds the parameter.
+        attribute: name of the module's attribute that is the parameter.
         in_dim: dimension of the parameter that is the input; None where it is no linear weight.
         dense: why it must stay dense; None where it can be pruned.
     """
@@ -71,10 +71,10 @@ def expert_counts(model: PreTrainedModel) -> set[int]:
 
 
 def weights_of(layer: nn.Module, counts: set[int]) -> Iterator[Weight]:
-    """Every parameter of a layer that is a matrix or a stack of matrices, but for embeddings, norms and biases.
+    """Every parameter of a layer that is a matrix or a stack of matrices, except embeddings, norms and biases.
 
     Args:
-        counts: of ``expert_counts``.
+        counts: the result of ``expert_counts``.
     """
     modules = dict(layer.named_modules())
     for path, module in modules.items():

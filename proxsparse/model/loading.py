@@ -98,10 +98,10 @@ def load_model(
     Args:
         name: see the module docstring.
         dtype: torch dtype, or 'auto' for the checkpoint's own.
-        device: where to put it; None leaves placement to ``kwargs`` (device_map).
-        revision: of a Hub repository.
+        device: device to put the model on; None leaves this to ``kwargs`` (device_map).
+        revision: revision of a Hub repository.
         trust_remote_code: run code that comes with the model; only where the user asked for it.
-        evaluating: the weights are only used: models that a package reads in their quantised form are welcome.
+        evaluating: the weights are only used, not pruned, so quantised models that a package reads are accepted.
 
     Raises:
         UsageError, RunError: one sentence on what is missing, or how the weights are quantised.
@@ -153,7 +153,7 @@ def _from_tensors(
 def load_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, evaluating: bool = False
 ) -> PreTrainedConfig:
-    """Load a model's configuration only: of its weights as they are read, so dequantised, and with their dtype.
+    """Load a model's configuration only. It describes the weights as they are read: dequantised, and with their dtype.
 
     Raises:
         UsageError, RunError: one sentence on what is missing, how the weights are quantised, or what the model is.

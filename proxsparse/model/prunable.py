@@ -1,8 +1,8 @@
 """Which weights of a model are pruned: the one rule, for every decoder architecture.
 
-Every linear weight inside the decoder blocks is pruned (attention and MLP projections, fused ones and the stacked
-experts of mixture models too). Embeddings, the LM head, norms, biases, convolutions and routers are not.
-``coverage`` says in one sentence what that comes to for a model.
+Every linear weight inside the decoder layers is pruned (attention and MLP projections, also fused ones and the stacked
+experts of mixture models). Embeddings, the LM head, norms, biases, convolutions and routers are not.
+``coverage`` says in one sentence what share of a model's linear weights that is.
 """
 
 import re
@@ -25,11 +25,11 @@ class Prunable:
     """One pruned weight.
 
     Attributes:
-        name: of the parameter in ``model.named_parameters()``.
-        module: that holds it.
-        attribute: of the module that is the parameter.
+        name: name of the parameter in ``model.named_parameters()``.
+        module: the module that holds it.
+        attribute: name of the module's attribute that is the parameter.
         in_dim: dimension of the parameter that is the input: 1 for nn.Linear, 0 for Conv1D, 1 or 2 for experts.
-        block: index of the decoder block.
+        block: index of the layer.
     """
 
     name: str
@@ -71,10 +71,11 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks of a model, in order.
+    """The decoder layers of a model, in order.
 
-    They are the layers that transformers checkpoints; else those that the model's code forbids to split; else the
-    ModuleLists of the decoder that hold most of its weights (code written for version 4).
+    They are the modules for which transformers offers activation checkpointing. If there are none, they are those that
+    the model's code forbids to split; if there are none either, the members of the decoder's ModuleLists that hold most
+    of its weights (code written for version 4).
 
     Raises:
         UsageError: the model has none.
@@ -87,7 +88,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
         or _listed(decoder)
     )
     if not blocks:
-        raise UsageError(f"The model {type(model).__name__} has no decoder blocks to prune; give a decoder-only model.")
+        raise UsageError(f"The model {type(model).__name__} has no decoder layers to prune; give a decoder-only model.")
     return blocks
 
 
@@ -123,7 +124,7 @@ def _listed(decoder: nn.Module) -> list[nn.Module]:
 def find_prunable(
     model: PreTrainedModel, include: str | None = None, exclude: str | None = None, multiple: int = 4
 ) -> list[Prunable]:
-    """All weights to prune, in the order of the decoder blocks.
+    """All weights to prune, in the order of the layers.
 
     Args:
         include: regular expression; only parameter names in which it is found are pruned.
@@ -155,7 +156,7 @@ def find_prunable(
 
 
 def layer_weights(model: PreTrainedModel) -> Iterator[tuple[str, Weight, int]]:
-    """Name, weight and index of the block of every matrix in the decoder blocks; shared ones once."""
+    """Name, weight and index of the layer, of every matrix in the layers; shared ones once."""
     names = {id(p): name for name, p in model.named_parameters()}
     counts = expert_counts(model)
     for index, block in enumerate(decoder_blocks(model)):
@@ -167,12 +168,12 @@ def layer_weights(model: PreTrainedModel) -> Iterator[tuple[str, Weight, int]]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What is pruned of the linear weights inside the decoder blocks. ``str`` of it is one sentence.
+    """What is pruned of the linear weights inside the layers. ``str`` of it is one sentence.
 
     Attributes:
         pruned: weights that are pruned, counted by entries.
-        linear: all linear weights, routers and what may be linear among them, counted by entries.
-        layers: number of decoder blocks.
+        linear: all linear weights, with routers and with what may be linear, counted by entries.
+        layers: number of decoder layers.
         dense: reason -> kinds of weights that stay dense because of it.
     """
 
@@ -195,10 +196,10 @@ class Coverage:
 def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
     """What share of the linear weights is pruned, and which kinds stay dense, with the reason.
 
-    Every matrix in the decoder blocks is a target or is named, but for embeddings, norms and biases.
+    Every matrix in the layers is a target or is named, except embeddings, norms and biases.
 
     Args:
-        targets: of ``find_prunable``.
+        targets: the result of ``find_prunable``.
     """
     chosen = {target.name for target in targets}
     pruned = linear = 0

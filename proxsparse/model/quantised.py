@@ -1,11 +1,11 @@
-"""Quantised checkpoints: recognised from config.json alone, then read as bfloat16 or refused, never half.
+"""Quantised checkpoints: recognised from config.json alone, then read as bfloat16 or refused.
 
 Two kinds hold plain numbers in blocks with a scale each, and are dequantised wherever their weights are read:
 
     fp8      float8 blocks with ``NAME_scale_inv``: DeepSeek-V3 (arXiv:2412.19437, section 3.3), Qwen3-FP8
     mxfp4    4-bit blocks of 32 with a shared exponent, ``NAME_blocks`` and ``NAME_scales``: gpt-oss (OCP MX formats)
 
-Every other kind needs a package of its own and rounds what pruning would compare.
+Every other kind needs a package of its own, and has rounded the weights that pruning compares.
 """
 
 from collections.abc import Mapping
@@ -76,9 +76,9 @@ def refuse_quantised(name: str, config: Mapping[str, Any], evaluating: bool = Fa
     """How a model is quantised: None (it is not), 'read' (dequantised here) or 'package' (a package reads it).
 
     Args:
-        name: of the model.
+        name: name of the model.
         config: its config.json.
-        evaluating: the weights are only used, not pruned: what a package reads is welcome.
+        evaluating: the weights are only used, not pruned, so kinds that a package reads are accepted.
 
     Raises:
         UsageError: the weights are needed as numbers, and are not.

@@ -14,8 +14,8 @@ from proxsparse.model.channels import mark, order_of
 def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     """Inside the block a trainer may use the model; after it, the model is as it was before.
 
-    Put back are the weights and the order of their channels, which of them need gradients, training or evaluation mode, the forward method (a trainer
-    wraps it for mixed precision), activation checkpointing, and both configurations.
+    Put back are the weights and the order of their channels, which of them need gradients, training or evaluation mode,
+    the forward method (a trainer wraps it for mixed precision), activation checkpointing, and both configurations.
 
     Args:
         weights: False where the weights do not move; else a copy of them waits in host memory.

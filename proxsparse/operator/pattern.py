@@ -1,4 +1,4 @@
-"""Sparsity patterns: read one, make a mask from scores, count and check. No other module parses '2:4'.
+"""Sparsity patterns: parse one, make a mask from scores, find violations, check a mask.
 
 Shapes: (..., I) rows with the input dimension last; a block is m neighbours along it.
 """
@@ -100,7 +100,7 @@ class Pattern:
 
         Args:
             mask: (..., I) bool.
-            name: of the weight, for the error.
+            name: name of the weight, for the error.
 
         Raises:
             RunError: a block keeps another number; the message names the first one.

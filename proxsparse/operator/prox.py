@@ -91,7 +91,7 @@ def prox_op_(
             is divided back. With the norms of the inputs, a block compares what its weights contribute to the output.
         stochastic: round bfloat16 results stochastically. Rounding to nearest loses a shrinkage below half a unit in
             the last place; stochastic rounding keeps it on average.
-        seed: of the rounding noise; give each call its own.
+        seed: seed of the rounding noise; give each call another one.
         kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (``kernel_for``).
 
     Returns:
