@@ -105,7 +105,7 @@ def arguments() -> Parser:
 
 
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    names = ("dataset", "samples", "ctx_len", "seed")
+    names = ("dataset", "samples", "ctx_len", "seed", "permute")
     same = {name: run.settings[name] for name in names if name in run.settings}
     return model_of(run) | same | {"save": str(run.baseline_folder(args.prune_method))}
 

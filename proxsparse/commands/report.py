@@ -114,6 +114,10 @@ def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
     if not zeros and not others:
         return False
     own = load_mask(run.mask_file) if others else None
-    agreement = {name: agreement_by_kind(own, other) for name, other in others.items()} if own else {}
+    # Masks for other orders of the channels say nothing of each other entry by entry.
+    alike = {name: other for name, other in others.items() if own and other.order == own.order}
+    agreement = {name: agreement_by_kind(own, other) for name, other in alike.items()} if own else {}
+    if not zeros and not agreement:
+        return False
     draw_kinds({kind: sum(shares[2:]) for kind, shares in zeros.items()}, agreement, run.kinds_picture)
     return True

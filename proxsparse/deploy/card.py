@@ -7,6 +7,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from proxsparse.mask import MASK_FILE, Mask
+from proxsparse.model.channels import ORDER_FILE
 
 TEMPLATE = """---
 {{ card_data }}
@@ -16,7 +17,10 @@ TEMPLATE = """---
 
 This is {{ base }} with {{ kept }} of its prunable weights kept ({{ pattern }}). {{ origin }} the others are exact
 zeros. The kept weights were chosen by {{ method }}, with the tools of [ProxSparse](https://arxiv.org/abs/2502.00258).
-{% if settings %}
+{% if moved %}
+The channels stand in another order than in the base, which changes nothing of what the model computes.
+`{{ moved }}` says which.
+{% endif %}{% if settings %}
 | setting | value |
 |---|---|
 {% for key, value in settings %}| {{ key }} | {{ value }} |
@@ -98,6 +102,7 @@ def model_card(
         pattern=mask.pattern,
         method=method,
         origin=" ".join(said),
+        moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
         loading=LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE),

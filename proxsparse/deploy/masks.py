@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from proxsparse.errors import UsageError
 from proxsparse.mask import MASK_FILE, Mask, save_mask
 from proxsparse.model.prunable import Prunable
 from proxsparse.record import atomic_path, versions, write_json
@@ -31,7 +32,16 @@ def save_npz(mask: Mask, targets: dict[str, Prunable], folder: Path | str) -> No
     Args:
         targets: the weights of the mask by name, see ``proxsparse.mask.fit_mask``; the bits follow the parameter's own
             layout, not inputs last.
+
+    Raises:
+        UsageError: the mask is for another order of the channels, which this form has no place for.
     """
+    if mask.order:
+        raise UsageError(
+            "The mask is for another order of the model's channels, which the form npz can't hold: use `form=mask`, or "
+            "make the mask with `permute=none`.",
+            "form",
+        )
     packed: dict[str, Any] = {}
     for name, kept in mask.tensors.items():
         own_layout = kept.movedim(-1, targets[name].in_dim)

@@ -11,22 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.record import atomic_path
 
-ORDER_FILE = "channel_order.safetensors"  # in folders of runs and of pruned checkpoints
+# In folders of runs and of pruned checkpoints. No safetensors file: some programs read every one as weights.
+ORDER_FILE = "channel_order.npz"
 PERMUTE = ("none", "auto")
 PERMUTE_HELP = (
     "auto: reorder channels first so that important weights share no block, which changes nothing of what the model "
     "computes; none: as they are"
 )
+DESCRIPTION, INDEX = "description", "index."  # names in that file
 MARK = "_proxsparse_order"  # on a model whose channels have been moved
 
 
@@ -164,10 +166,10 @@ def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None
     Args:
         origin: what it was chosen for.
     """
-    # One entry: safetensors writes several in random order.
-    described = {"moves": order.described(), "origin": dict(origin or {})}
-    with atomic_path(path) as scratch:
-        save_file(order.packed(), scratch, metadata={"proxsparse": json.dumps(described)})
+    described = np.array(json.dumps({"moves": order.described(), "origin": dict(origin or {})}))
+    indices = {f"{INDEX}{key}": index.numpy() for key, index in order.packed().items()}
+    with atomic_path(path) as scratch, scratch.open("wb") as file:
+        np.savez_compressed(file, **{DESCRIPTION: described}, **indices)  # type: ignore[arg-type]
 
 
 def load_order(path: Path, origin: Mapping[str, str] | None = None) -> ChannelOrder:
@@ -183,11 +185,12 @@ def load_order(path: Path, origin: Mapping[str, str] | None = None) -> ChannelOr
     if not path.is_file():
         return ChannelOrder()
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            described = json.loads((file.metadata() or {})["proxsparse"])
+        with np.load(path, allow_pickle=False) as file:
+            described = json.loads(str(file[DESCRIPTION]))
+            names = [name for name in file.files if name != DESCRIPTION]
+            tensors = {name.removeprefix(INDEX): torch.from_numpy(file[name]) for name in names}
         order, found = ChannelOrder.unpacked(described["moves"], tensors), dict(described["origin"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"The file {path} is damaged ({error}): copy it again.") from error
     if origin is not None and found != dict(origin):
         what = "text" if found.get("model") == origin.get("model") else "model"
