@@ -23,6 +23,7 @@ from proxsparse.record import read_json, write_json
 logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 RUN_FILE = "run.json"
+MODEL_ONLY = "save_only_model"  # the Trainer's setting, kept in the marker
 
 
 def claim(
@@ -76,8 +77,8 @@ def starting_point(output_dir: Path | str, asked: str | None = None) -> str | No
         UsageError: the folder asked for is not a complete checkpoint.
     """
     if asked is None or str(asked).lower() in ("", "true", "false", "last"):
-        return last_complete_checkpoint(output_dir)
-    wrong = fault(Path(asked)) if Path(asked).is_dir() else "there is no such folder"
+        return last_complete_checkpoint(output_dir, resuming=True)
+    wrong = fault(Path(asked), resuming=True) if Path(asked).is_dir() else "there is no such folder"
     if wrong:
         raise UsageError(
             f"`resume_from_checkpoint={asked}` can't be obeyed: {wrong}. Give a checkpoint folder of a run, or "
@@ -116,7 +117,7 @@ class CompleteCheckpoints(TrainerCallback):
                 torch.distributed.barrier()  # every process writes files of its own
             if not state.is_world_process_zero:
                 return
-            write_json(folder / MARKER, {"files": _files(folder)})
+            write_json(folder / MARKER, {"files": _files(folder), MODEL_ONLY: getattr(args, MODEL_ONLY, False)})
         for old in checkpoints(args.output_dir)[: -self.keep] if self.keep else []:
             # The best one is wanted at the end, where the run evaluates.
             if state.best_model_checkpoint is None or old.resolve() != Path(state.best_model_checkpoint).resolve():
@@ -128,10 +129,14 @@ def checkpoints(output_dir: Path | str) -> list[Path]:
     return sorted((p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir()), key=_step)
 
 
-def last_complete_checkpoint(output_dir: Path | str) -> str | None:
-    """Newest complete checkpoint of a run, or None. A warning says what is wrong with those that are passed over."""
+def last_complete_checkpoint(output_dir: Path | str, resuming: bool = False) -> str | None:
+    """Newest complete checkpoint of a run, or None. A warning says what is wrong with those that are passed over.
+
+    Args:
+        resuming: a run is to go on from it, which takes more than the model.
+    """
     for folder in reversed(checkpoints(output_dir)):
-        wrong = fault(folder)
+        wrong = fault(folder, resuming)
         if wrong is None:
             return str(folder)
         logger.warning("%s is not used: %s", folder, wrong)
@@ -144,12 +149,17 @@ def resume_hint(output_dir: Path | str) -> str:
     return f"The last good checkpoint is {folder}." if folder else "No checkpoint had been written yet."
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file is there with its size and checksum."""
+def fault(folder: Path, resuming: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None where every file is there with its size and checksum.
+
+    Args:
+        resuming: see ``last_complete_checkpoint``.
+    """
     if not (folder / MARKER).is_file():
         return "it was not written to its end"
     try:
-        recorded = {name: (file["bytes"], file["sha256"]) for name, file in read_json(folder / MARKER)["files"].items()}
+        marker = read_json(folder / MARKER)
+        recorded = {name: (file["bytes"], file["sha256"]) for name, file in marker["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} is damaged"
     for name, (size, checksum) in recorded.items():
@@ -160,6 +170,8 @@ def fault(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         if _sha256(path) != checksum:
             return f"{name} has changed since it was written (its checksum differs)"
+    if resuming and marker.get(MODEL_ONLY):
+        return f"it holds the model without the optimizer's state, as `{MODEL_ONLY}=True` asked for"
     return None if recorded else f"its {MARKER} names no file"
 
 

@@ -159,6 +159,33 @@ def test_the_trainers_batch_size_is_ours(checkpoint, corpus, tmp_path, capsys):
     assert "are the same setting" in capsys.readouterr().err
 
 
+def test_the_length_of_windows_has_one_value(checkpoint, corpus, tmp_path, capsys):
+    flags = ["learn", "--model", checkpoint, "--dataset", corpus, "--use_cpu", "true", "--max_length", "16", "--where"]
+    assert console(flags) == 0
+    assert "_len16_" in capsys.readouterr().out
+    assert console([*flags, "--ctx_len", "32"]) == 2
+    assert "--ctx_len and --max_length are the same setting; got 32 and 16" in capsys.readouterr().err
+
+
+def test_checkpoints_of_the_model_alone_are_not_gone_on_from(checkpoint, corpus, tmp_path, caplog):
+    flags = learn_flags(checkpoint, corpus, tmp_path / "run", "--save_only_model", "true")
+    assert console(flags) == 0
+    assert "once stopped, begins again" in caplog.text
+    whole = (tmp_path / "run" / "mask.safetensors").read_bytes()
+    (tmp_path / "run" / "mask.safetensors").unlink()
+    assert console(["extract", "--run", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "mask.safetensors").read_bytes() == whole
+    (tmp_path / "run" / "mask.safetensors").unlink()
+    assert console(flags) == 0
+    assert "holds the model without the optimizer's state" in caplog.text
+    assert (tmp_path / "run" / "mask.safetensors").read_bytes() == whole
+
+
+def test_a_checkpoint_that_can_not_be_obeyed_leaves_no_run_behind(checkpoint, corpus, tmp_path):
+    assert console(learn_flags(checkpoint, corpus, tmp_path / "run", "--resume_from_checkpoint", "/none")) == 2
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_wrong_text_is_said_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
     def load(*args, **kwargs):
         raise AssertionError("the model is loaded")

@@ -137,6 +137,16 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(run):
     }
 
 
+def test_a_checkpoint_of_the_model_alone_is_read_and_not_gone_on_from(run, caplog):
+    marker = json.loads((run / "checkpoint-6" / "complete.json").read_text())
+    (run / "checkpoint-6" / "complete.json").write_text(json.dumps(marker | {"save_only_model": True}))
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
+    assert starting_point(run) == str(run / "checkpoint-4")
+    assert "checkpoint-6 is not used: it holds the model without the optimizer's state" in caplog.text
+    with pytest.raises(UsageError, match="can't be obeyed: it holds the model without the optimizer's state"):
+        starting_point(run, str(run / "checkpoint-6"))
+
+
 def test_the_best_checkpoint_outlives_the_rotation(run):
     mark(run, 6, keep=1, best=run / "checkpoint-2")
     assert [p.name for p in checkpoints(run)] == ["checkpoint-2", "checkpoint-6"]

@@ -6,6 +6,7 @@ import pytest
 from test_trainer import config, trainer
 
 from proxsparse.errors import UsageError
+from proxsparse.learning.checks import require_packages
 from proxsparse.learning.config import METHODS
 
 
@@ -47,6 +48,34 @@ from proxsparse.learning.config import METHODS
         ({"save_strategy": "best"}, "saves when the evaluation is better than before, and there is none"),
         ({"eval_strategy": "steps"}, "`eval_strategy=steps` needs samples to evaluate on: give `eval_samples`"),
         ({"norm_samples": 0}, "`norm_samples` must be at least 1; got 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number > 0; got nan"),
+        ({"warmup_steps": float("nan")}, "`warmup_steps` must be a finite number of at least 0; got nan"),
+        ({"weight_decay": float("nan")}, "`weight_decay` must be a finite number of at least 0; got nan"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` must be a finite number of at least 0; got -1.0"),
+        ({"adam_beta1": 1.5}, "`adam_beta1` must be at least 0 and less than 1; got 1.5"),
+        ({"seed": -1}, "`seed` must be between 0 and 4294967295; got -1"),
+        ({"data_seed": 2**32}, "`data_seed` must be between 0 and 4294967295"),
+        ({"logging_steps": -1}, "`logging_steps` must be a finite number > 0; got -1"),
+        ({"save_steps": 0}, "`save_steps` must be a finite number > 0; got 0"),
+        ({"eval_steps": 0}, "`eval_steps` must be a finite number > 0; got 0"),
+        ({"save_total_limit": -1}, "`save_total_limit` must be at least 1; got -1"),
+        ({"eval_accumulation_steps": 0}, "`eval_accumulation_steps` must be at least 1; got 0"),
+        ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be at least 0; got -1"),
+        ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be one of loss, entropy, mean_"),
+        ({"dataset_text_field": "body"}, "`dataset_text_field` must be text; got 'body'"),
+        ({"eos_token": "<nope>"}, "`eos_token` is for conversations or texts of several lengths"),
+        ({"model_init_kwargs": {"dtype": "float16"}}, "`model_init_kwargs` is for a model that TRL loads"),
+        ({"optim_args": "scale_parameter=False"}, "`optim_args` does not reach this optimizer: give `learning_rate`"),
+        ({"optim_target_modules": "all-linear"}, "`optim_target_modules` is for GaLore and APOLLO"),
+        ({"report_to": "nonsense"}, "`report_to` must be none, all, or some of .*wandb.*; got 'nonsense'"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "does not go with `lr_scheduler_kwargs`, which are not given: One",
+        ),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "`lr_scheduler_type=linear` does not go with .* which are {'x': 1}: "),
+        ({"lr_scheduler_kwargs": "notjson"}, "`lr_scheduler_kwargs` takes JSON, as .*; got 'notjson'"),
+        ({"accelerator_config": "/none.json"}, "No such file .*'/none.json'"),
+        ({"load_best_model_at_end": True, "save_strategy": "steps"}, "requires the save and eval strategy to match"),
         ({"include": "("}, "`include` must be a regular expression, got '\\('"),
         ({"exclude": "layers"}, "No weight of LlamaForCausalLM is left to prune"),
     ],
@@ -73,23 +102,30 @@ def test_a_preset_gives_way_to_what_the_user_sets(tmp_path):
         ({"optim": "paged_adamw_32bit"}, "bitsandbytes"),
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"optim": "schedule_free_adamw"}, "schedulefree"),
+        ({"use_liger_kernel": True}, "liger_kernel"),
     ],
 )
 def test_a_package_that_is_absent_is_named_before_anything_is_loaded(tmp_path, monkeypatch, changes, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings = config(tmp_path, **changes)  # a plan for another machine needs no package
     with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed here"):
-        settings.require_packages()
+        require_packages(settings)
 
 
 def test_a_package_that_is_there_is_not_missed(tmp_path, monkeypatch):
     present = {"bitsandbytes", "tensorboardX"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
-    config(tmp_path, optim="adamw_8bit", report_to="tensorboard").require_packages()
-    config(tmp_path, optim="adamw_torch", report_to="none").require_packages()
+    require_packages(config(tmp_path, optim="adamw_8bit", report_to="tensorboard"))
+    require_packages(config(tmp_path, optim="adamw_torch", report_to="none"))
 
 
 def test_the_best_checkpoint_is_the_one_of_the_least_loss_where_nothing_else_is_said(tmp_path):
     settings = config(tmp_path, save_strategy="best", eval_strategy="steps", eval_steps=2)
     assert settings.metric_for_best_model == "loss"
     assert settings.greater_is_better is False
+
+
+def test_a_schedule_with_what_it_needs_is_taken(tmp_path):
+    taken = config(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
+    assert taken.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    config(tmp_path, metric_for_best_model="eval_mean_token_accuracy", optim="sgd", optim_args="momentum=0.9")

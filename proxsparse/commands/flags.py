@@ -101,7 +101,8 @@ class LearnParser(HfArgumentParser):
         run, config, own = self._dataclasses(rest)
         looking = self.planning or getattr(own, "where", False) or getattr(own, "dry_run", False)
         self._check(run, config, looking)
-        self._one_batch_size(words, run, config)
+        for ours, theirs in SAME.items():
+            self._one_setting(words, run, config, ours, theirs)
         if not named:
             config.output_dir = str(Path("runs") / default_folder(run, config))
         return Parsed(run, config, words, own)
@@ -146,17 +147,14 @@ class LearnParser(HfArgumentParser):
                 raise UsageError(f"--{name} must be at least {least}; got {getattr(run, name)}.")
 
     @staticmethod
-    def _one_batch_size(words: list[str], run: LearnArguments, config: ProxSparseConfig) -> None:
-        """--batch_size and the Trainer's --per_device_train_batch_size are one setting."""
-        theirs = option(words, "per_device_train_batch_size")
-        if theirs is not None and option(words, "batch_size") not in (None, theirs):
-            raise UsageError(
-                "--batch_size and --per_device_train_batch_size are the same setting; got "
-                f"{run.batch_size} and {theirs}."
-            )
-        if theirs is not None:
-            run.batch_size = config.per_device_train_batch_size
-        config.per_device_train_batch_size = run.batch_size
+    def _one_setting(words: list[str], run: LearnArguments, config: ProxSparseConfig, ours: str, theirs: str) -> None:
+        """A flag of this project and one of TRL or transformers that mean the same."""
+        given = option(words, theirs)
+        if given is not None and option(words, ours) not in (None, given):
+            raise UsageError(f"--{ours} and --{theirs} are the same setting; got {getattr(run, ours)} and {given}.")
+        if given is not None:
+            setattr(run, ours, getattr(config, theirs))
+        setattr(config, theirs, getattr(run, ours))
 
     def print_short_help(self) -> None:
         """The flags of this project in groups; SFTConfig has two hundred more."""
@@ -178,6 +176,7 @@ class LearnParser(HfArgumentParser):
         shown.print_help()
 
 
+SAME = {"batch_size": "per_device_train_batch_size", "ctx_len": "max_length"}  # ours -> that of TRL or transformers
 GROUPS = {
     "model and text": [
         "model", "revision", "trust_remote_code", "dtype", "device", "dataset", "ctx_len", "samples", "eval_samples",
@@ -283,6 +282,6 @@ def without(words: list[str], name: str) -> list[str]:
 
 def _with_defaults(words: list[str], defaults: dict[str, Any]) -> list[str]:
     """The words, and each default that none of them names."""
-    alias = {"model": "model_dir", "batch_size": "per_device_train_batch_size"}
+    alias = {"model": "model_dir"} | SAME
     missing = {n: v for n, v in defaults.items() if option(words, n) is None and option(words, alias.get(n, n)) is None}
     return [*(w for n, v in missing.items() for w in (f"--{n}", _spoken(v))), *words]

@@ -23,6 +23,7 @@ from proxsparse.commands.cli import command, print_json
 from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, without
 from proxsparse.commands.groups import say_coverage
 from proxsparse.commands.plan import print_plan
+from proxsparse.learning.checks import require_packages
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
 from proxsparse.learning.learn import is_sharded, learn
@@ -63,7 +64,7 @@ def main(parsed: Parsed) -> None:
 
 def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) -> None:
     """Read the texts, then load the model, then learn: what is wrong with a text costs no wait for the model."""
-    config.require_packages()
+    require_packages(config)
     options: dict[str, Any] = {"revision": run.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(run.dtype)
     set_seed(config.seed)

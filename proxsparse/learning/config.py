@@ -3,83 +3,15 @@
 The paper's method and this project's default differ only in the values of these fields; ``METHODS`` lists both.
 """
 
-import importlib.util
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from proxsparse.errors import UsageError
-from proxsparse.learning import objective, optim
-from proxsparse.learning.copies import PLACES
-from proxsparse.learning.refusals import Refusal, refuse
-from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
-
-CHOICES: dict[str, tuple] = {
-    "score": ("activation", "weight"),
-    "rounding": ("stochastic", "nearest"),
-    "keep_base": PLACES,
-    "project_lambda2": (0, 1),
-    "permute": PERMUTE,
-}
-_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
-_POSITIVE = (lambda value: 0 < value < float("inf"), "a finite number > 0")
-_COUNT = (lambda value: value >= 1, "at least 1")
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lambda2_value": (lambda value: 0 <= value < float("inf"), "a finite number of at least 0.0"),
-    "target_share": (lambda value: 0 < value < 1, "more than 0 and less than 1"),
-    "distill": _SHARE,
-    "lambda_ramp": _SHARE,
-    "epsilon": _POSITIVE,
-    "temperature": _POSITIVE,
-    "learning_rate": _POSITIVE,
-    "norm_samples": _COUNT,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for all samples"),
-    "gradient_accumulation_steps": _COUNT,
-    "per_device_train_batch_size": _COUNT,
-    "per_device_eval_batch_size": _COUNT,
-}
-# What SFTConfig offers for conversations and for texts of several lengths; here all are windows of one length.
-REFUSALS = (
-    *(
-        Refusal(
-            attrgetter(name),
-            f"`{name}=True` is for conversations or texts of several lengths, and calibration texts are cut into "
-            f"windows of one length: leave `{name}` out.",
-        )
-        for name in ("assistant_only_loss", "completion_only_loss", "packing", "eval_packing", "padding_free")
-    ),
-    Refusal(
-        lambda c: c.fsdp and "RANK" not in os.environ,
-        "`fsdp` shards a model over several processes, and this is one: start with accelerate launch --config_file "
-        "script/accelerate/fsdp2.yaml, and leave `fsdp` out.",
-    ),
-    Refusal(
-        attrgetter("deepspeed"),
-        "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks of "
-        "four. Use FSDP2, as script/accelerate/fsdp2.yaml sets it up.",
-    ),
-    Refusal(
-        lambda c: c.activation_offloading and c.use_cpu,
-        "`activation_offloading=True` moves activations from an accelerator to the CPU, and this run is on the CPU: "
-        "leave it out.",
-    ),
-    Refusal(
-        lambda c: c.save_strategy == "best" and c.eval_strategy == "no",
-        "`save_strategy=best` saves when the evaluation is better than before, and there is none: give "
-        "`eval_strategy=steps` and `eval_samples` too.",
-    ),
-)
-# Where the name of a reporter is not that of its package; of several, one is enough.
-REPORTERS = {
-    name: name
-    for name in ("wandb", "trackio", "comet_ml", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "swanlab")
-} | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
+from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.model.channels import PERMUTE_HELP
 
 # Defaults by method; a value the user gives wins.
 METHODS: dict[str, dict[str, Any]] = {
@@ -221,12 +153,14 @@ class ProxSparseConfig(SFTConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
-        self._check()
+        check_values(self)
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.optim_in_backward:
             self.max_grad_norm = 0.0  # the norm of all gradients is known only when the first ones are gone
-        super().__post_init__()
+        with settings_at_fault():
+            super().__post_init__()
+        check_choices_of_transformers(self)
 
     @property
     def auto_lambda(self) -> bool:
@@ -242,29 +176,3 @@ class ProxSparseConfig(SFTConfig):
         if not 0 <= value < float("inf"):
             raise UsageError(f"`lambda_value` must be a finite number of at least 0, or auto; got {self.lambda_value}.")
         return value
-
-    def _check(self) -> None:
-        for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                listed = ", ".join(map(str, accepted))
-                raise UsageError(f"`{name}` must be one of {listed}; got {getattr(self, name)!r}.")
-        for name, (allowed, words) in RANGES.items():
-            if not allowed(getattr(self, name)):
-                raise UsageError(f"`{name}` must be {words}; got {getattr(self, name)}.")
-        refuse((*objective.REFUSALS, *optim.REFUSALS, *REFUSALS), self)
-
-    def require_packages(self) -> None:
-        """Refuse settings that need a package which is not here; to be called before a model is loaded.
-
-        Raises:
-            UsageError: names the package.
-        """
-        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        needed = [("report_to", name, REPORTERS.get(name)) for name in reporters]
-        needed += [("optim", optim.name_of(self), optim.package_of(optim.name_of(self)))]
-        for setting, value, packages in needed:
-            if packages and not any(importlib.util.find_spec(package) for package in packages.split()):
-                raise UsageError(
-                    f"`{setting}={value}` needs the package {packages.split()[0]}, which is not installed here: "
-                    f"install it, or choose another `{setting}`."
-                )

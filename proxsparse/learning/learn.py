@@ -143,12 +143,14 @@ def learn(
         processing_class=tokenizer,
     )
     first = int(os.environ.get("RANK", "0")) == 0
+    checkpoint = starting_point(run.folder, config.resume_from_checkpoint)
     if first:  # only now, so that a mistake leaves no folder behind that refuses the right one
         run.claim(settings)
     show_progress(trainer)
-    checkpoint = starting_point(run.folder, config.resume_from_checkpoint)
     if checkpoint and first:
         logger.info("going on from %s", checkpoint)
+    if config.save_only_model and first:
+        logger.warning("checkpoints without the optimizer's state: this run, once stopped, begins again")
     with quiet_bars():
         trainer.train(resume_from_checkpoint=checkpoint)
     mask = trainer.mask()

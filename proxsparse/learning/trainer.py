@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.learning.checks import require_packages, settings_at_fault
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import ZEROS_FILE
 from proxsparse.learning.objective import Objective, Share
@@ -101,7 +102,7 @@ class ProxSparseTrainer(SFTTrainer):
     def __init__(
         self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs: Any
     ):
-        args.require_packages()
+        require_packages(args)
         if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
             raise UsageError(
                 f"`eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)}` needs samples to evaluate "
@@ -126,7 +127,8 @@ class ProxSparseTrainer(SFTTrainer):
         self._step_seconds = 0.0
         self._inputs_need_grad = False
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
-        super().__init__(model, args, **kwargs)
+        with settings_at_fault():
+            super().__init__(model, args, **kwargs)
         refuse(REFUSALS, self)
         if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
             self._measure_original()
