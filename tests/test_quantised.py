@@ -288,6 +288,27 @@ def test_evaluation_names_the_package_that_reads_the_scheme(coded, monkeypatch):
         load_model(str(folder), evaluating=True)
 
 
+def test_a_scheme_that_transformers_does_not_know_is_not_measured(coded):
+    folder = coded(quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(UsageError, match="quantised with modelopt, which transformers can't read"):
+        load_model(str(folder), evaluating=True)
+
+
+@pytest.mark.parametrize("name", ["weight", "qweight"])
+def test_integers_are_not_taken_for_weights(name, checkpoint, tmp_path, mask, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    own = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors[f"model.layers.0.mlp.up_proj.{name}"] = (own * 100).to(torch.int8)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    given = ["--model", str(tmp_path / "model")]
+    save, to = ["--save", str(tmp_path / "out")], ["--mask", mask, "--to", str(tmp_path / "out")]
+    for command in (["prune", *given, "--prune_method", "magnitude", *save], ["export", *given, *to]):
+        assert console([str(word) for word in command]) == 1
+        assert "is quantised, and its config.json does not say how" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_codes_without_their_scales_are_not_taken_for_weights(fp8):
     folder, _ = fp8
     tensors = load_file(folder / "model.safetensors")

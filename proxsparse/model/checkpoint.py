@@ -168,7 +168,8 @@ class Checkpoint:
         for path, file in self._open.items():
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 dtype = file.get_slice(key).get_dtype()
-                if dtype.startswith(("F8", "F4")):
+                integers = dtype.startswith(("I", "U")) and key.endswith("weight")  # .weight of int8, .qweight of GPTQ
+                if integers or dtype.startswith(("F8", "F4")):
                     raise RunError(
                         f"The model {self.name} is quantised, and its config.json does not say how: {key} in "
                         f"{path.name} holds {dtype} codes. Give the original weights."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.hub_errors import installed
@@ -81,7 +82,7 @@ def refuse_quantised(name: str, config: Mapping[str, Any], evaluating: bool = Fa
         evaluating: the weights are only used, not pruned, so kinds that a package reads are accepted.
 
     Raises:
-        UsageError: the weights are needed as numbers, and are not.
+        UsageError: the weights are needed as numbers, and are not; or nothing reads them.
         RunError: the package that reads them is missing.
     """
     entry = quantisation(config)
@@ -95,6 +96,11 @@ def refuse_quantised(name: str, config: Mapping[str, Any], evaluating: bool = Fa
         raise UsageError(
             f"The model {name} is quantised with {label}: its files hold codes instead of the weights that are to be "
             "compared. Give the original weights, those of the model that it was made from.",
+            "model",
+        )
+    if scheme not in AUTO_QUANTIZER_MAPPING:
+        raise UsageError(
+            f"The model {name} is quantised with {label}, which transformers can't read: give the original weights.",
             "model",
         )
     if module and not installed(module):
