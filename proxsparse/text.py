@@ -61,7 +61,7 @@ def _load(name: str, split: str) -> Sequence[str]:
     if name in ("c4", "c4_new"):
         return _from_hub(C4[0], data_files=C4[1 if split == "calibration" else 2], split="train")
     path = Path(name)
-    if not path.exists():
+    if not name.strip() or not path.exists():
         raise UsageError(
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
         )
@@ -178,6 +178,25 @@ def check_ctx_len(ctx_len: int, config) -> None:
     longest = ctx_len if longest < 0 else longest  # XLNet has no limit and says -1
     if not 8 <= ctx_len <= longest:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
+
+
+def check_tokens(windows: Tensor, config) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        windows: (N, T) token ids.
+        config: of the model.
+
+    Raises:
+        UsageError: with the largest token, and the size of the vocabulary.
+    """
+    largest, known = int(windows.max()), getattr(config.get_text_config(), "vocab_size", None)
+    if known and largest >= known:
+        raise UsageError(
+            f"The tokenizer gives token {largest}, and the model has embeddings for {known} tokens: give a model and a "
+            "tokenizer that belong together.",
+            "model",
+        )
 
 
 def _random_c4_windows(

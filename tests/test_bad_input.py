@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, tiny_llama
+from conftest import TEXT, byte_tokenizer, tiny_llama
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
@@ -374,3 +374,22 @@ def test_a_pickle_never_runs(name, checkpoint, corpus, mask, tmp_path):
     for command in ("eval", "learn", "export"):
         assert console([command, *flags_for(command, tmp_path / "model", corpus, tmp_path / "out", mask)]) == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_sentence(tmp_path, corpus, capsys):
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    common = ["--model", str(tmp_path / "model"), "--dataset", corpus, "--ctx_len", "32"]
+    pruning = ["--prune_method", "wanda", "--nsamples", "2", "--save", str(tmp_path / "mask")]
+    learning = ["--samples", "2", "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    for command, more in (("eval", []), ("prune", pruning), ("learn", learning)):
+        assert console([command, *common, *more]) == 2
+        assert "and the model has embeddings for 64 tokens" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_empty_names_are_not_the_working_folder(checkpoint, capsys):
+    assert console(["eval", "--model", ""]) == 2
+    assert "name of the model is empty" in capsys.readouterr().err
+    assert console(["eval", "--model", checkpoint, "--dataset", "", "--ctx_len", "32"]) == 2
+    assert "--dataset must be one of" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from proxsparse.model.loading import (
 )
 from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
-from proxsparse.text import NAMED, SPLITS, adds_bos, check_ctx_len, evaluation_windows
+from proxsparse.text import NAMED, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
 TEXT_HELP = f"{', '.join(NAMED)}, or a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them"
@@ -218,14 +218,18 @@ def say_coverage(model: PreTrainedModel, include: str | None = None, exclude: st
 
 def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, Tensor]:
     """Evaluation windows of every text that the arguments name; read before the model is loaded."""
-    check_ctx_len(args.ctx_len, load_config(args.model, evaluating=evaluating, **options_of(args)))
+    config = load_config(args.model, evaluating=evaluating, **options_of(args))
+    check_ctx_len(args.ctx_len, config)
     tokenizer = load_tokenizer(args.model, **options_of(args))
     if adds_bos(tokenizer) and not args.bos:
         print("note: this tokenizer puts BOS first, so most windows begin without it; --bos puts it into every window")
-    return {
+    windows = {
         text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows, bos=args.bos)
         for text in args.dataset
     }
+    for found in windows.values():
+        check_tokens(found, config)
+    return windows
 
 
 def evaluate(model: PreTrainedModel, windows: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Perplexity]:

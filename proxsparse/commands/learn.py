@@ -28,7 +28,7 @@ from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
 from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_dtype
-from proxsparse.text import calibration_windows, check_ctx_len
+from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
 
 
 def arguments() -> LearnParser:
@@ -68,9 +68,11 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     options: dict[str, Any] = {"revision": run.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(run.dtype)
     set_seed(config.seed)
-    check_ctx_len(run.ctx_len, load_config(run.model, **options))
+    model_config = load_config(run.model, **options)
+    check_ctx_len(run.ctx_len, model_config)
     tokenizer = load_tokenizer(run.model, **options)
     windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
+    check_tokens(windows, model_config)
     # FSDP puts shards where they belong; until then no device may need to hold the whole model.
     device = "cpu" if config.use_cpu or is_sharded(config) else str(config.device)
     model = load_model(run.model, dtype=dtype, device=device, **options)

@@ -42,7 +42,7 @@ from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.text import calibration_windows, check_ctx_len
+from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
 
 
 def arguments() -> Parser:
@@ -138,8 +138,10 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model, **options_of(args))
     windows = None
     if method.reads_text or args.allocation == "owl":
-        check_ctx_len(args.ctx_len, load_config(args.model, **options_of(args)))
+        config = load_config(args.model, **options_of(args))
+        check_ctx_len(args.ctx_len, config)
         windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
+        check_tokens(windows, config)
     model = load(args)
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)

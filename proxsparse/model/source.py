@@ -29,6 +29,8 @@ def model_source(name: str) -> tuple[str, dict]:
     """
     if name == EMBEDDED:
         return str(embedded_checkpoint()), {}
+    if not name.strip():
+        raise UsageError("The name of the model is empty: give a folder, a .gguf file or a Hub id.", "model")
     path = Path(name)
     ending = path.suffix.lower()
     if path.is_dir():
