@@ -240,7 +240,7 @@ def test_an_order_that_does_not_fit_and_a_damaged_one_are_one_sentence(base, pru
 def test_a_form_without_room_for_the_order_is_refused(base, pruned, tmp_path, capsys):
     flags = ["--model", str(base), "--mask", str(pruned), "--to", str(tmp_path / "out")]
     assert console(["export", *flags, "--form", "npz"]) == 2
-    assert "use --form mask, or make the mask with --permute none" in capsys.readouterr().err
+    assert "use --form mask, or make the mask with permute none" in capsys.readouterr().err
     assert console(["export", *flags, "--form", "mask"]) == 0
     assert load_mask(tmp_path / "out").order == load_mask(pruned).order
     assert "`mask.safetensors` says which" in (tmp_path / "out" / "README.md").read_text()
