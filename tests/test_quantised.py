@@ -294,12 +294,11 @@ def test_a_scheme_that_transformers_does_not_know_is_not_measured(coded):
         load_model(str(folder), evaluating=True)
 
 
-@pytest.mark.parametrize("name", ["weight", "qweight"])
-def test_integers_are_not_taken_for_weights(name, checkpoint, tmp_path, mask, capsys):
+def test_integers_are_not_taken_for_weights(checkpoint, tmp_path, mask, capsys):
     shutil.copytree(checkpoint, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     own = tensors.pop("model.layers.0.mlp.up_proj.weight")
-    tensors[f"model.layers.0.mlp.up_proj.{name}"] = (own * 100).to(torch.int8)
+    tensors["model.layers.0.mlp.up_proj.weight"] = (own * 100).to(torch.int8)
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     given = ["--model", str(tmp_path / "model")]
     save, to = ["--save", str(tmp_path / "out")], ["--mask", mask, "--to", str(tmp_path / "out")]

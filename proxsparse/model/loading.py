@@ -116,16 +116,13 @@ def load_model(
         elif quantised == "read" or is_compact(source):
             found = _from_tensors(fetch(name, revision), config, dtype, trust_remote_code, kwargs)
         else:
-            here = Checkpoint.find(name, revision) if quantised is None else None
-            if here is not None:
-                here.refuse_codes()
             if quantised == "package":
                 kwargs["device_map"], device = device, None  # such weights are placed while they are read
             found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub, **kwargs
             )
-            if quantised is None and here is None and (fetched := Checkpoint.find(name, revision)) is not None:
-                fetched.refuse_codes()
+            if quantised is None and (checkpoint := Checkpoint.find(name, revision)):
+                checkpoint.refuse_codes()
     model, loaded = found
     if loaded["missing_keys"]:  # transformers would go on with random numbers instead of them
         missing = sorted(loaded["missing_keys"])
