@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask
+from proxsparse.model.channels import order_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.trainable import clean_generation_config, window_collator
 from proxsparse.operator.pattern import Pattern
@@ -225,6 +226,8 @@ def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | 
     digest = hashlib.sha256(windows.numpy().tobytes())
     for name, kept in sorted((prior or {}).items()):
         digest.update(name.encode() + kept.numpy().tobytes())
+    for name, index in order_of(model).packed().items():  # sums of weights do not tell it
+        digest.update(name.encode() + index.numpy().tobytes())
     weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     record = {"model": str(model.config._name_or_path), "weights": weights, "dataset": digest.hexdigest()}
     return {"settings": record | {name: str(value) for name, value in settings.items()}}

@@ -37,7 +37,7 @@ from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
-from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
+from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.operator.pattern import TWO_OF_FOUR
@@ -147,9 +147,10 @@ def main(args: argparse.Namespace) -> None:
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
     wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
-    order = order_channels(model, windows if method.reads_text else None) if args.permute == "auto" else None
+    if args.permute == "auto":
+        order_channels(model, windows if method.reads_text else None)
     mask = method.prune_model(model, tokenizer, windows, wanted)
-    mask.order = order or mask.order
+    mask.order = order_of(model)
     mask.base_model = args.model
     mask.info = info
     note = " (not 2:4: layers keep different shares)" if args.allocation != "uniform" else ""

@@ -6,7 +6,6 @@
 ``learn`` does the work. The command line calls it with the folder of a run.
 """
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -26,6 +25,7 @@ from proxsparse.learning.progress import show_progress
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import Mask, load_mask
 from proxsparse.model.hub_errors import quiet_bars
+from proxsparse.model.inputs import digest
 from proxsparse.model.loading import native_bf16
 from proxsparse.model.restoring import restored
 from proxsparse.record import write_json
@@ -170,11 +170,6 @@ def defaults_on(device: str) -> dict[str, Any]:
     if device != "cpu":
         return {}
     return {"use_cpu": True, "activation_checkpointing": False, "bf16": native_bf16("cpu")}
-
-
-def digest(windows: Tensor) -> str:
-    """SHA-256 of token ids, by which a run knows its text again."""
-    return hashlib.sha256(windows.to(torch.int64).contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def _dataset(windows: Tensor) -> Dataset:

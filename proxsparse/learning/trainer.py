@@ -9,7 +9,6 @@ in ``training_step`` the objective puts the weights in place with which the loss
 for the loss.
 """
 
-import hashlib
 import logging
 import time
 from pathlib import Path
@@ -30,8 +29,8 @@ from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
-from proxsparse.model.channels import ORDER_FILE, ChannelOrder
-from proxsparse.model.inputs import NORMS_FILE, stored_norms
+from proxsparse.model.channels import ORDER_FILE, order_of
+from proxsparse.model.inputs import NORMS_FILE, digest, stored_norms
 from proxsparse.model.loading import load_model
 from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
@@ -116,11 +115,10 @@ class ProxSparseTrainer(SFTTrainer):
         clean_generation_config(model)
         if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
             kwargs["data_collator"] = window_collator(kwargs["processing_class"])
-        self.order = ChannelOrder()
         if args.permute == "auto":
             with args.main_process_first(local=False):  # the first process writes the order, the others read it
                 windows = torch.tensor(kwargs["train_dataset"][: args.norm_samples]["input_ids"])
-                self.order = stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
+                stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = False
@@ -138,7 +136,7 @@ class ProxSparseTrainer(SFTTrainer):
         """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
         mask = extract_mask({t.name: t.weight.detach() for t in self.targets}, self.targets, self.norms)
         mask.base_model = self.model.config._name_or_path
-        mask.order = self.order
+        mask.order = order_of(self.model)
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
 
@@ -272,7 +270,7 @@ class ProxSparseTrainer(SFTTrainer):
     def _text(self) -> str:
         """Digest of the windows that are learned from."""
         windows = torch.tensor(cast(Any, self.train_dataset)["input_ids"][:])
-        return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        return digest(windows)
 
     def _save_checkpoint(self, model, trial):
         with doing(f"saving the checkpoint of step {self.state.global_step}"):

@@ -9,6 +9,7 @@ formed of neighbours, so another order is another choice of what competes. The m
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -89,7 +90,7 @@ class ChannelOrder:
             if name in self._by_name:
                 parameter.copy_(self.of(name, parameter.detach()))
 
-    @property
+    @cached_property
     def _by_name(self) -> dict[str, list[Move]]:
         found: dict[str, list[Move]] = {}
         for move in self.moves:

@@ -178,6 +178,16 @@ def note_unseen(targets: list[Prunable]) -> None:
         )
 
 
+def digest(windows: Tensor) -> str:
+    """SHA-256 of token ids, by which a run knows its text again."""
+    return hashlib.sha256(windows.to(torch.int64).contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def origin_of(model: PreTrainedModel, windows: Tensor) -> dict[str, str]:
+    """What something that is kept in a file was measured on: the name of the model, and the digest of the text."""
+    return {"model": str(model.config._name_or_path), "text": digest(windows)}
+
+
 def stored_norms(
     path: Path, model: PreTrainedModel, targets: list[Prunable], windows: Tensor, *, first: bool = True
 ) -> dict[str, Tensor]:
@@ -190,8 +200,7 @@ def stored_norms(
     Raises:
         UsageError: the file was measured on another model or text.
     """
-    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    origin = {"model": str(model.config._name_or_path), "text": text}
+    origin = origin_of(model, windows)
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("origin", "{}"))

@@ -6,7 +6,6 @@ keeps as much score as possible. Scores are |w_ij| * ||x_j||_2 as in Wanda (http
 Shapes: R = rows that are looked at; n = channels; B = n / 4 blocks.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, put_into_order, save_order
-from proxsparse.model.inputs import input_norms
+from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.wiring import Group, Wiring
 from proxsparse.operator.prox import expand_scale
@@ -73,8 +72,7 @@ def stored_order(path: Path, model: PreTrainedModel, windows: Tensor) -> Channel
     Raises:
         UsageError: the file was made for another model or text.
     """
-    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    origin = {"model": str(model.config._name_or_path), "text": text}
+    origin = origin_of(model, windows)
     if path.is_file():
         order = load_order(path, origin)
         put_into_order(model, order)

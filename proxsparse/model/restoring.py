@@ -37,11 +37,12 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
         if model.is_activation_checkpointing and not checkpointing:
             model.activation_checkpointing_disable()
         model.train(training)
+        if weights:
+            mark(model, order)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
-                    mark(model, order)
                 if name in gradients:
                     parameter.requires_grad_(gradients[name])
                 parameter.grad = None

@@ -77,6 +77,7 @@ class Wiring:
         self.hidden = int(cast(Tensor, model.get_input_embeddings().weight).shape[1])
         self.targets = {t.name: t for t in find_prunable(model)}
         self.modules = dict(model.named_modules())
+        self.own_names = {module: path.rpartition(".")[2] for path, module in self.modules.items()}
         self.reading: dict[str, int] = {}  # parameter -> dimension along which it reads the residual stream
         self.writing: dict[str, int] = {}  # ... writes it
         self.groups: dict[str, list[Group]] = {"mlp": [], "heads": [], "residual": []}
@@ -86,10 +87,8 @@ class Wiring:
         self.groups["residual"] = [residual] if residual else []
 
     def _layer(self, layer: nn.Module) -> None:
-        paths = {id(module): path for path, module in self.modules.items()}
         for module in layer.modules():
-            path = paths[id(module)]
-            attention = bool(ATTENTION.search(path.rpartition(".")[2]) or ATTENTION.search(type(module).__name__))
+            attention = bool(ATTENTION.search(self.own_names[module]) or ATTENTION.search(type(module).__name__))
             linears = {n: m for n, m in module.named_children() if is_plain(m) and self._target(m) is not None}
             if attention and linears:
                 self._attention(linears)
@@ -208,7 +207,7 @@ class Wiring:
         outside = {id(m.weight): 1 for m in (embedding, head) if m is not None}
         for module in self.modules.values():
             for attribute, parameter in module.named_parameters(recurse=False):
-                name = self.names.pop(id(parameter), None)
+                name = self.names.pop(id(parameter), None)  # shared ones once
                 if name is None or self.hidden not in parameter.shape:
                     continue
                 dim = self._residual_dim(name, module, attribute, parameter, outside)
