@@ -49,6 +49,8 @@ def test_the_function_is_the_same_and_blocks_keep_more(family):
     torch.testing.assert_close(model(WINDOWS).logits, before, rtol=1e-4, atol=1e-4)
     after = kept_by(model)
     assert sum(after.values()) > 1.005 * sum(scores.values())
+    with pytest.raises(UsageError, match="load the model again"):
+        order_channels(model, None)
     order.inverse().apply(model)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
@@ -63,7 +65,7 @@ def test_an_order_that_changes_the_function_is_undone_and_said(monkeypatch, capl
     wrong = ChannelOrder([Move("model.layers.0.mlp.down_proj.weight", 1, "x")], {"x": torch.arange(64).flip(0)})
     monkeypatch.setattr("proxsparse.model.ordering._order", lambda *args: wrong)
     assert not order_channels(model, None)
-    assert "keep their order: another would change the function" in caplog.text
+    assert "keep their order: another one would change what the model computes" in caplog.text
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 

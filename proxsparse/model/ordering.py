@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, put_into_order, save_order
+from proxsparse.errors import UsageError
+from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, order_of, put_into_order, save_order
 from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.wiring import Group, Wiring
@@ -24,7 +25,7 @@ from proxsparse.operator.prox import expand_scale
 logger = logging.getLogger(__name__)
 CALLED = {"mlp": "MLP channels", "heads": "channels of the values", "residual": "channels of the residual stream"}
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # of logits, by what they are computed in; float32: 1e-3
-ROUNDS = 3  # of all four places; a fourth changes next to nothing
+ROUNDS = 3  # of all four places
 ROWS_OF_ALL = 20_000  # of all readers together where they share one order
 WORK = 2e9  # comparisons per place and round; more rows than that are sampled
 CHECKED = 256  # tokens on which the function is compared
@@ -40,8 +41,13 @@ def order_channels(model: PreTrainedModel, windows: Tensor | None, norm_samples:
         norm_samples: windows that inputs are measured on.
 
     Returns:
-        the order; empty where nothing of the architecture is understood.
+        The order; empty where nothing of the architecture is understood.
+
+    Raises:
+        UsageError: the channels have been put into another order before.
     """
+    if order_of(model):
+        raise UsageError("The channels of the model have been put into another order: load the model again.", "model")
     targets = find_prunable(model)
     norms = None if windows is None else input_norms(model, targets, windows[:norm_samples], progress="channels")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -50,13 +56,14 @@ def order_channels(model: PreTrainedModel, windows: Tensor | None, norm_samples:
     before = _logits(model, ids)
     chosen = ChannelOrder()
     for kind, order in orders.items():
+        keep = f"the {CALLED[kind]} of {type(model).__name__} keep their order: "
         if not order:
-            _say(f"the {CALLED[kind]} of {type(model).__name__} keep their order: how they are wired is not known")
+            _say(f"{keep}how they are wired is not known")
             continue
         order.apply(model)
         if _differs(before, _logits(model, ids)):
             order.inverse().apply(model)
-            _say(f"the {CALLED[kind]} of {type(model).__name__} keep their order: another would change the function")
+            _say(f"{keep}another one would change what the model computes")
         else:
             chosen = chosen.joined(order)
     mark(model, chosen)
