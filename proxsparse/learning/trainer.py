@@ -37,7 +37,7 @@ from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.model.trainable import clean_generation_config, window_collator
-from proxsparse.operator.prox import kernel_for, prox_op_
+from proxsparse.operator.prox import kernel_for
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, resume_hint
 
@@ -321,13 +321,14 @@ class ProxSparseTrainer(SFTTrainer):
         if args.score == "activation" and self.norms is None:
             self.norms = self._measure_norms()
         if self.norms is not None:
-            self.norms = {t.name: matching_part(self.norms[t.name], t.weight) for t in self.targets}
+            # Where they are used, once, and not in every step.
+            self.norms = {t.name: matching_part(self.norms[t.name], t.weight).to(t.stored.device) for t in self.targets}
         self.objective.begin(self.model, self.norms)
         self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
-        weight = self.targets[0].stored
-        prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
-        logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
+        self.proximal.warm_up()
+        kernel = kernel_for(self.targets[0].stored)
+        logger.info("proximal operator: kernel '%s', %d weights", kernel, len(self.targets))
 
     def _measure_norms(self) -> dict[str, Tensor]:
         windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])
