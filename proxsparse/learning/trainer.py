@@ -25,6 +25,7 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.learning.checks import require_packages, settings_at_fault
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import ZEROS_FILE
+from proxsparse.learning.head import last_states, plain_head
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_in_backward
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
@@ -147,7 +148,7 @@ class ProxSparseTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         start, step = time.perf_counter(), self.state.global_step + 1
         with doing(f"step {step} of learning"):
-            with self.objective.computing(lambda: self._logits(model, inputs)):
+            with self.objective.computing(lambda: self._teacher(model, inputs)):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._step_seconds += time.perf_counter() - start
             if not loss.isfinite():
@@ -170,8 +171,9 @@ class ProxSparseTrainer(SFTTrainer):
                 # With num_items_in_batch it is this micro-batch's share of the whole batch's mean.
                 self._record("lm_loss", loss * share.steps)
         else:
-            outputs = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False)
-            loss = self.objective.loss(outputs.logits, inputs["labels"], share)
+            head = self.objective.head if self.objective.teacher is not None else None
+            outputs = self._outputs(model, inputs, head)
+            loss = self.objective.loss(outputs if head else outputs.logits, inputs["labels"], share)
         if self.model.training:
             if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
                 self._inputs_need_grad = True
@@ -201,14 +203,19 @@ class ProxSparseTrainer(SFTTrainer):
             config.output_router_logits = False
 
     @torch.no_grad()
-    def _logits(self, model, inputs) -> Tensor:
-        """Logits of the weights as they are for the same batch, on (B * (T - 1), V)."""
+    def _teacher(self, model, inputs) -> Tensor:
+        """Logits (B, T, V) or last hidden states (B, T, H) of the weights as they are for the same batch."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             model.eval()
-            logits = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False).logits
+            outputs = self._outputs(model, inputs, self.objective.head)
             model.train()
-        return logits[:, :-1].flatten(0, 1)
+        return outputs if self.objective.head else outputs.logits
+
+    def _outputs(self, model, inputs, head):
+        """Of a plain forward pass; last hidden states where there is a head that makes the logits of them."""
+        inputs = {k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}
+        return last_states(self.model, model, **inputs) if head else model(**inputs, use_cache=False)
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.detach().item())
@@ -321,9 +328,12 @@ class ProxSparseTrainer(SFTTrainer):
         if args.score == "activation" and self.norms is None:
             self.norms = self._measure_norms()
         if self.norms is not None:
-            # Where they are used, once, and not in every step.
-            self.norms = {t.name: matching_part(self.norms[t.name], t.weight).to(t.stored.device) for t in self.targets}
+            # Where they are used, once and for all.
+            parts = ((t, matching_part(self.norms[t.name], t.weight)) for t in self.targets)
+            self.norms = {t.name: part.to(t.stored.device, torch.float32) for t, part in parts}
         self.objective.begin(self.model, self.norms)
+        if args.distill and not self.is_fsdp_enabled and self.targets[0].stored.device.type != "cpu":
+            self.objective.head = plain_head(self.model)
         self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
         self.proximal.warm_up()
