@@ -45,7 +45,8 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 # Operators without a kernel for CUDA.
 ON_THE_CPU_ONLY = {aten.histogram.bins_tensor, aten.histogram.bin_ct}
 VIEWS = ("view", "_unsafe_view", "expand", "t.", "transpose", "permute", "detach", "slice", "select", "unsqueeze",
-         "squeeze", "as_strided", "alias", "split", "unbind", "diagonal", "unfold", "lift", "_reshape_alias")  # fmt: skip
+         "squeeze", "as_strided", "alias", "split", "unbind", "diagonal", "unfold", "lift",
+         "_reshape_alias")  # fmt: skip
 
 
 class WrongDevice(RuntimeError):
@@ -106,12 +107,14 @@ class OnCard(Tensor):
 
     def to(self, *args, **kwargs):
         """As torch's, which would find this tensor on another device than the card."""
-        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **_plain(kwargs))
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **_plain(kwargs))
         if device is not None and device.type == "meta":  # of another tensor of the card
             device = CARD
         moves = device is not None and device != CARD and device.type != CARD.type
         if moves or kwargs.get("copy"):
-            return Tensor.to(self, device=device or CARD, dtype=dtype or self.dtype, non_blocking=non_blocking, copy=True)
+            return Tensor.to(
+                self, device=device or CARD, dtype=dtype or self.dtype, non_blocking=non_blocking, copy=True
+            )
         return self if dtype in (None, self.dtype) else Tensor.to(self, dtype=dtype)
 
     def cuda(self, *args, **kwargs):
@@ -311,7 +314,9 @@ class Card(TorchDispatchMode):
                 if not isinstance(index, OnCard):
                     self._moved("to_card", index, pinned=False, non_blocking=False)
             host = [leaf for leaf in host if not any(leaf is index for index in indices)]
-        if any(leaf.dim() for leaf in host) or (host and all(t.dim() == 0 for t in here) and func is aten.copy_.default):
+        if any(leaf.dim() for leaf in host) or (
+            host and all(t.dim() == 0 for t in here) and func is aten.copy_.default
+        ):
             shapes = [tuple(leaf.shape) for leaf in host]
             raise self.fault(f"{func} with tensors of shapes {shapes} on the CPU and {[tuple(t.shape) for t in here]}")
 

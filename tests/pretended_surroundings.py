@@ -58,7 +58,9 @@ def patch(patches, card: Card) -> None:
         for module in (torch.cuda, torch.cuda.random):
             if hasattr(module, name):
                 patches.setattr(module, name, functools.partial(_answer, answer))
-    patches.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or card.native_bf16)
+    patches.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or card.native_bf16
+    )
     patches.setattr(torch.cuda, "synchronize", wait)
     for name in ("device", "stream", "Stream"):
         patches.setattr(torch.cuda, name, Nothing)
@@ -120,7 +122,7 @@ def _compress(dense: Tensor) -> Tensor:
 
 
 def _multiply(packed: Tensor, other: Tensor, bias=None, alpha=None, out_dtype=None, transpose_result=False, *_, **__):
-    assert not (other.shape[0] % 8 or other.shape[1] % 8), "cuSPARSELt takes multiples of 8 only"
+    assert all(size % 8 == 0 for size in other.shape[:2]), "cuSPARSELt takes multiples of 8 only"
     out = _DENSE[packed.untyped_storage().data_ptr()][1] @ other
     out = out if bias is None else out + bias[:, None]
     return out.t().contiguous() if transpose_result else out

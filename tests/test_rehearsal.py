@@ -1,4 +1,4 @@
-"""Learning as GPUs run it, on a pretended one: nothing meets across devices, masks are the CPU's, nothing waits in vain."""
+"""Learning as GPUs run it, on a pretended one: no mixed devices, the masks of the CPU, and no waiting in vain."""
 
 import functools
 import re
@@ -52,7 +52,8 @@ def trainer(folder, device, model=None, callbacks=(), **changes):
     settings |= {"use_cpu": True} if device == "cpu" else {}
     return ProxSparseTrainer(
         (model or small_model()).to(device), ProxSparseConfig(**(settings | changes)), callbacks=list(callbacks),
-        train_dataset=Dataset.from_dict({"input_ids": tokens()}), eval_dataset=Dataset.from_dict({"input_ids": tokens()}),
+        train_dataset=Dataset.from_dict({"input_ids": tokens()}),
+        eval_dataset=Dataset.from_dict({"input_ids": tokens()}),
         processing_class=byte_tokenizer(),
     )  # fmt: skip
 
@@ -77,7 +78,9 @@ def on_cpu(tmp_path_factory):
     return learned
 
 
-@pytest.mark.parametrize(("name", "places"), CASES, ids=lambda value: str(value) if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("name", "places"), CASES, ids=lambda value: str(value) if isinstance(value, str) else "-".join(value)
+)
 def test_a_gpu_learns_the_mask_of_the_cpu(tmp_path, on_cpu, saved, name, places):
     want = on_cpu(name)
     model = small_model()

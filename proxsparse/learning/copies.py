@@ -211,7 +211,9 @@ class TakingTurns:
         weight = target.stored
         if self._keeps_masks:
             rows, scale = target.rows(weight), self._scale(target)
-            self._masks[target.name] = _packed(top2_mask(rows if scale is None else rows.float() * expand_scale(scale, rows)))
+            self._masks[target.name] = _packed(
+                top2_mask(rows if scale is None else rows.float() * expand_scale(scale, rows))
+            )
         if self._departures is None:
             self._learned[target.name].copy_(weight)
         else:

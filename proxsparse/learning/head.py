@@ -15,7 +15,7 @@ from proxsparse.model.prunable import decoder_of
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The LM head, if the model's logits are ``head(last hidden states)`` and nothing else.
 
-    Others scale their logits or cap them. The model says so itself: it computes two tokens, and the logits are compared.
+    Others scale their logits or cap them. The model says so itself: it computes two tokens, and logits are compared.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "logits_to_keep" not in inspect.signature(model.forward).parameters:

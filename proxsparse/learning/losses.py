@@ -99,7 +99,9 @@ class _ThroughHead(torch.autograd.Function):
     """As ``_Distillation``: the gradient comes with the value, so that no piece of the logits is kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, teacher: Tensor, head: nn.Linear, labels: Tensor, share: float, temperature: float):
+    def forward(
+        ctx, hidden: Tensor, teacher: Tensor, head: nn.Linear, labels: Tensor, share: float, temperature: float
+    ):
         kind = hidden.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         weight, bias = head.weight.to(low), None if head.bias is None else head.bias.to(low)

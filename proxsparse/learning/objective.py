@@ -150,8 +150,8 @@ class Objective:
             labels: (B, T) token ids; -100 is left out.
         """
         states, labels = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        teacher, self.teacher = self.teacher, None  # not kept through the backward pass
-        teacher = None if teacher is None else teacher[:, :-1].flatten(0, 1)
+        teacher = None if self.teacher is None else self.teacher[:, :-1].flatten(0, 1)
+        self.teacher = None  # not kept through the backward pass
         kept = labels != -100
         tokens = kept.sum()
         if tokens < len(labels):  # else selecting them would only copy the logits, which are large

@@ -1,7 +1,7 @@
 """Optimizers that step weights one by one in float32, and round bfloat16 weights stochastically."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class Adafactor(_Rounded):
 
     DECAY, CLIP, EPSILON = -0.8, 1.0, 1e-30
     COST = Cost(0.01, copies=1)  # of a weight that is not contiguous
-    COST_OF_SHARDS = {torch.float32: Cost(0.01, copies=3), torch.bfloat16: Cost(0.01, copies=6)}
+    COST_OF_SHARDS: ClassVar = {torch.float32: Cost(0.01, copies=3), torch.bfloat16: Cost(0.01, copies=6)}
 
     def __init__(
         self, params, lr=1e-3, weight_decay=0.0, seed: int = 0, stochastic: bool = True, kernel: str | None = None

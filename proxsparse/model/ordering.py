@@ -118,7 +118,8 @@ def _order(
             index = places.setdefault((member.name, member.dim), start.clone())
             for copy in member.places:
                 index[..., copy] = copy[permutation]
-    moves, indices = [], {}
+    moves: list[Move] = []
+    indices: dict[str, Tensor] = {}
     for (name, dim), index in places.items():
         key = next((key for key, other in indices.items() if other.shape == index.shape and other.equal(index)), name)
         key = key if key != name or name not in indices else f"{name}.{dim}"
@@ -130,8 +131,8 @@ def _order(
 def _permutation(group: Group, norms: Mapping[str, Tensor] | None) -> Tensor:
     """(n,) the order of a group's channels; (E, n) where experts have their own."""
     if group.experts:
-        scores = [_scores(target, norms) for target, _ in group.readers]
-        return torch.stack([arrange(torch.cat([own[e] for own in scores])) for e in range(group.experts)]).cpu()
+        stacks = [_scores(target, norms) for target, _ in group.readers]
+        return torch.stack([arrange(torch.cat([own[e] for own in stacks])) for e in range(group.experts)]).cpu()
     parts = []
     for target, places in group.readers:
         scores = _scores(target, norms).flatten(0, -2)

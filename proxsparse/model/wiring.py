@@ -15,6 +15,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Wiring:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.hidden = model.get_input_embeddings().weight.shape[1]
+        self.hidden = int(cast(Tensor, model.get_input_embeddings().weight).shape[1])
         self.targets = {t.name: t for t in find_prunable(model)}
         self.modules = dict(model.named_modules())
         self.reading: dict[str, int] = {}  # parameter -> dimension along which it reads the residual stream
