@@ -157,6 +157,7 @@ class Objective:
         if tokens < len(labels):  # else selecting them would only copy the logits, which are large
             states, labels = states[kept], labels[kept]
             teacher = None if teacher is None else teacher[kept]
+        distilled: Tensor | None
         if teacher is not None and self.head is not None:
             mixture = (self.args.distill, self.args.temperature)
             loss, distilled, lm = loss_through_head(states, teacher, self.head, labels, *mixture)

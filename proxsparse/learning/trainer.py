@@ -124,9 +124,8 @@ class ProxSparseTrainer(SFTTrainer):
                 self.order = stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
-        self._measured = self._scaled = False
+        self._measured = self._scaled = self._inputs_need_grad = False
         self._step_seconds = 0.0
-        self._inputs_need_grad = False
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         with settings_at_fault():
             super().__init__(model, args, **kwargs)
