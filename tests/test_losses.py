@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss
+from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss, loss_through_head
 from proxsparse.learning.optim import StochasticAdamW
 
 
@@ -20,6 +20,22 @@ def test_distillation_is_the_scaled_divergence_with_its_gradient(temperature):
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, student)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_a_loss_through_the_head_is_that_of_the_whole_logits(share):
+    torch.manual_seed(0)
+    hidden, teacher, labels = torch.randn(300, 8, requires_grad=True), torch.randn(300, 8), torch.randint(0, 11, (300,))
+    head = torch.nn.Linear(8, 11)
+    ours, kl, lm = loss_through_head(hidden, teacher, head, labels, share, 1.5)
+    logits = head(hidden)
+    log_q, log_p = (logits / 1.5).log_softmax(-1), (head(teacher) / 1.5).log_softmax(-1)
+    wanted_kl = kl_div(log_q, log_p, log_target=True, reduction="sum") * 1.5**2
+    wanted_lm = cross_entropy(logits, labels, reduction="sum")
+    expected = share * wanted_kl + (1 - share) * wanted_lm
+    torch.testing.assert_close((ours, kl, lm), (expected, wanted_kl, wanted_lm), rtol=1e-5, atol=1e-4)
+    gradients = (torch.autograd.grad(2 * loss, hidden)[0] for loss in (ours, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_distillation_is_zero_at_the_teacher():

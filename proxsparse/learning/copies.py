@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from proxsparse.errors import UsageError
+from proxsparse.learning.transfers import Departures, pinned_rooms
 from proxsparse.model.loading import parameter_readers
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import reshard
-from proxsparse.operator.prox import top2_product_
+from proxsparse.operator.prox import expand_scale, top2_mask, top2_product_
 
 logger = logging.getLogger(__name__)
 PLACES = ("device", "cpu", "checkpoint")
@@ -45,9 +46,11 @@ class OriginalWeights:
             read = readers.get(target.name)
             if read is not None and torch.equal(read().to(target.stored), target.stored):
                 self._read[target.name] = read
-            else:
-                kept = target.stored.clone() if place == "device" else target.stored.to("cpu", copy=True)
-                self._kept[target.name] = kept
+        rest = [target for target in targets if target.name not in self._read]
+        rooms = {} if place == "device" else _host_rooms(rest)
+        for target in rest:
+            given = _narrow(target)
+            self._kept[target.name] = rooms[target.name].copy_(given) if target.name in rooms else given.clone()
         if place == "checkpoint" and self._kept:
             # Stacked experts, which the files hold one by one; weights that were changed after loading.
             logger.warning(
@@ -63,8 +66,32 @@ class OriginalWeights:
 
     def of(self, target: Prunable) -> Tensor:
         """W0 of one weight, on its device and in its dtype."""
+        return self._stored(target).to(target.stored, non_blocking=True)
+
+    def put(self, target: Prunable) -> None:
+        """Write W0 into the parameter."""
+        # What is pinned never changes, so the host need not wait until it has been copied.
+        target.stored.copy_(self._stored(target), non_blocking=True)
+
+    def _stored(self, target: Prunable) -> Tensor:
         read = self._read.get(target.name)
-        return (read() if read else self._kept[target.name]).to(target.stored)
+        return read() if read else self._kept[target.name]
+
+
+def _narrow(target: Prunable) -> Tensor:
+    """A weight in the dtype to be kept: accelerate makes shards float32, which came from bfloat16 at half the size."""
+    stored = target.stored
+    if not isinstance(target.weight, DTensor) or stored.dtype != torch.float32:
+        return stored
+    low = stored.to(torch.bfloat16)
+    return low if torch.equal(low.float(), stored) else stored
+
+
+def _host_rooms(targets: list[Prunable]) -> dict[str, Tensor]:
+    """Room on the CPU: pinned where an accelerator computes with weights of its own memory."""
+    if not targets or targets[0].stored.device.type == "cpu":
+        return {}
+    return pinned_rooms({target.name: target.stored for target in targets})
 
 
 def _readers(model: str, revision: str | None) -> dict[str, Callable[[], Tensor]]:
@@ -84,12 +111,16 @@ class TakingTurns:
             turns.put_masked()
             ...  # compute with them
 
+    Offloaded weights cross the bus once per direction and step: what put_masked needs of them, the mask, stays behind;
+    and those that step in the backward pass stay where they stepped.
+
     Args:
         model: the model whose weights they are.
         targets: the prunable weights.
         original: their W0.
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.
         offload: learned weights wait on the CPU.
+        masked: ``put_masked`` will be called while they wait.
     """
 
     def __init__(
@@ -99,14 +130,19 @@ class TakingTurns:
         original: OriginalWeights,
         norms: dict[str, Tensor] | None,
         offload: bool = False,
+        masked: bool = True,
     ):
         self.model = model
         self.targets = targets
         self.original = original
         self.norms = norms
-        self.offload = offload
-        self._learned: dict[str | None, Tensor] = {}
-        self._away = False
+        device = targets[0].stored.device
+        self._departures = Departures(device) if offload and device.type != "cpu" else None
+        self._keeps_masks = masked and self._departures is not None
+        self._learned: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}  # of offloaded weights, a bit per entry
+        self._waiting: set[str] = set()  # whose parameter holds something else than its learned weight
+        self._holds_original = False
 
     @staticmethod
     def on_device(offload: bool, on_cpu: bool) -> bool:
@@ -117,16 +153,15 @@ class TakingTurns:
     def away(self) -> Iterator[None]:
         """Learned weights wait inside the block, and are back after it; what parameters hold is to be put there."""
         reshard(self.model)
+        if not self._learned:
+            stored = {target.name: target.stored for target in self.targets}
+            offloaded = self._departures is not None
+            self._learned = pinned_rooms(stored) if offloaded else {n: torch.empty_like(w) for n, w in stored.items()}
         for target in self.targets:
-            weight = target.stored
-            if target.name not in self._learned:
-                self._learned[target.name] = self._buffer(weight)
-            self._learned[target.name].copy_(weight)
-        self._away = True
+            self._leave(target)
         try:
             yield
         finally:
-            self._away = False
             self.put_learned()
 
     def put_masked(self) -> None:
@@ -134,33 +169,63 @@ class TakingTurns:
         self._free()
         for target in self.targets:
             out = target.stored
-            learned = self._learned[target.name].to(out.device)
-            scale = None if self.norms is None else self.norms[target.name]
-            base = self.original.of(target)
-            top2_product_(target.rows(out), target.rows(base), target.rows(learned), scale)
+            if not self._holds_original:
+                self._arrive(target)
+            base = out if self._holds_original else self.original.of(target)
+            if self._keeps_masks:
+                kept = _unpacked(self._masks[target.name], target.rows(out))
+                torch.mul(target.rows(base), kept, out=target.rows(out))
+            else:
+                learned = self._learned[target.name].to(out.device)
+                top2_product_(target.rows(out), target.rows(base), target.rows(learned), self._scale(target))
+        self._holds_original, self._waiting = False, set(self._learned)
 
     def put_original(self) -> None:
         """Parameters hold W0 from here on."""
         self._free()
         for target in self.targets:
-            target.stored.copy_(self.original.of(target))
+            self._arrive(target)
+            self.original.put(target)
+        self._holds_original, self._waiting = True, set(self._learned)
 
     def put_learned(self) -> None:
         """Parameters hold the learned weights from here on."""
         self._free()
         for target in self.targets:
-            target.stored.copy_(self._learned[target.name])
+            if target.name in self._waiting:
+                self._arrive(target)
+                target.stored.copy_(self._learned[target.name], non_blocking=True)
+        self._holds_original = False
+        self._waiting.clear()
 
     @contextlib.contextmanager
     def learned(self, parameter: nn.Parameter) -> Iterator[None]:
-        """Once the backward pass is through with a parameter: it holds its learned weight inside the block, to move."""
+        """Once the backward pass is through with a parameter: it holds its learned weight from here on, to be moved."""
         name = next((t.name for t in self.targets if t.weight is parameter), None)
-        buffer = self._learned.get(name) if self._away else None
-        if buffer is not None:
-            parameter.detach().copy_(buffer)
+        if name in self._waiting:
+            parameter.detach().copy_(self._learned[name], non_blocking=True)
+            self._waiting.discard(name)
         yield
-        if buffer is not None:
-            buffer.copy_(parameter.detach())
+
+    def _leave(self, target: Prunable) -> None:
+        weight = target.stored
+        if self._keeps_masks:
+            rows, scale = target.rows(weight), self._scale(target)
+            self._masks[target.name] = _packed(
+                top2_mask(rows if scale is None else rows.float() * expand_scale(scale, rows))
+            )
+        if self._departures is None:
+            self._learned[target.name].copy_(weight)
+        else:
+            self._departures.send(target.name, weight, self._learned[target.name])
+
+    def _arrive(self, target: Prunable) -> None:
+        """The parameter may be overwritten: what was in it has left."""
+        if self._departures is not None:
+            self._departures.wait(target.name, target.stored.device)
+
+    def _scale(self, target: Prunable) -> Tensor | None:
+        return None if self.norms is None else self.norms[target.name]
 
     def _free(self) -> None:
         """Nothing computes with what the parameters hold any more."""
@@ -169,11 +234,17 @@ class TakingTurns:
         if any(t.stored.device.type == "cpu" and computed_on(t.weight) != "cpu" for t in self.targets[:1]):
             torch.accelerator.synchronize()
 
-    def _buffer(self, weight: Tensor) -> Tensor:
-        """Room for a learned weight: pinned where it is copied to and from an accelerator."""
-        if not self.offload or weight.device.type == "cpu":
-            return torch.empty_like(weight)
-        return torch.empty_like(weight, device="cpu", pin_memory=True)
+
+def _packed(mask: Tensor) -> Tensor:
+    """Eight entries of a mask per byte."""
+    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat.view(-1, 8) << bits).sum(-1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] >> bits).bitwise_and_(1).view(-1)[: like.numel()].view(like.shape).bool()
 
 
 def computed_on(weight: Tensor) -> str:

@@ -1,12 +1,13 @@
 """The two terms that ProxSparse adds to a language-model loss: the frozen-weight penalty and distillation."""
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 
 # float32 copies of the logits of this many positions exist at a time; of more, every one would be new memory, whose
 # pages take longer to come than the loss takes.
 POSITIONS_AT_ONCE = 64
+HEAD_POSITIONS = 128  # at a time through the LM head: its weight is read again for each piece
 
 
 class _FrozenWeightPenalty(torch.autograd.Function):
@@ -92,6 +93,61 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     Source: Hinton, Vinyals and Dean, https://arxiv.org/abs/1503.02531.
     """
     return _Distillation.apply(student, teacher, temperature)
+
+
+class _ThroughHead(torch.autograd.Function):
+    """As ``_Distillation``: the gradient comes with the value, so that no piece of the logits is kept."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, teacher: Tensor, head: nn.Linear, labels: Tensor, share: float, temperature: float
+    ):
+        kind = hidden.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        weight, bias = head.weight.to(low), None if head.bias is None else head.bias.to(low)
+        gradient, sums = torch.empty_like(hidden), torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], HEAD_POSITIONS):
+            part = slice(start, start + HEAD_POSITIONS)
+            log_p = _soften(linear(teacher[part].to(low), weight, bias).float(), temperature).log_softmax(-1)
+            logits = linear(hidden[part].to(low), weight, bias)
+            log_q = _soften(logits.float(), temperature).log_softmax(-1)
+            p = log_p.exp()
+            sums[0] += log_p.sub_(log_q).mul_(p).sum() * temperature**2
+            sums[1] += cross_entropy(logits.float(), labels[part], reduction="sum")
+            slope = log_q.exp_().sub_(p).mul_(share * temperature)
+            if share < 1:
+                likely, places = logits.float().softmax(-1), labels[part, None]
+                likely.scatter_add_(1, places, likely.new_full(places.shape, -1.0))
+                slope.add_(likely, alpha=1 - share)
+            gradient[part] = slope.to(low) @ weight
+        ctx.save_for_backward(gradient)
+        kl, lm = sums.unbind()
+        ctx.mark_non_differentiable(kl, lm)
+        return share * kl + (1 - share) * lm, kl, lm
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_):
+        (saved,) = ctx.saved_tensors
+        return (saved * gradient).to(saved.dtype), None, None, None, None, None
+
+
+def loss_through_head(
+    hidden: Tensor, teacher: Tensor, head: nn.Linear, labels: Tensor, share: float = 1.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distillation, mixed with the language-model loss, of logits that never exist all at once.
+
+    Args:
+        hidden: (T, H) last hidden states; gradients flow to them.
+        teacher: (T, H) those of the dense model; no gradient.
+        head: the LM head of both, from H to V; no gradient.
+        labels: (T,) token ids.
+        share: of the distillation, 0 to 1; the rest is the language-model loss.
+        temperature: > 0, see ``distillation_loss``.
+
+    Returns:
+        Scalars in float32, in nats, sums over the positions: the mixture, its distillation, its language-model loss.
+    """
+    return _ThroughHead.apply(hidden, teacher, head, labels, share, temperature)
 
 
 @torch.no_grad()

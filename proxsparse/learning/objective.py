@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from proxsparse.learning.copies import OriginalWeights, TakingTurns
-from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss
+from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss, loss_through_head
 from proxsparse.learning.refusals import Refusal
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import local, total
@@ -73,7 +73,9 @@ class Objective:
         self.args, self.targets, self.record = args, targets, record
         self.original: OriginalWeights | None = None
         self.turns: TakingTurns | None = None
-        self.teacher: Tensor | None = None  # logits of the dense model, from its forward pass to the loss
+        # Logits of the dense model, or last hidden states, from its forward pass to the loss
+        self.teacher: Tensor | None = None
+        self.head: nn.Linear | None = None  # makes logits of last hidden states, where that is all there is to them
 
     @staticmethod
     def swaps(args: Any) -> bool:
@@ -103,14 +105,17 @@ class Objective:
             self.original = OriginalWeights(self.targets, self.args.keep_base, *source)
         if swaps:
             assert self.original is not None
-            self.turns = TakingTurns(model, self.targets, self.original, norms, self.args.offload_learned)
+            self.turns = TakingTurns(
+                model, self.targets, self.original, norms, self.args.offload_learned, self.args.masked_forward
+            )
 
     @contextlib.contextmanager
-    def computing(self, logits: Callable[[], Tensor]) -> Iterator[None]:
+    def computing(self, states: Callable[[], Tensor]) -> Iterator[None]:
         """Inside, the model holds what the loss is taken of; the learned weights are back afterwards.
 
         Args:
-            logits: gives the logits of the batch, (B * (T - 1), V), with the weights that the model then holds.
+            states: of the batch, (B, T, V) logits or (B, T, H) last hidden states where there is a ``head``, by the
+                weights that the model holds when it is called.
         """
         if not self.turns:
             yield
@@ -118,7 +123,7 @@ class Objective:
         with self.turns.away():
             if self.args.distill:
                 self.turns.put_original()
-                self.teacher = logits()
+                self.teacher = states()
             (self.turns.put_masked if self.args.masked_forward else self.turns.put_learned)()
             yield
         self.teacher = None
@@ -137,31 +142,45 @@ class Objective:
         """Inside, a parameter holds what it learns, not what the forward pass saw."""
         return self.turns.learned(parameter) if self.turns else contextlib.nullcontext()
 
-    def loss(self, logits: Tensor, labels: Tensor, share: Share) -> Tensor:
+    def loss(self, states: Tensor, labels: Tensor, share: Share) -> Tensor:
         """Distillation or the language-model loss of a micro-batch, without the penalty.
 
         Args:
-            logits: (B, T, V).
+            states: (B, T, V) logits, or (B, T, H) last hidden states where the teacher's are given and ``head`` is set.
             labels: (B, T) token ids; -100 is left out.
         """
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        teacher, self.teacher = self.teacher, None  # not kept through the backward pass
+        states, labels = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        teacher = None if self.teacher is None else self.teacher[:, :-1].flatten(0, 1)
+        self.teacher = None  # not kept through the backward pass
         kept = labels != -100
         tokens = kept.sum()
         if tokens < len(labels):  # else selecting them would only copy the logits, which are large
-            logits, labels = logits[kept], labels[kept]
+            states, labels = states[kept], labels[kept]
             teacher = None if teacher is None else teacher[kept]
+        distilled: Tensor | None
+        if teacher is not None and self.head is not None:
+            mixture = (self.args.distill, self.args.temperature)
+            loss, distilled, lm = loss_through_head(states, teacher, self.head, labels, *mixture)
+        else:
+            loss, distilled, lm = self._of_logits(states, labels, teacher)
+        if distilled is not None:
+            self.record("kl", distilled / tokens)
+        self.record("lm_loss", lm / tokens)
+        # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
+        return loss / (tokens if share.tokens is None else share.tokens) * share.processes
+
+    def _of_logits(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The loss, the distillation in it, and the language-model loss; sums over the positions."""
         weight = 0.0 if teacher is None else self.args.distill
         lm_counts = weight < 1  # else it is logged only
         lm = cross_entropy(logits.float(), labels, reduction="sum") if lm_counts else lm_loss(logits, labels)
         loss: Any = (1 - weight) * lm if lm_counts else 0.0
-        if teacher is not None:
-            distilled = distillation_loss(logits, teacher, self.args.temperature)
-            self.record("kl", distilled / tokens)
-            loss = weight * distilled + loss
-        self.record("lm_loss", lm / tokens)
-        # As in SFTTrainer: num_items_in_batch counts the tokens of all micro-batches and ranks.
-        return loss / (tokens if share.tokens is None else share.tokens) * share.processes
+        if teacher is None:
+            return loss, None, lm
+        distilled = distillation_loss(logits, teacher, self.args.temperature)
+        return weight * distilled + loss, distilled, lm
 
     def penalty(self, share: Share, device: torch.device | str) -> Tensor | float:
         """The frozen-weight term, 0 without it."""

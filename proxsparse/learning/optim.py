@@ -10,183 +10,19 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from proxsparse.errors import RunError
 from proxsparse.learning.refusals import Refusal
-from proxsparse.model.sharding import local, settled
-from proxsparse.operator.rounding import noise_seed, round_stochastically
+from proxsparse.learning.rounded import Adafactor, Cost, StochasticAdamW
 
 if TYPE_CHECKING:
     from proxsparse.learning.config import ProxSparseConfig
 
 logger = logging.getLogger(__name__)
-
-
-class Cost(NamedTuple):
-    """What an optimizer takes.
-
-    Attributes:
-        states: bytes per trained weight.
-        copies: float32 copies of one weight while it is stepped.
-    """
-
-    states: float
-    copies: int = 0
-
-
-class _Rounded(torch.optim.Optimizer):
-    """Steps weights one by one in float32, and rounds what is stored in bfloat16.
-
-    Args:
-        params, defaults: as in torch.optim.Optimizer.
-        seed: seed of the rounding noise. The noise of a step depends only on the seed, the step and the weight's place,
-            so that a resumed run repeats it.
-        stochastic: False rounds to nearest.
-    """
-
-    def __init__(self, params, defaults: dict, seed: int, stochastic: bool):
-        super().__init__(params, defaults)
-        self.seed, self.stochastic = seed, stochastic
-        self._places, self._numbered = WeakTensorKeyDictionary(), 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._place(parameter)
-
-    def _place(self, parameter: Tensor) -> int:
-        """Number of a weight; FSDP2 puts new ones where the old were, which must be free to go."""
-        if parameter not in self._places:
-            self._numbered += 1
-            self._places[parameter] = self._numbered
-        return self._places[parameter]
-
-    def _store(self, value: Tensor, parameter: Tensor, step: int) -> None:
-        """Write a float32 value into a weight: bfloat16 is rounded stochastically, others to nearest."""
-        if parameter.dtype != torch.bfloat16 or not self.stochastic:
-            parameter.copy_(value)
-            return
-        seed = noise_seed(self.seed, step, self._place(parameter))
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        local(parameter).copy_(round_stochastically(local(value), generator))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
-        return loss
-
-    def _step_one(self, parameter: Tensor, group: dict) -> None:
-        raise NotImplementedError
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but float32 states stay float32: torch casts them to their weight's dtype."""
-        given = {key: dict(state) for key, state in state_dict["state"].items()}
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(saved, parameters, strict=True):
-            for name, value in given.get(key, {}).items():
-                if torch.is_tensor(value) and value.dtype == torch.float32 and value.dim():
-                    self.state[parameter][name] = value.to(parameter.device)
-
-
-class StochasticAdamW(_Rounded):
-    """AdamW (decoupled weight decay) with stochastic rounding of bfloat16 weights; others are rounded to nearest.
-
-    The first moment is kept in the weights' dtype. The second is float32: its steps are a thousandth of it, which
-    bfloat16 rounds away.
-
-    Args:
-        params, lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        seed: seed of the rounding noise.
-
-    Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101.
-    """
-
-    COST = Cost(states=6.0, copies=6)  # a bfloat16 and a float32 moment
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed: int = 0):
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, seed, stochastic=True)
-
-    def _step_one(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-        state["step"] += 1
-        step, (beta1, beta2) = int(state["step"]), group["betas"]
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        state["exp_avg"].copy_(mean)
-        denominator = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
-        value = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
-        value.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
-        self._store(value, parameter, step)
-
-
-class Adafactor(_Rounded):
-    """Adafactor without momentum and with a given learning rate; bfloat16 weights are rounded stochastically.
-
-    As transformers' with ``scale_parameter=False, relative_step=False``, which it equals on float32 weights; this one
-    takes shards (DTensor) too. A weight's second moments are one number per row and one per column, so that they
-    cost almost no memory. A float32 gradient is overwritten by the update.
-
-    Args:
-        params, lr, weight_decay: as in torch.optim.AdamW.
-        seed: seed of the rounding noise.
-        stochastic: False rounds bfloat16 weights to nearest.
-
-    Source: Shazeer and Stern, https://arxiv.org/abs/1804.04235; decay and clipping are theirs.
-    """
-
-    DECAY, CLIP, EPSILON = -0.8, 1.0, 1e-30
-    COST_FLOAT32, COST_BFLOAT16 = Cost(0.01, copies=3), Cost(0.01, copies=6)
-
-    def __init__(self, params, lr=1e-3, weight_decay=0.0, seed: int = 0, stochastic: bool = True):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed, stochastic)
-
-    def _step_one(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        state["step"] = step = state.get("step", 0) + 1
-        forget = step**self.DECAY  # 1 - beta2
-        assert parameter.grad is not None
-        update = parameter.grad.float()
-        squares = update.square().add_(self.EPSILON)
-        if update.dim() < 2:
-            update.mul_(self._average("squares", squares, state, forget).rsqrt())
-        else:
-            row = self._average("row", squares.mean(-1), state, forget)
-            column = self._average("column", settled(squares.mean(-2)), state, forget)
-            del squares
-            update.mul_((row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)).mul_(column.rsqrt().unsqueeze(-2))
-        size = settled(update.square().mean()).sqrt()
-        update.mul_(group["lr"] / (size / self.CLIP).clamp(min=1.0))
-        value = parameter.float()
-        if group["weight_decay"]:
-            value = value * (1 - group["lr"] * group["weight_decay"])
-        self._store(value - update, parameter, step)
-
-    @staticmethod
-    def _average(name: str, value: Tensor, state: dict, forget: float) -> Tensor:
-        if name in state:
-            state[name].lerp_(value, forget)
-        else:
-            state[name] = value
-        return state[name]
 
 
 # Of the others, states in bytes per trained weight: (float32 weights, bfloat16 weights).
@@ -255,11 +91,11 @@ def package_of(name: str) -> str | None:
     return next((package for part, package in PACKAGES.items() if part in name), None)
 
 
-def cost_of(args: "ProxSparseConfig", dtype: torch.dtype) -> Cost:
-    """What the optimizer of these settings takes for trained weights of this dtype."""
+def cost_of(args: "ProxSparseConfig", dtype: torch.dtype, sharded: bool = False) -> Cost:
+    """What the optimizer of these settings takes for trained weights of this dtype, whole or sharded by FSDP2."""
     name, low = name_of(args), dtype == torch.bfloat16
     if name == "adafactor":
-        return Adafactor.COST_BFLOAT16 if low else Adafactor.COST_FLOAT32
+        return Adafactor.COST_OF_SHARDS[dtype] if sharded else Adafactor.COST
     if low and args.rounding == "stochastic" and name in ADAMW:
         return StochasticAdamW.COST
     return Cost(STATES.get(name, STATES["adamw_torch"])[dtype != torch.float32])

@@ -126,7 +126,7 @@ def plan_learning(
     if sharded and compute != torch.float32:
         dtype = torch.float32  # accelerate keeps trained shards in float32 and computes in the lower precision
     wide, parts_of = dtype.itemsize, devices if sharded else 1
-    cost = cost_of(config, dtype)
+    cost = cost_of(config, dtype, sharded)
     frozen = (sizes.parameters - sizes.trainable) * (low if low == torch.bfloat16 else dtype).itemsize
     copies = Objective.copies_on_device(config, on_cpu)
     gradients = (sizes.largest if config.optim_in_backward else sizes.trainable) * wide / parts_of

@@ -11,9 +11,9 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.feedback import ShareController
 from proxsparse.model.prunable import Prunable
-from proxsparse.model.sharding import shard_number, total
-from proxsparse.operator.prox import expand_scale, prox_op_, survey_
-from proxsparse.operator.rounding import noise_seed
+from proxsparse.model.sharding import first_entry, total
+from proxsparse.operator.prox import expand_scale, non_finite, prox_counted_, survey_
+from proxsparse.operator.rounding import Noise, noise_seed
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import resume_hint
 
@@ -71,29 +71,54 @@ class ProximalStep:
     def __call__(self, step: int, max_steps: int) -> None:
         """After optimizer step ``step``, counted from 0, of ``max_steps``."""
         start = time.perf_counter()
-        counts = torch.zeros(len(self.targets), 2, dtype=torch.int64)
+        devices = {target.stored.device for target in self.targets}
+        # Per weight: 2:4 blocks, and blocks with NaN or infinite entries. They are read once, after the last weight.
+        counts = {device: torch.zeros(len(self.targets), 2, dtype=torch.int32, device=device) for device in devices}
         for place, target in enumerate(self.targets):
             weight = target.stored
             if not weight.numel():  # an empty shard
                 continue
-            try:
-                stats = prox_op_(
-                    target.rows(weight),
-                    self.strength(target, step, max_steps),
-                    scale=self._scale(target),
-                    stochastic=self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16,
-                    seed=noise_seed(self.args.seed + 1 + shard_number(target.weight), step, place),
-                )
-            except ValueError as error:
-                raise RunError(
-                    f"{target.name} at step {step + 1}: {error} {resume_hint(str(self.args.output_dir))}"
-                ) from error
-            counts[place] = torch.tensor([stats.blocks_24, stats.blocks])
-        self._counts = self.total(counts).cpu()
-        for target, (blocks_24, blocks) in zip(self.targets, self._counts.tolist(), strict=True):
-            if self.controllers:
-                self.controllers[target.name].observe(blocks_24 / blocks, step + 1, max_steps)
+            seed = noise_seed(self.args.seed + 1, step, place)
+            stochastic = self.args.rounding == "stochastic" and weight.dtype == torch.bfloat16
+            prox_counted_(
+                target.rows(weight),
+                self.strength(target, step, max_steps),
+                counts[weight.device][place],
+                scale=self._scale(target),
+                noise=Noise(seed, first_entry(target.weight)) if stochastic else None,
+            )
+        self._take_in(torch.stack([found.cpu() for found in counts.values()]).sum(0), step, max_steps)
         self.seconds += time.perf_counter() - start
+
+    def _take_in(self, found: Tensor, step: int, max_steps: int) -> None:
+        """Refuse non-finite weights, and keep the counts of blocks for the controllers and the log.
+
+        Args:
+            found: (weights, 2), 2:4 and non-finite blocks of what is stored here.
+        """
+        blocks = torch.tensor([target.stored.numel() // 4 for target in self.targets])
+        sparse, bad, blocks = self.total(torch.column_stack((found, blocks))).cpu().unbind(1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise RunError(
+                f"{self.targets[first].name} at step {step + 1}: {non_finite(int(bad[first]))} "
+                f"{resume_hint(str(self.args.output_dir))}"
+            )
+        self._counts = torch.column_stack((sparse, blocks))
+        for target, (blocks_24, of) in zip(self.targets, self._counts.tolist(), strict=True):
+            if self.controllers:
+                self.controllers[target.name].observe(blocks_24 / of, step + 1, max_steps)
+
+    def warm_up(self) -> None:
+        """Compile what the steps will run, on a few rows of each kind: the first step is as fast as others."""
+        kinds = {(t.rows(t.stored).shape[-1], t.stored.dtype, t.stored.device): t for t in self.targets}
+        for (width, dtype, device), target in kinds.items():
+            scale = self._scale(target)
+            own = None if scale is None else scale.view(-1, width)[0]
+            noise = Noise(0) if self.args.rounding == "stochastic" and dtype == torch.bfloat16 else None
+            rows = torch.ones(64, width, dtype=dtype, device=device)  # enough to fill a program of a kernel
+            prox_counted_(rows, 1.0, torch.zeros(2, dtype=torch.int32, device=device), scale=own, noise=noise)
+            survey_(rows, torch.zeros(16 * width, dtype=torch.uint8, device=device), own)
 
     def strength(self, target: Prunable, step: int, max_steps: int) -> float:
         """lambda1 of one weight in this step."""
@@ -108,16 +133,19 @@ class ProximalStep:
         blocks_24, blocks = self._counts.sum(0).tolist()
         if not blocks:
             return {}
-        changed, penalty, entries = 0, 0.0, 0
+        # Per device: mask entries that changed, the penalty, entries. They are read once, after the last weight.
+        found: dict[torch.device, Tensor] = {}
         for target in self.targets:
             rows = target.rows(target.stored)
             if not rows.numel():
                 continue
             fresh = target.name not in self._codes
             codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
-            moved, value = survey_(rows, codes, self._scale(target))
-            changed, penalty, entries = changed + (0 if fresh else moved), penalty + value, entries + rows.numel()
-        changed, penalty, entries = self.total(torch.tensor([changed, penalty, entries], dtype=torch.float64)).tolist()
+            seen = survey_(rows, codes, self._scale(target))
+            seen = torch.cat((seen[:1] * (not fresh), seen[1:], seen.new_full((1,), rows.numel())))
+            found[rows.device] = found.get(rows.device, torch.zeros_like(seen)) + seen
+        sums = sum((part.cpu() for part in found.values()), torch.zeros(3, dtype=torch.float64))
+        changed, penalty, entries = self.total(sums).tolist()
         seconds, self.seconds = self.seconds, 0.0
         return {
             "share_24": blocks_24 / blocks,

@@ -24,6 +24,7 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.learning.checks import require_packages, settings_at_fault
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import ZEROS_FILE
+from proxsparse.learning.head import last_states, plain_head
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_in_backward
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
@@ -36,7 +37,7 @@ from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.model.trainable import clean_generation_config, window_collator
-from proxsparse.operator.prox import kernel_for, prox_op_
+from proxsparse.operator.prox import kernel_for
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, resume_hint
 
@@ -121,9 +122,8 @@ class ProxSparseTrainer(SFTTrainer):
                 stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
-        self._measured = self._scaled = False
+        self._measured = self._scaled = self._inputs_need_grad = False
         self._step_seconds = 0.0
-        self._inputs_need_grad = False
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         with settings_at_fault():
             super().__init__(model, args, **kwargs)
@@ -145,7 +145,7 @@ class ProxSparseTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         start, step = time.perf_counter(), self.state.global_step + 1
         with doing(f"step {step} of learning"):
-            with self.objective.computing(lambda: self._logits(model, inputs)):
+            with self.objective.computing(lambda: self._teacher(model, inputs)):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._step_seconds += time.perf_counter() - start
             if not loss.isfinite():
@@ -168,8 +168,9 @@ class ProxSparseTrainer(SFTTrainer):
                 # With num_items_in_batch it is this micro-batch's share of the whole batch's mean.
                 self._record("lm_loss", loss * share.steps)
         else:
-            outputs = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False)
-            loss = self.objective.loss(outputs.logits, inputs["labels"], share)
+            head = self.objective.head if self.objective.teacher is not None else None
+            outputs = self._outputs(model, inputs, head)
+            loss = self.objective.loss(outputs if head else outputs.logits, inputs["labels"], share)
         if self.model.training:
             if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
                 self._inputs_need_grad = True
@@ -199,14 +200,19 @@ class ProxSparseTrainer(SFTTrainer):
             config.output_router_logits = False
 
     @torch.no_grad()
-    def _logits(self, model, inputs) -> Tensor:
-        """Logits of the weights as they are for the same batch, on (B * (T - 1), V)."""
+    def _teacher(self, model, inputs) -> Tensor:
+        """Logits (B, T, V) or last hidden states (B, T, H) of the weights as they are for the same batch."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             model.eval()
-            logits = model(**{k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}, use_cache=False).logits
+            outputs = self._outputs(model, inputs, self.objective.head)
             model.train()
-        return logits[:, :-1].flatten(0, 1)
+        return outputs if self.objective.head else outputs.logits
+
+    def _outputs(self, model, inputs, head):
+        """Of a plain forward pass; last hidden states where there is a head that makes the logits of them."""
+        inputs = {k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}
+        return last_states(self.model, model, **inputs) if head else model(**inputs, use_cache=False)
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.detach().item())
@@ -319,13 +325,17 @@ class ProxSparseTrainer(SFTTrainer):
         if args.score == "activation" and self.norms is None:
             self.norms = self._measure_norms()
         if self.norms is not None:
-            self.norms = {t.name: matching_part(self.norms[t.name], t.weight) for t in self.targets}
+            # Where they are used, once and for all.
+            parts = ((t, matching_part(self.norms[t.name], t.weight)) for t in self.targets)
+            self.norms = {t.name: part.to(t.stored.device, torch.float32) for t, part in parts}
         self.objective.begin(self.model, self.norms)
+        if args.distill and not self.is_fsdp_enabled and self.targets[0].stored.device.type != "cpu":
+            self.objective.head = plain_head(self.model)
         self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
-        weight = self.targets[0].stored
-        prox_op_(torch.ones(4, dtype=weight.dtype, device=weight.device), 1.0)  # compile now, not in the first step
-        logger.info("proximal operator: kernel '%s', %d weights", kernel_for(weight), len(self.targets))
+        self.proximal.warm_up()
+        kernel = kernel_for(self.targets[0].stored)
+        logger.info("proximal operator: kernel '%s', %d weights", kernel, len(self.targets))
 
     def _measure_norms(self) -> dict[str, Tensor]:
         windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])

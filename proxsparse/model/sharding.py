@@ -4,6 +4,7 @@ FSDP2 splits a weight along its first dimension, so a process holds whole rows o
 row more, or none at all), and the operator needs no communication. Everything here does nothing to a plain tensor.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,14 +18,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_number(weight: Tensor) -> int:
-    """Which part of a weight this process stores: 0 of a plain tensor; replicas of a part have its number."""
-    number = 0
+def first_row(weight: Tensor) -> int:
+    """Index in the whole weight of the first row stored in this process: 0 of a plain tensor."""
+    first, rows = 0, weight.shape[0] if weight.dim() else 1
     if isinstance(weight, DTensor):
         places: Sequence[int] = weight.device_mesh.get_coordinate() or ()
         for dim, (place, sharding) in enumerate(zip(places, weight.placements, strict=True)):
-            number = number * weight.device_mesh.size(dim) + place if sharding.is_shard() else number
-    return number
+            if sharding.is_shard(0):  # as torch.chunk cuts
+                most = -(-rows // weight.device_mesh.size(dim))
+                before = min(place * most, rows)
+                first, rows = first + before, min(most, rows - before)
+    return first
+
+
+def first_entry(weight: Tensor) -> int:
+    """Index in the whole weight of the first entry stored in this process, where whole rows are."""
+    return first_row(weight) * math.prod(weight.shape[1:])
 
 
 def total(values: Tensor, weight: Tensor) -> Tensor:

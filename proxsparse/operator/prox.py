@@ -12,25 +12,29 @@ Shapes: (..., I) with I a multiple of 4: linear weights (O, I), stacked experts 
 
 import logging
 import math
+from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxsparse.operator.kernels import eager
+from proxsparse.operator.rounding import Noise
 
 logger = logging.getLogger(__name__)
-_KERNELS = {"eager": eager.prox_}
+_KERNELS: dict[str, ModuleType | None] = {"eager": eager, "cpu": None, "triton": None}
+_PRODUCTS = dict(_KERNELS)  # with top2_product_ and survey_
 try:
     from proxsparse.operator.kernels import cpu
 
-    _KERNELS["cpu"] = cpu.prox_
+    _KERNELS["cpu"] = _PRODUCTS["cpu"] = cpu
 except ImportError:  # numba has no wheel for this Python or platform
     logger.warning("numba can't be imported: the proximal operator runs in plain torch on the CPU, many times slower")
 try:
-    from proxsparse.operator.kernels import triton
+    from proxsparse.operator.kernels import triton, triton_products
 
-    _KERNELS["triton"] = triton.prox_
+    _KERNELS["triton"], _PRODUCTS["triton"] = triton, triton_products
 except ImportError:  # comes with torch's GPU builds
     if torch.cuda.is_available():
         logger.warning("triton can't be imported: the proximal operator runs in plain torch on the GPU")
@@ -52,7 +56,7 @@ class ProxStats(NamedTuple):
 def kernel_for(weight: Tensor) -> str:
     """Name of the fastest kernel for this weight: 'cpu' (numba), 'triton' (GPU), or 'eager' (torch operations)."""
     name = _BY_DEVICE.get(weight.device.type, "eager")
-    return name if name in _KERNELS and weight.dtype in _FUSED_DTYPES.get(name, ()) else "eager"
+    return name if _KERNELS.get(name) and weight.dtype in _FUSED_DTYPES.get(name, ()) else "eager"
 
 
 def _check(weight: Tensor, lambda_: float, scale: Tensor | None) -> None:
@@ -91,7 +95,7 @@ def prox_op_(
             is divided back. With the norms of the inputs, a block compares what its weights contribute to the output.
         stochastic: round bfloat16 results stochastically. Rounding to nearest loses a shrinkage below half a unit in
             the last place; stochastic rounding keeps it on average.
-        seed: seed of the rounding noise; give each call another one.
+        seed: of the rounding noise, which is the same on every device; give each call its own.
         kernel: 'cpu', 'triton' or 'eager'; None picks the fastest (``kernel_for``).
 
     Returns:
@@ -101,27 +105,64 @@ def prox_op_(
         ValueError: the last dimension is no multiple of 4, lambda_ is negative or not finite, scale has the
             wrong shape, or the weight has NaN or infinite entries.
     """
-    _check(weight, lambda_, scale)
-    blocks = weight.numel() // 4
-    if lambda_ == 0 or blocks == 0:
-        return ProxStats(blocks, int((_nonzeros(weight) <= 2).sum()) if blocks else 0)
-    if scale is not None and scale.dim() == 2:
-        parts = [
-            prox_op_(rows, lambda_, scale=own, stochastic=stochastic, seed=seed + i, kernel=kernel)
-            for i, (rows, own) in enumerate(zip(weight, scale, strict=True))
-        ]
-        return ProxStats(blocks, sum(part.blocks_24 for part in parts))
-    kernel = kernel or kernel_for(weight)
-    run = _KERNELS.get(kernel)
-    if run is None:
-        raise ValueError(f"kernel must be one of {', '.join(_KERNELS)}; got {kernel!r}.")
-    flat = weight if weight.is_contiguous() else weight.contiguous()
-    sparse, bad = run(flat, lambda_, scale, stochastic, seed)
-    if flat is not weight:
-        weight.copy_(flat)
+    counts = torch.zeros(2, dtype=torch.int32, device=weight.device)
+    prox_counted_(weight, lambda_, counts, scale=scale, noise=Noise(seed) if stochastic else None, kernel=kernel)
+    sparse, bad = counts.tolist()
     if bad:
-        raise ValueError(f"weight has NaN or infinite entries in {bad} of its blocks of four; they have no minimiser.")
-    return ProxStats(blocks, sparse)
+        raise ValueError(non_finite(bad))
+    return ProxStats(weight.numel() // 4, sparse)
+
+
+@torch.no_grad()
+def prox_counted_(
+    weight: Tensor,
+    lambda_: float,
+    counts: Tensor,
+    *,
+    scale: Tensor | None = None,
+    noise: Noise | None = None,
+    kernel: str | None = None,
+) -> None:
+    """``prox_op_`` whose counts stay on the device: nothing waits for the result.
+
+    Args:
+        weight, lambda_, scale, kernel: as in ``prox_op_``.
+        counts: (2,) int32 on the weight's device, to which are added the blocks that are 2:4 afterwards, and the
+            blocks with NaN or infinite entries, which are left as they were.
+        noise: of stochastic rounding, or None to round to nearest.
+
+    Raises:
+        ValueError: as ``prox_op_``, but not for NaN or infinite entries.
+    """
+    _check(weight, lambda_, scale)
+    name = kernel or kernel_for(weight)
+    module = _KERNELS.get(name)
+    if module is None:
+        raise ValueError(f"kernel must be one of {', '.join(n for n, m in _KERNELS.items() if m)}; got {kernel!r}.")
+    if not weight.numel():
+        return
+    if lambda_ == 0:
+        counts[0] += (_nonzeros(weight) <= 2).sum().to(counts.dtype)
+        return
+    solved = weight if weight.is_contiguous() else weight.contiguous()
+    for part, own, after in _parts(solved, scale, name):
+        module.prox_(part, lambda_, own, noise and noise.after(after), counts)
+    if solved is not weight:
+        weight.copy_(solved)
+
+
+def non_finite(blocks: int) -> str:
+    """What is wrong with a weight that has such blocks."""
+    return f"weight has NaN or infinite entries in {blocks} of its blocks of four; they have no minimiser."
+
+
+def _parts(weight: Tensor, scale: Tensor | None, kernel: str) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """Parts of a weight that share a scale (I,): (part, its scale, entries before it). Triton's kernels need none."""
+    if scale is None or scale.dim() == 1 or kernel == "triton":
+        yield weight, scale, 0
+        return
+    for number, (expert, own) in enumerate(zip(weight, scale, strict=True)):
+        yield expert, own, number * expert.numel()
 
 
 def prox_op(weight: Tensor, lambda_: float, *, scale: Tensor | None = None) -> Tensor:
@@ -162,8 +203,7 @@ def regularizer(weight: Tensor) -> Tensor:
     """
     _check(weight, 0.0, None)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    a, b, c, d = weight.to(dtype).abs().unflatten(-1, (-1, 4)).unbind(-1)
-    return (a * b * (c + d) + c * d * (a + b)).sum()
+    return eager.penalty(weight.to(dtype))
 
 
 def top2_mask(weight: Tensor) -> Tensor:
@@ -182,67 +222,60 @@ def top2_mask(weight: Tensor) -> Tensor:
         tensor([[0, 1, 1, 0]], dtype=torch.int32)
     """
     _check(weight, 0.0, None)
-    a, b, c, d = weight.detach().abs().unflatten(-1, (-1, 4)).unbind(-1)
-    # Kept where fewer than two others are larger.
-    ab, ac, ad, bc, bd, cd = b > a, c > a, d > a, c > b, d > b, d > c
-    larger = (
-        ab.byte() + ac.byte() + ad.byte(),
-        (~ab).byte() + bc.byte() + bd.byte(),
-        (~ac).byte() + (~bc).byte() + cd.byte(),
-        (~ad).byte() + (~bd).byte() + (~cd).byte(),
-    )
-    return torch.stack([count < 2 for count in larger], -1).flatten(-2)
+    return eager.top2_mask(weight.detach())
 
 
 @torch.no_grad()
-def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None = None) -> None:
+def top2_product_(
+    out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None = None, kernel: str | None = None
+) -> None:
     """Write base * top2_mask(learned * scale) into ``out``: the original weights under the learned mask.
 
     Args:
-        out: (..., I), I a multiple of 4; overwritten.
+        out: (..., I), I a multiple of 4; overwritten. It may be ``base`` or ``learned``.
         base: (..., I), the original weights.
         learned: (..., I), the learned weights.
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
+        kernel: as in ``prox_op_``.
     """
-    if scale is not None and scale.dim() == 2:
-        for parts in zip(out, base, learned, scale, strict=True):
-            top2_product_(*parts)
-        return
-    if kernel_for(learned) == "cpu" and all(
-        t.dtype == torch.float32 and t.is_contiguous() for t in (out, base, learned)
+    name, module = _product_kernel(kernel, out, base, learned)
+    for (written, own, _), kept, scored in zip(
+        _parts(out, scale, name), _tensors(base, scale, name), _tensors(learned, scale, name), strict=True
     ):
-        flat = [t.view(-1).numpy() for t in (out, base, learned)]
-        cpu.top2_product_(*flat, cpu.columns(scale), cpu.parts())  # type: ignore[call-arg]
-        return
-    out.copy_(base * top2_mask(learned if scale is None else learned.float() * scale.to(learned.device)))
+        module.top2_product_(written, kept, scored, own)
 
 
 @torch.no_grad()
-def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None) -> tuple[int, float]:
+def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None, kernel: str | None = None) -> Tensor:
     """How many entries of the mask changed since the last call, and the penalty, in one pass over the weight.
 
     Args:
         weight: (..., I), I a multiple of 4.
         codes: (weight.numel() / 4,) uint8, where this function remembers the mask; zeros before the first call.
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
+        kernel: as in ``prox_op_``.
 
     Returns:
-        (mask entries that changed, sum of R(weight * scale)).
+        (2,) float64 on the weight's device: mask entries that changed, sum of R(weight * scale).
     """
-    if scale is not None and scale.dim() == 2:
-        parts = [survey_(w, c, s) for w, c, s in zip(weight, codes.view(len(weight), -1), scale, strict=True)]
-        return sum(part[0] for part in parts), sum(part[1] for part in parts)
-    if kernel_for(weight) == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
-        memory = codes.view(-1).numpy()
-        changed, penalty = cpu.survey_(weight.view(-1).numpy(), cpu.columns(scale), memory, cpu.parts())
-        return int(changed), float(penalty)
-    scored = weight.float() if scale is None else weight.float() * scale.to(weight.device)
-    bits = top2_mask(scored).unflatten(-1, (-1, 4)).to(torch.uint8)
-    now = (bits * torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
-    before = codes.view(now.shape)
-    changed = sum(int(((now ^ before) >> k & 1).sum()) for k in range(4))
-    before.copy_(now)
-    return changed, regularizer(scored).item()
+    name, module = _product_kernel(kernel, weight)
+    found = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for part, own, after in _parts(weight, scale, name):
+        found += module.survey_(part, codes[after // 4 : (after + part.numel()) // 4], own)
+    return found
+
+
+def _product_kernel(kernel: str | None, *tensors: Tensor) -> tuple[str, ModuleType]:
+    """Name and module of the kernel for tensors that are read together; only 'eager' takes unlike ones."""
+    alike = all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
+    name = kernel or (kernel_for(tensors[0]) if alike else "eager")
+    module = _PRODUCTS[name]
+    assert module is not None, name
+    return name, module
+
+
+def _tensors(weight: Tensor, scale: Tensor | None, kernel: str) -> Iterator[Tensor]:
+    return (part for part, _, _ in _parts(weight, scale, kernel))
 
 
 def expand_scale(scale: Tensor, rows: Tensor) -> Tensor:

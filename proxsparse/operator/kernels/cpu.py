@@ -16,7 +16,11 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from proxsparse.operator.kernels.cache import choose_cache
 from proxsparse.operator.kernels.threads import match_torch
+from proxsparse.operator.rounding import Noise
+
+choose_cache()
 
 TILE = 128  # blocks; 16 float32 columns = 8 KiB per thread, inside the L1 cache
 MAX_STEPS = 32
@@ -35,13 +39,13 @@ INFINITE = np.uint32(0x7F800000)  # exponent bits of infinities and NaNs
 
 @_inline
 def _hash(x):
-    """32 well-mixed bits of a counter (Wellons' lowbias32)."""
+    """32 well-mixed bits of a counter (Wellons' lowbias32). numba widens products to 64 bits, so each is cut."""
     x = np.uint32(x)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x7FEB352D)
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 @_inline
@@ -74,28 +78,28 @@ def _load_overload(weight, start, count, tile, tile_bits):
     return load
 
 
-def _store(weight, start, count, tile, tile_bits, stochastic, seed):  # pragma: no cover (compiled)
+def _store(weight, start, count, tile, tile_bits, stochastic, seed, origin):  # pragma: no cover (compiled)
     raise NotImplementedError
 
 
 @overload(_store)
-def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed):
+def _store_overload(weight, start, count, tile, tile_bits, stochastic, seed, origin):
     if weight.dtype == numba.float32:
 
-        def store(weight, start, count, tile, tile_bits, stochastic, seed):
+        def store(weight, start, count, tile, tile_bits, stochastic, seed, origin):
             piece = weight[start : start + 4 * count]
             for j in range(count):
                 piece[4 * j], piece[4 * j + 1] = tile[0, j], tile[1, j]
                 piece[4 * j + 2], piece[4 * j + 3] = tile[2, j], tile[3, j]
     else:
 
-        def store(weight, start, count, tile, tile_bits, stochastic, seed):
+        def store(weight, start, count, tile, tile_bits, stochastic, seed, origin):
             piece = weight[start : start + 4 * count]
             for j in range(count):
                 for k in range(4):
                     bits = tile_bits[k, j]
                     if stochastic:
-                        noise = _hash(np.uint32(start + 4 * j + k) ^ seed) & np.uint32(0xFFFF)
+                        noise = _hash(np.uint32(origin + start + 4 * j + k) ^ seed) & np.uint32(0xFFFF)
                     else:
                         noise = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
                     piece[4 * j + k] = _bfloat16_bits(bits, noise)
@@ -329,14 +333,15 @@ def _finish(measured, z, lam_block, x, count):
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def prox_flat_(weight, scale, lam, stochastic, seed, parts):
+def prox_flat_(weight, scale, lam, stochastic, seed, origin, parts):
     """Apply the operator to a contiguous weight in place.
 
     Args:
         weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
         scale: (4, I / 4) float32 positive, entry k of every block in row k, or (4, 0) for ones.
         lam: float32 strength, > 0.
-        stochastic: round bfloat16 stochastically, with noise from ``seed`` and the weight's index.
+        stochastic: round bfloat16 stochastically, with noise from ``seed`` (uint32) and the entry's index, counted
+            from ``origin`` (int64).
         parts: number of contiguous parts that the threads share.
 
     Returns:
@@ -374,7 +379,7 @@ def prox_flat_(weight, scale, lam, stochastic, seed, parts):
             sparse += _finish(measured, z, lam_block, x, count)
             if scaled:
                 _divide_back(tile, scale, own, start % scale.shape[1], count)
-            _store(weight, 4 * start, count, tile, bits, stochastic, seed)
+            _store(weight, 4 * start, count, tile, bits, stochastic, seed, origin)
             bad += wrong
         counts[part, 0], counts[part, 1] = sparse, bad
     return counts.sum(axis=0)
@@ -394,15 +399,15 @@ def _pattern(measured, code, count):
 
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
-def top2_product_(out, base, learned, scale, parts):
+def _product_flat_(out, base, learned, scale, parts):
     """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
 
     Args:
-        out, base, learned: (N,) float32 contiguous, N a multiple of 4; ``out`` is overwritten.
+        out, base, learned: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4; ``out`` is overwritten.
         scale, parts: as in prox_flat_.
     """
     blocks = learned.size // 4
-    scaled = scale.size > 0
+    scaled, zero = scale.size > 0, np.zeros(1, out.dtype)[0]
     for part in numba.prange(parts):
         bits, code = np.empty((4, TILE), np.uint32), np.empty(TILE, np.uint8)
         tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
@@ -416,15 +421,15 @@ def top2_product_(out, base, learned, scale, parts):
             kept, masked = base[4 * start : 4 * (start + count)], out[4 * start : 4 * (start + count)]
             for j in range(count):
                 for k in range(4):
-                    masked[4 * j + k] = kept[4 * j + k] if code[j] >> U8(k) & U8(1) else ZERO
+                    masked[4 * j + k] = kept[4 * j + k] if code[j] >> U8(k) & U8(1) else zero
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def survey_(weight, scale, codes, parts):
+def _survey_flat_(weight, scale, codes, parts):
     """Look at every block once: how many mask entries changed since the last call, and the sum of R.
 
     Args:
-        weight: (N,) float32 contiguous, N a multiple of 4.
+        weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
         codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
         scale, parts: as in prox_flat_.
 
@@ -463,21 +468,51 @@ def parts() -> int:
     return 8 * match_torch()
 
 
-def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, seed: int) -> tuple[int, int]:
+def prox_(weight: Tensor, lam: float, scale: Tensor | None, noise: Noise | None, counts: Tensor) -> None:
     """Apply the operator to a contiguous float32 or bfloat16 weight in place.
 
     Args:
         scale: (I,), or None for ones.
-        stochastic: round bfloat16 stochastically, with noise from ``seed``.
+        noise: of stochastic rounding, or None to round bfloat16 to nearest.
+        counts: (2,), to which are added the blocks that are 2:4 afterwards, and the blocks with a non-finite entry,
+            which are left as they were.
+    """
+    seed, first = noise or (0, 0)
+    strength = F(min(lam, float(HUGE)))
+    found = prox_flat_(
+        flat(weight), columns(scale), strength, noise is not None, np.uint32(seed & 0xFFFFFFFF), first, parts()
+    )
+    counts += torch.from_numpy(found)
+
+
+def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None) -> None:
+    """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
+
+    Args:
+        out, base, learned: contiguous, of one dtype, float32 or bfloat16; ``out`` may be one of the others.
+        scale: (I,), or None for ones.
+    """
+    _product_flat_(flat(out), flat(base), flat(learned), columns(scale), parts())
+
+
+def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Look at every block once.
+
+    Args:
+        weight: contiguous float32 or bfloat16.
+        codes: (blocks,) uint8, bit k set where entry k of a block is kept; overwritten.
+        scale: (I,), or None for ones.
 
     Returns:
-        (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
+        (2,) float64: entries of the mask that changed, sum of R(weight * scale).
     """
+    return torch.from_numpy(_survey_flat_(flat(weight), columns(scale), codes.view(-1).numpy(), parts()))
+
+
+def flat(weight: Tensor) -> np.ndarray:
+    """(N,) float32, or uint16 bits of bfloat16: the same memory."""
     bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
-    strength = F(min(lam, float(HUGE)))
-    noise = np.uint32(seed & 0xFFFFFFFF)
-    sparse, bad = prox_flat_(bits.view(-1).numpy(), columns(scale), strength, stochastic, noise, parts())
-    return int(sparse), int(bad)
+    return bits.view(-1).numpy()
 
 
 def columns(scale: Tensor | None) -> np.ndarray:

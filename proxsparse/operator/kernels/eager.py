@@ -7,12 +7,18 @@ Shapes: G = blocks of four; magnitudes are stored as four columns of G values ea
 import torch
 from torch import Tensor
 
-from proxsparse.operator.rounding import round_stochastically
+from proxsparse.operator.rounding import Noise, round_stochastically
 
-CHUNK_BLOCKS = 1 << 15  # about 300 live temporaries of 128 KiB at worst: below 64 MiB on top of the weight
+# Blocks at a time. About 300 live temporaries at worst: 64 MiB on a CPU. Elsewhere small ones would be all launches.
+CHUNK_BLOCKS, CHUNK_BLOCKS_OF_A_GPU = 1 << 15, 1 << 22
 MAX_STEPS = 32  # near a double root Newton halves its error, and 2^-32 is below float32's resolution
 TINY = 1e-30
 SETTLED = 1e-7
+
+
+def chunk_blocks(device: torch.device) -> int:
+    """Blocks that are solved at a time."""
+    return CHUNK_BLOCKS if device.type == "cpu" else CHUNK_BLOCKS_OF_A_GPU
 
 
 def _gentle(z: Tensor, lam: Tensor) -> Tensor:
@@ -130,9 +136,10 @@ def prox_blocks_(blocks: Tensor, lam: float, scale: Tensor | None = None) -> Non
         lam: strength, unit 1 / |block entry * scale|; > 0.
         scale: (G, 4) positive, or None for ones: the operator acts on blocks * scale, the result is divided back.
     """
-    for start in range(0, blocks.shape[0], CHUNK_BLOCKS):
-        part = blocks[start : start + CHUNK_BLOCKS]
-        measured = part if scale is None else part * scale[start : start + CHUNK_BLOCKS]
+    step = chunk_blocks(blocks.device)
+    for start in range(0, blocks.shape[0], step):
+        part = blocks[start : start + step]
+        measured = part if scale is None else part * scale[start : start + step]
         z, order = measured.abs().T.sort(dim=0, descending=True, stable=True)
         top = z[0].clone()
         lam_block = lam * top
@@ -150,37 +157,79 @@ def prox_blocks_(blocks: Tensor, lam: float, scale: Tensor | None = None) -> Non
         shrink = torch.empty_like(shrink).scatter_(0, order, shrink).T
         removed = torch.empty_like(removed).scatter_(0, order, removed).T
         if scale is not None:
-            shrink = shrink / scale[start : start + CHUNK_BLOCKS]
+            shrink = shrink / scale[start : start + step]
         part.copy_(torch.where(removed, torch.zeros_like(part), part.sign() * (part.abs() - shrink).clamp_min(0)))
 
 
-def prox_(weight: Tensor, lam: float, scale: Tensor | None, stochastic: bool, seed: int) -> tuple[int, int]:
+def prox_(weight: Tensor, lam: float, scale: Tensor | None, noise: Noise | None, counts: Tensor) -> None:
     """Apply the operator to a contiguous weight of any float dtype in place.
 
     Args:
         scale: (I,), or None for ones.
-        stochastic: round bfloat16 stochastically, with noise from ``seed``.
-
-    Returns:
-        (blocks that are 2:4 afterwards, blocks with a non-finite entry, left as they were).
+        noise: of stochastic rounding, or None to round bfloat16 to nearest.
+        counts: (2,), to which are added the blocks that are 2:4 afterwards, and the blocks with a non-finite entry,
+            which are left as they were.
     """
     rows = weight.view(-1, weight.shape[-1])
-    step = max(1, 4 * CHUNK_BLOCKS // rows.shape[1])
+    width = rows.shape[1]
+    step = max(1, 4 * chunk_blocks(weight.device) // width)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    generator = torch.Generator(weight.device).manual_seed(seed) if stochastic else None
-    sparse = torch.zeros((), dtype=torch.int64, device=weight.device)
-    bad = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         solved = part.to(dtype, copy=True).view(-1, 4)
         finite = solved.isfinite().all(-1)
-        bad += (~finite).sum()
         solved[~finite] = 0
         prox_blocks_(solved, lam, None if scale is None else scale.to(solved).expand_as(part).reshape(-1, 4))
         rounded = solved
-        if generator is not None and weight.dtype == torch.bfloat16:
-            rounded = round_stochastically(solved, generator)
+        if noise is not None and weight.dtype == torch.bfloat16:
+            rounded = round_stochastically(solved, noise.after(start * width))
         blocks = part.view(-1, 4)
         blocks.copy_(torch.where(finite[:, None], rounded.to(part.dtype), blocks))
-        sparse += ((blocks.count_nonzero(-1) <= 2) & finite).sum()
-    return int(sparse), int(bad)
+        counts += torch.stack((((blocks.count_nonzero(-1) <= 2) & finite).sum(), (~finite).sum())).to(counts.dtype)
+
+
+def top2_mask(scores: Tensor) -> Tensor:
+    """Where a score is one of the two largest of its block; ties go to the earlier one. (..., I) -> (..., I) bool."""
+    a, b, c, d = scores.abs().unflatten(-1, (-1, 4)).unbind(-1)
+    # Kept where fewer than two others are larger.
+    ab, ac, ad, bc, bd, cd = b > a, c > a, d > a, c > b, d > b, d > c
+    larger = (
+        ab.byte() + ac.byte() + ad.byte(),
+        (~ab).byte() + bc.byte() + bd.byte(),
+        (~ac).byte() + (~bc).byte() + cd.byte(),
+        (~ad).byte() + (~bd).byte() + (~cd).byte(),
+    )
+    return torch.stack([count < 2 for count in larger], -1).flatten(-2)
+
+
+def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None) -> None:
+    """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``, of any dtype; scale (I,) or None."""
+    mask = top2_mask(learned if scale is None else learned.float() * scale.to(learned.device))
+    out.copy_(torch.where(mask, base, 0))
+
+
+def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Look at every block once.
+
+    Args:
+        weight: (..., I), any dtype.
+        codes: (blocks,) uint8, bit k set where entry k of a block is kept; overwritten.
+        scale: (I,), or None for ones.
+
+    Returns:
+        (2,) float64: entries of the mask that changed, sum of R(weight * scale).
+    """
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    scored = wide if scale is None else wide * scale.to(weight.device)
+    kept = top2_mask(scored).unflatten(-1, (-1, 4)).to(torch.uint8)
+    now = (kept * torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=kept.device)).sum(-1, dtype=torch.uint8)
+    before = codes.view(now.shape)
+    changed = torch.stack([((now ^ before) >> k & 1).sum() for k in range(4)]).sum()
+    before.copy_(now)
+    return torch.stack((changed.double(), penalty(scored).double()))
+
+
+def penalty(weight: Tensor) -> Tensor:
+    """Sum of R over all blocks, a differentiable scalar of the weight's dtype."""
+    a, b, c, d = weight.abs().unflatten(-1, (-1, 4)).unbind(-1)
+    return (a * b * (c + d) + c * d * (a + b)).sum()

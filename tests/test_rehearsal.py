@@ -1,0 +1,166 @@
+"""Learning as GPUs run it, on a pretended one: no mixed devices, the masks of the CPU, and no waiting in vain."""
+
+import functools
+import re
+from collections import Counter
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from datasets import Dataset
+from pretended import Card, OnCard
+from transformers import TrainerCallback
+
+from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.trainer import ProxSparseTrainer
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing runs")
+
+STEPS = 3
+FEW = r"q_proj|down_proj"  # weights; a kernel in Triton's interpreter takes a tenth of a second
+OFFLOADED = {"offload_learned": True, "keep_base": "cpu"}
+ADAMW = {"optim": "adamw_torch_fused"}
+PAPER = {"method": "paper"}
+# What is learned -> the settings that place it elsewhere, which must not change the mask.
+SETTINGS = {
+    "masked": ({}, [{}, {"keep_base": "cpu"}, {"keep_base": "checkpoint"}, OFFLOADED]),
+    "in backward": ({"optim_in_backward": True}, [{"offload_learned": True, "keep_base": "checkpoint"}]),
+    "accumulated": ({"gradient_accumulation_steps": 3, "distill": 0.5}, [OFFLOADED]),
+    "auto": ({"lambda_value": "auto", "score": "weight"}, [{}]),
+    "AdamW": (ADAMW, [{}]),
+    "paper": (PAPER, [{}]),
+    "paper, in backward": (PAPER | {"optim": "adafactor", "optim_in_backward": True}, [{}]),
+    "paper, lambda2": (PAPER | {"project_lambda2": 1, "lambda2_value": 0.25}, [{}, {"keep_base": "cpu"}]),
+}
+CASES = [(name, places) for name, (_, variants) in SETTINGS.items() for places in variants]
+
+
+def small_model(**changes):
+    return tiny_llama(**({"num_hidden_layers": 1, "attn_implementation": "eager"} | changes))
+
+
+@functools.cache
+def tokens():
+    return torch.randint(1, 257, (STEPS, 16), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def trainer(folder, device, model=None, callbacks=(), **changes):
+    settings = {
+        "output_dir": str(folder), "bf16": False, "save_strategy": "no", "logging_steps": 2, "max_length": 16,
+        "disable_tqdm": True, "report_to": "none", "include": FEW,
+    }  # fmt: skip
+    settings |= {"use_cpu": True} if device == "cpu" else {}
+    return ProxSparseTrainer(
+        (model or small_model()).to(device), ProxSparseConfig(**(settings | changes)), callbacks=list(callbacks),
+        train_dataset=Dataset.from_dict({"input_ids": tokens()}),
+        eval_dataset=Dataset.from_dict({"input_ids": tokens()}),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """Name of a setting -> the mask that it learns on the CPU."""
+
+    @functools.cache
+    def learned(name):
+        runs = trainer(tmp_path_factory.mktemp("cpu"), "cpu", **SETTINGS[name][0])
+        runs.train()
+        return runs.mask().tensors
+
+    return learned
+
+
+@pytest.mark.parametrize(
+    ("name", "places"), CASES, ids=lambda value: str(value) if isinstance(value, str) else "-".join(value)
+)
+def test_a_gpu_learns_the_mask_of_the_cpu(tmp_path, on_cpu, saved, name, places):
+    want = on_cpu(name)
+    model = small_model()
+    model.config._name_or_path = saved
+    with Card() as card:
+        runs = trainer(tmp_path, "cuda", model, **(SETTINGS[name][0] | places))
+        runs.train()
+        found = runs.mask().tensors
+        assert {type(parameter) for parameter in runs.model.parameters()} == {OnCard}
+    assert not card.count.faults
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[weight], want[weight]) for weight in want)
+
+
+@pytest.mark.parametrize("changes", [{}, ADAMW, PAPER, OFFLOADED, {"eval_strategy": "steps", "eval_steps": 2}], ids=str)
+def test_bfloat16_weights_learn_on_a_gpu(tmp_path, changes):
+    with Card() as card:
+        runs = trainer(tmp_path, "cuda", small_model().to(torch.bfloat16), bf16=True, **changes)
+        runs.train()
+        assert len(runs.mask().tensors) == 2
+    assert not card.count.faults
+
+
+class Counting(TrainerCallback):
+    """What the second optimizer step asks of the card, from its beginning to its end."""
+
+    def __init__(self, card):
+        self.card = card
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.found = self.card.fresh()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.card.fresh()
+
+
+def counts_of_a_step(folder, layers=1, model=None, **changes):
+    with Card() as card:
+        counting = Counting(card)
+        settings = {"logging_steps": 100, "max_steps": 2} | changes
+        trainer(folder, "cuda", model or small_model(num_hidden_layers=layers), [counting], **settings).train()
+    return counting.found
+
+
+def of_the_learning(counter):
+    """Without what the kernels ask themselves."""
+    return {key: times for key, times in counter.items() if not key[1].startswith("operator/")}
+
+
+def test_the_host_waits_for_the_device_a_few_times_per_step_however_many_weights_there_are(tmp_path):
+    small, large = (of_the_learning(counts_of_a_step(tmp_path / str(n), layers=n).waits) for n in (1, 3))
+    assert sum(small.values()) == sum(large.values()) <= 10, (small, large)
+
+
+def test_nothing_is_copied_to_the_device_that_was_there(tmp_path):
+    counts = counts_of_a_step(tmp_path)
+    moved = {place: size for (way, place), size in counts.bytes.items() if way == "to_card" and place != "elsewhere"}
+    assert sum(moved.values()) <= 64, moved  # no weight and no norm
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["at once", "in backward"])
+def test_an_offloaded_weight_crosses_once_per_direction_and_step_and_nobody_waits_for_it(tmp_path, fused):
+    model = small_model()
+    sizes = [parameter.nbytes for name, parameter in model.named_parameters() if re.search(FEW, name)]
+    counts = counts_of_a_step(tmp_path, model=model, optim_in_backward=fused, **OFFLOADED)
+    moved = Counter()
+    for (way, place), size in counts.bytes.items():
+        moved[way] += size * place.startswith("learning/")
+    assert moved["to_host"] == sum(sizes)  # what was learned
+    assert 2 * sum(sizes) <= moved["to_card"] <= 2 * sum(sizes) + 64  # W0, and what was learned
+    waits = of_the_learning(counts.waits)
+    assert sum(waits.values()) <= 10, waits
+
+
+def test_the_whole_logits_never_exist_where_the_head_is_plain(tmp_path, monkeypatch):
+    monkeypatch.setattr("proxsparse.learning.losses.HEAD_POSITIONS", 4)
+    logits = 16 * 2048 * 4
+    plain = counts_of_a_step(tmp_path / "plain", model=small_model(vocab_size=2048)).largest
+    monkeypatch.setattr("proxsparse.learning.trainer.plain_head", lambda model: None)
+    whole = counts_of_a_step(tmp_path / "whole", model=small_model(vocab_size=2048)).largest
+    assert plain <= logits / 4 < logits <= whole
