@@ -36,7 +36,8 @@ CASES = [(name, places) for name, (_, variants) in SETTINGS.items() for places i
 
 
 def small_model(**changes):
-    return tiny_llama(**({"num_hidden_layers": 1, "attn_implementation": "eager"} | changes))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_llama(**({"num_hidden_layers": 1, "attn_implementation": "eager"} | sizes | changes))
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def tokens():
 def trainer(folder, device, model=None, callbacks=(), **changes):
     settings = {
         "output_dir": str(folder), "bf16": False, "save_strategy": "no", "logging_steps": 2, "max_length": 16,
-        "disable_tqdm": True, "report_to": "none", "include": FEW,
+        "disable_tqdm": True, "report_to": "none", "include": FEW, "max_steps": 2,
     }  # fmt: skip
     settings |= {"use_cpu": True} if device == "cpu" else {}
     return ProxSparseTrainer(
@@ -133,7 +134,7 @@ def of_the_learning(counter):
 
 
 def test_the_host_waits_for_the_device_a_few_times_per_step_however_many_weights_there_are(tmp_path):
-    small, large = (of_the_learning(counts_of_a_step(tmp_path / str(n), layers=n).waits) for n in (1, 3))
+    small, large = (of_the_learning(counts_of_a_step(tmp_path / str(n), layers=n).waits) for n in (1, 2))
     assert sum(small.values()) == sum(large.values()) <= 10, (small, large)
 
 
@@ -151,7 +152,7 @@ def test_an_offloaded_weight_crosses_once_per_direction_and_step_and_nobody_wait
     moved = Counter()
     for (way, place), size in counts.bytes.items():
         moved[way] += size * place.startswith("learning/")
-    assert moved["to_host"] == sum(sizes)  # what was learned
+    assert sum(sizes) <= moved["to_host"] <= sum(sizes) + 64  # what was learned
     assert 2 * sum(sizes) <= moved["to_card"] <= 2 * sum(sizes) + 64  # W0, and what was learned
     waits = of_the_learning(counts.waits)
     assert sum(waits.values()) <= 10, waits

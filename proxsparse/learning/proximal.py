@@ -116,9 +116,10 @@ class ProximalStep:
             scale = self._scale(target)
             own = None if scale is None else scale.view(-1, width)[0]
             noise = Noise(0) if self.args.rounding == "stochastic" and dtype == torch.bfloat16 else None
-            rows = torch.ones(64, width, dtype=dtype, device=device)  # enough to fill a program of a kernel
+            # A program works on one row where there is a scale; else 64 fill one. Small values are solved at once.
+            rows = torch.full((64 if own is None else 1, width), 1e-3, dtype=dtype, device=device)
             prox_counted_(rows, 1.0, torch.zeros(2, dtype=torch.int32, device=device), scale=own, noise=noise)
-            survey_(rows, torch.zeros(16 * width, dtype=torch.uint8, device=device), own)
+            survey_(rows, torch.zeros(rows.numel() // 4, dtype=torch.uint8, device=device), own)
 
     def strength(self, target: Prunable, step: int, max_steps: int) -> float:
         """lambda1 of one weight in this step."""
