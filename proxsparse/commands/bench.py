@@ -56,25 +56,34 @@ def main(args: argparse.Namespace) -> None:
         raise
     except Exception as error:  # of the model's own code, before anything of ours is in it
         raise RunError(f"{type(model).__name__} can't decode with its cache here: {error}") from error
-    rows = {"dense": measure(model, args)}
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
+    rows = {"dense": measure(model, ids, args)}
     if model.device.type == "cuda":
-        converted = use_semi_structured(model)
-        counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
-        print(f"{counts} (they gain nothing, or do not fit)")
+        rows["sparse"] = measure_semi_structured(model, ids, args)
     else:
-        converted = {"sparse": use_compact(model)}
-        print(f"{converted['sparse']} linear layers are compact")
-    rows["sparse"] = measure(model, args)
+        print(f"{use_compact(model)} linear layers are compact")
+        rows["sparse"] = measure(model, ids, args)
     show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
     print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})
 
 
-@torch.no_grad()
-def measure(model: PreTrainedModel, args) -> dict[str, float]:
-    """Tokens per second of prefill and of decoding, and bytes of the weights."""
-    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
-    prefill = seconds(lambda: model(input_ids=ids, use_cache=False), model.device, args.repeat)
+def measure_semi_structured(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Prefill and decoding on a GPU, with the weights that gain at their number of rows."""
+    found = {}
+    for name, tokens in (("prefill", args.prompt), ("decoding", 1)):
+        converted = use_semi_structured(model, tokens)
+        counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
+        print(f"{name}: {counts} (they gain nothing, or do not fit)")
+        found[name] = measure(model, ids, args)
+    key = "prefill_tokens_per_second"
+    return found["decoding"] | {key: found["prefill"][key]}
 
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of prefill and of decoding, and bytes of the weights."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    prefill = seconds(lambda: model(input_ids=ids, use_cache=False, **last), model.device, args.repeat)
     taken = seconds(lambda: decode(model, ids[:, :1], args.tokens + 1), model.device, args.repeat)
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
     size = sum(module.nbytes for module in compact)

@@ -8,13 +8,14 @@ that gain are converted. ``proxsparse bench`` shows what a machine gains.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from transformers import PreTrainedModel
 
 from proxsparse.deploy import decode
@@ -28,6 +29,7 @@ from proxsparse.operator.pattern import TWO_OF_FOUR
 logger = logging.getLogger(__name__)
 
 WORTHWHILE = 1.05  # a sparse product must be so many times faster than the dense one
+MEASURED = 8  # weights of a shape, together more than a GPU's cache
 
 
 def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedModel:
@@ -156,11 +158,14 @@ def _dense_linear(compact: CompactLinear) -> nn.Linear:
     return linear
 
 
+@torch.no_grad()
 def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
     """Turn pruned linear weights on a GPU into torch's semi-structured tensors where that is faster, in place.
 
+    Weights that are semi-structured already are made dense first, so that each call decides anew.
+
     Args:
-        tokens: rows of the input that each shape is measured with.
+        tokens: rows of the input that each shape is measured with: 1 for decoding, the prompt's for prefill.
 
     Returns:
         {"sparse": number converted, "dense": number left dense}.
@@ -171,43 +176,82 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
     """
     if model.device.type != "cuda":
         raise RunError(f"Semi-structured tensors need a CUDA device; the model is on {model.device}.")
-    from torch.sparse import to_sparse_semi_structured
-
-    for target in find_prunable(model):  # torch would drop the smaller weights of other blocks without a word
+    use_dense(model)
+    targets = find_prunable(model)
+    for target in targets:  # torch would drop the smaller weights of other blocks without a word
         if TWO_OF_FOUR.violations(target.rows(target.weight.detach())).any():
             raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
-    worthwhile: dict[tuple[int, ...], bool] = {}
+    shapes: dict[tuple[int, ...], list[Prunable]] = {}
+    for target in targets:
+        if type(target.module) is nn.Linear and semi_structured_fits(tuple(target.weight.shape), target.weight.dtype):
+            shapes.setdefault(tuple(target.weight.shape), []).append(target)
     converted: dict[str, list[Prunable]] = {}
-    counts = {"sparse": 0, "dense": 0}
-    for target in find_prunable(model):
-        weight = target.weight
-        shape = tuple(weight.shape)
-        fits = type(target.module) is nn.Linear and weight.element_size() == 2 and not (shape[0] % 32 or shape[1] % 64)
-        if not fits:
-            counts["dense"] += 1
+    for shape, members in shapes.items():
+        some = members[:MEASURED]
+        sparse = [_semi_structured(target) for target in some]
+        x = torch.randn(tokens, shape[1], device=model.device, dtype=some[0].weight.dtype)
+        dense_time = device_seconds([partial(nn.functional.linear, x, target.weight) for target in some])
+        if dense_time <= WORTHWHILE * device_seconds([partial(nn.functional.linear, x, weight) for weight in sparse]):
             continue
-        try:
-            sparse = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
-        except RuntimeError as error:
-            raise RunError(f"torch can't make {target.name} semi-structured: {str(error).splitlines()[0]}") from error
-        if shape not in worthwhile:
-            x = torch.randn(max(8, tokens), shape[1], device=weight.device, dtype=weight.dtype)
-            dense_time = seconds(partial(nn.functional.linear, x, weight), weight.device)
-            sparse_time = seconds(partial(nn.functional.linear, x, sparse), weight.device)
-            worthwhile[shape] = dense_time > WORTHWHILE * sparse_time
-        if worthwhile[shape]:
-            target.module.weight = sparse
+        for place, target in enumerate(members):
+            weight = sparse[place] if place < len(sparse) else _semi_structured(target)
+            target.module.weight = nn.Parameter(weight, requires_grad=False)
             converted.setdefault(target.kind, []).append(target)
-        counts["sparse" if worthwhile[shape] else "dense"] += 1
     # Code that reads a weight by itself can't do with a sparse one what it does with a dense one.
     while converted and not runs(model):
         kind, members = converted.popitem()
         logger.warning("note: the model's code does not run with a sparse %s, which stays dense", kind)
         for target in members:
-            target.module.weight = nn.Parameter(target.weight.detach().to_dense(), requires_grad=False)
-        counts["sparse"] -= len(members)
-        counts["dense"] += len(members)
-    return counts
+            target.module.weight = nn.Parameter(target.module.weight.detach().to_dense(), requires_grad=False)  # type: ignore[operator]
+    count = sum(map(len, converted.values()))
+    return {"sparse": count, "dense": len(targets) - count}
+
+
+@torch.no_grad()
+def use_dense(model: PreTrainedModel) -> None:
+    """Undo ``use_semi_structured``, in place; the values are the same, bit for bit."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and isinstance(weight.data, SparseSemiStructuredTensor):
+            dense = nn.Parameter(weight.detach().to_dense(), requires_grad=False)
+            module.register_parameter("weight", dense)
+
+
+def semi_structured_fits(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether torch makes weights of this kind semi-structured: 16-bit, rows a multiple of 32, columns of 64."""
+    return dtype in (torch.float16, torch.bfloat16) and not (shape[0] % 32 or shape[1] % 64)
+
+
+def _semi_structured(target: Prunable) -> Tensor:
+    """A pruned weight for sparse tensor cores: by cuSPARSELt, and by CUTLASS where torch was built without it."""
+    weight = target.weight.detach()
+    try:
+        try:
+            return to_sparse_semi_structured(weight)
+        except RuntimeError:
+            if SparseSemiStructuredTensor._FORCE_CUTLASS:
+                raise
+            SparseSemiStructuredTensor._FORCE_CUTLASS = True
+            return to_sparse_semi_structured(weight)
+    except RuntimeError as error:
+        raise RunError(f"torch can't make {target.name} semi-structured: {str(error).splitlines()[0]}") from error
+
+
+def device_seconds(works: Sequence[Callable[[], object]], repeat: int = 20) -> float:
+    """Median time per piece of work on a GPU. They follow each other without waiting, so that none of them finds its
+    weight in the cache, and the host's time counts only where the GPU waits for it.
+    """
+    taken = []
+    for attempt in range(repeat + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for work in works:
+            work()
+        end.record()
+        end.synchronize()
+        if attempt >= 3:
+            taken.append(start.elapsed_time(end) / 1e3 / len(works))
+    return sorted(taken)[len(taken) // 2]
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeat: int = 20) -> float:
