@@ -17,16 +17,16 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import psutil
 import torch
 from common import print_table, write_record
 from datasets import Dataset
+from tiny_models import byte_tokenizer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
-from tiny_models import byte_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from proxsparse.commands.bench import decode
@@ -68,16 +68,13 @@ def kernels() -> list[dict]:
         )
         noise, out = Noise(1) if dtype == torch.bfloat16 else None, torch.empty_like(weight)
 
-        def shrink(
-            strength: float, kernel: str | None, rms=rms, weight=weight, counts=counts, norms=norms, noise=noise
-        ):
-            prox_counted_(weight, strength / rms, counts, scale=norms, noise=noise, kernel=kernel)
+        shrink = partial(_shrink, weight, rms, counts, norms, noise)
 
         works: dict[str, tuple[Callable[[str | None], object], float]] = {
             "copy": (lambda kernel, out=out, weight=weight: out.copy_(weight), 2),
-            "operator, lambda*rms 0.002": (lambda kernel, shrink=shrink: shrink(0.002, kernel), 2),
-            "operator, lambda*rms 0.05": (lambda kernel, shrink=shrink: shrink(0.05, kernel), 2),
-            "operator, lambda*rms 0.5": (lambda kernel, shrink=shrink: shrink(0.5, kernel), 2),
+            "operator, lambda*rms 0.002": (partial(shrink, 0.002), 2),
+            "operator, lambda*rms 0.05": (partial(shrink, 0.05), 2),
+            "operator, lambda*rms 0.5": (partial(shrink, 0.5), 2),
             "masked product": (
                 lambda kernel, out=out, base=base, weight=weight, norms=norms: top2_product_(
                     out, base, weight, norms, kernel
@@ -112,6 +109,10 @@ def kernels() -> list[dict]:
     heads = ("weights", "what", "kernel", "microseconds", "x copy", "bytes per weight", "TB/s")
     print_table(f"{SHAPE[0]} x {SHAPE[1]} on {card()}", heads, cells, text_columns=3)
     return rows
+
+
+def _shrink(weight, rms, counts, norms, noise, strength: float, kernel: str | None) -> None:
+    prox_counted_(weight, strength / rms, counts, scale=norms, noise=noise, kernel=kernel)
 
 
 class Watching(TrainerCallback):
