@@ -94,9 +94,7 @@ def kernels() -> list[dict]:
             for name, (work, passes) in works.items():
                 if name == "copy" and kernel:
                     continue
-                fresh = weight.clone()
-                taken = device_seconds([lambda work=work, kernel=kernel: work(kernel)], repeat=7 if kernel else 30)
-                weight.copy_(fresh)
+                taken = kernel_seconds(partial(work, kernel), weight, 5 if kernel else 30)
                 size = passes * weight.nbytes
                 row = {"dtype": str(dtype)[6:], "what": name, "kernel": kernel or "fused", "seconds": taken}
                 rows.append(row | {"bytes_per_weight": passes * dtype.itemsize, "bytes_per_second": size / taken})
@@ -109,6 +107,23 @@ def kernels() -> list[dict]:
     heads = ("weights", "what", "kernel", "microseconds", "x copy", "bytes per weight", "TB/s")
     print_table(f"{SHAPE[0]} x {SHAPE[1]} on {card()}", heads, cells, text_columns=3)
     return rows
+
+
+def kernel_seconds(work: Callable[[], object], weight: Tensor, repeat: int) -> float:
+    """Median time of a piece of work that changes a weight, which is put back each time."""
+    fresh, taken = weight.clone(), []
+    for attempt in range(repeat + 3):
+        for _ in range(4):  # the GPU is busy until the work is queued, and its cache holds nothing of it
+            weight.copy_(fresh)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        if attempt >= 3:
+            taken.append(start.elapsed_time(end) / 1e3)
+    weight.copy_(fresh)
+    return sorted(taken)[len(taken) // 2]
 
 
 def _shrink(weight, rms, counts, norms, noise, strength: float, kernel: str | None) -> None:
