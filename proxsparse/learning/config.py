@@ -12,6 +12,7 @@ from trl import SFTConfig
 from proxsparse.errors import UsageError
 from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
 from proxsparse.model.channels import PERMUTE_HELP
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 # Defaults by method; a value the user gives wins.
 METHODS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,10 @@ class ProxSparseConfig(SFTConfig):
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up; below 1, a share of all steps"})
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
+    pattern: str = field(
+        default=str(TWO_OF_FOUR),
+        metadata={"help": "N:M, what every block keeps; others than 2:4 are learned without lambda1"},
+    )
     lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
         default=UNSET,
         metadata={
@@ -149,6 +154,9 @@ class ProxSparseConfig(SFTConfig):
     def __post_init__(self):
         if self.method not in METHODS:
             raise UsageError(f"`method` must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        self.pattern = str(self.wanted)
+        if self.lambda_value is None and self.wanted != TWO_OF_FOUR:
+            self.lambda_value = 0.0  # type: ignore[assignment]
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -161,6 +169,17 @@ class ProxSparseConfig(SFTConfig):
         with settings_at_fault():
             super().__post_init__()
         check_choices_of_transformers(self)
+
+    @property
+    def wanted(self) -> Pattern:
+        """The pattern of the mask."""
+        try:
+            found = Pattern.parse(self.pattern)
+        except UsageError as error:
+            raise UsageError(str(error), "pattern") from error
+        if not found.structured or not found.n:
+            raise UsageError(f"`pattern` must be N:M, as 2:4 or 4:8; got {self.pattern!r}.", "pattern")
+        return found
 
     @property
     def auto_lambda(self) -> bool:

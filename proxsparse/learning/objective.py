@@ -106,7 +106,13 @@ class Objective:
         if swaps:
             assert self.original is not None
             self.turns = TakingTurns(
-                model, self.targets, self.original, norms, self.args.offload_learned, self.args.masked_forward
+                model,
+                self.targets,
+                self.original,
+                norms,
+                self.args.offload_learned,
+                self.args.masked_forward,
+                self.args.wanted,
             )
 
     @contextlib.contextmanager
