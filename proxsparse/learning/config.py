@@ -16,16 +16,17 @@ from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 # Defaults by method; a value the user gives wins.
 METHODS: dict[str, dict[str, Any]] = {
-    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink by an absolute lambda, keep |w|.
+    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink, keep |w|. Their lambda and rate are
+    # absolute and were tuned model by model (``ABSOLUTE``). Relative ones fit weights of any scale.
     "paper": {
         "score": "weight",
         "masked_forward": False,
         "distill": 0.0,
-        "relative": False,
-        "lambda_ramp": 0.0,
+        "relative": True,
+        "lambda_ramp": 0.5,
         "train_only_pruned": False,
-        "learning_rate": 1e-4,
-        "lambda_value": 0.25,
+        "learning_rate": 5e-3,
+        "lambda_value": 2e-2,
         "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
         "warmup_steps": 0.1,
@@ -45,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0.05,
     },
 }
+# Of the paper's method where the user gives lambda or the rate, as the published recipes do.
+ABSOLUTE: dict[str, Any] = {"relative": False, "lambda_ramp": 0.0, "learning_rate": 1e-4, "lambda_value": 0.25}
 
 
 UNSET: Any = None  # filled in from METHODS
@@ -109,7 +112,10 @@ class ProxSparseConfig(SFTConfig):
     temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
     relative: bool = field(
         default=UNSET,
-        metadata={"help": "take lambda1 and the learning rate relative to each matrix's root mean square"},
+        metadata={
+            "help": "take lambda1, lambda2, epsilon and the learning rate relative to each matrix's root mean square; "
+            "with paper, default: true, but false where lambda_value or learning_rate is given"
+        },
     )
     lambda_ramp: float = field(
         default=UNSET, metadata={"help": "share of the steps over which lambda1 rises from zero"}
@@ -157,7 +163,7 @@ class ProxSparseConfig(SFTConfig):
         self.pattern = str(self.wanted)
         if self.lambda_value is None and self.wanted != TWO_OF_FOUR:
             self.lambda_value = 0.0  # type: ignore[assignment]
-        for name, value in METHODS[self.method].items():
+        for name, value in self._defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
@@ -169,6 +175,12 @@ class ProxSparseConfig(SFTConfig):
         with settings_at_fault():
             super().__post_init__()
         check_choices_of_transformers(self)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of the settings that the method decides."""
+        given = self.learning_rate is not None or self.lambda_value is not None
+        absolute = self.method == "paper" and (given if self.relative is None else not self.relative)
+        return METHODS[self.method] | (ABSOLUTE if absolute else {})
 
     @property
     def wanted(self) -> Pattern:

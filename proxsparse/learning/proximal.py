@@ -1,5 +1,6 @@
 """The proximal step of a run: the operator on every pruned weight after each optimizer step, and what it shows."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import first_entry, total
 from proxsparse.operator.masked import code_bytes, survey_mask_
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.operator.prox import expand_scale, non_finite, prox_counted_
+from proxsparse.operator.prox import expand_scale, kernel_for, non_finite, prox_counted_
 from proxsparse.operator.rounding import Noise, noise_seed
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import resume_hint
 
+logger = logging.getLogger(__name__)
 CONTROLLERS_FILE = "auto_lambda.json"
 
 
@@ -119,6 +121,9 @@ class ProximalStep:
     def warm_up(self) -> None:
         """Compile what the steps will run, on a few rows of each kind: the first step is as fast as others."""
         pattern = self.args.wanted
+        kernel = f"kernel '{kernel_for(self.targets[0].stored)}', {len(self.targets)} weights"
+        none = f"it is for 2:4, so lambda is 0 and {pattern} is learned without it"
+        logger.info("proximal operator: %s", kernel if pattern == TWO_OF_FOUR else none)
         kinds = {(t.rows(t.stored).shape[-1], t.stored.dtype, t.stored.device): t for t in self.targets}
         for (width, dtype, device), target in kinds.items():
             scale = self._scale(target)

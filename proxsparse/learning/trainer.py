@@ -37,8 +37,6 @@ from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.model.trainable import clean_generation_config, window_collator
-from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.operator.prox import kernel_for
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, resume_hint
 
@@ -135,12 +133,14 @@ class ProxSparseTrainer(SFTTrainer):
 
     def mask(self) -> Mask:
         """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
-        weights = {t.name: t.weight.detach() for t in self.targets}
-        mask = extract_mask(weights, self.targets, self.norms, self.args.wanted)
+        mask = extract_mask(self._learned(), self.targets, self.norms, self.args.wanted)
         mask.base_model = self.model.config._name_or_path
         mask.order = order_of(self.model)
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {t.name: t.weight.detach() for t in self.targets}
 
     # The loss
 
@@ -265,8 +265,7 @@ class ProxSparseTrainer(SFTTrainer):
     def _add_to_checkpoint(self, folder: Path) -> None:
         # Shards on the disk are pickled; so that nobody needs to read them, what is extracted from weights is added.
         mask = self.mask() if self.is_fsdp_enabled else None
-        weights = {t.name: t.weight.detach() for t in self.targets}
-        zeros = sparsity_by_kind(weights, self.targets, self.args.wanted.m) if mask else None
+        zeros = sparsity_by_kind(self._learned(), self.targets, self.args.wanted.m) if mask else None
         if not self.is_world_process_zero():
             return
         if mask:
@@ -330,15 +329,12 @@ class ProxSparseTrainer(SFTTrainer):
             # Where they are used, once and for all.
             parts = ((t, matching_part(self.norms[t.name], t.weight)) for t in self.targets)
             self.norms = {t.name: part.to(t.stored.device, torch.float32) for t, part in parts}
-        self.objective.begin(self.model, self.norms)
+        self.proximal = ProximalStep(self.targets, args, self.norms)
+        self.objective.begin(self.model, self.norms, self.proximal.rms if args.relative else {})
         if args.distill and not self.is_fsdp_enabled and self.targets[0].stored.device.type != "cpu":
             self.objective.head = plain_head(self.model)
-        self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
         self.proximal.warm_up()
-        kernel = f"kernel '{kernel_for(self.targets[0].stored)}', {len(self.targets)} weights"
-        none = f"it is for 2:4, so lambda is 0 and the masked forward pass alone learns {args.wanted}"
-        logger.info("proximal operator: %s", kernel if args.wanted == TWO_OF_FOUR else none)
 
     def _measure_norms(self) -> dict[str, Tensor]:
         windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])

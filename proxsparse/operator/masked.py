@@ -18,7 +18,7 @@ try:
 except ImportError:  # no numba here; ``prox`` says so
     largest = nm_mask
 
-ENTRIES, ENTRIES_OF_A_GPU = 1 << 21, 1 << 25  # at a time
+ENTRIES, ENTRIES_OF_A_GPU = 1 << 21, 1 << 24  # at a time
 LONGEST = 32  # block; comparing pairs of longer ones takes longer than sorting them
 
 
