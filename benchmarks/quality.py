@@ -3,6 +3,8 @@
     python benchmarks/quality.py                                             the table of BENCHMARKS.md
     python benchmarks/quality.py --rows dense wanda masked --samples 50      some rows, another budget
     python benchmarks/quality.py --rows masked masked-lr2 --seeds 0 1 2      variants, several seeds
+    python benchmarks/quality.py --rows dense wanda masked --pattern 4:8 --permute auto --device cuda
+    python benchmarks/quality.py --rows paper-relative                       this one and all its variants
 
 Each row runs in its own process, so that its peak memory can be measured. It is written to the JSON file when it is
 done, and the same command again runs only what is missing.
@@ -33,11 +35,15 @@ from proxsparse.commands.flags import LearnParser
 from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.learning.learn import learn
 from proxsparse.mask import apply_mask
+from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
 from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
+from proxsparse.model.ordering import order_channels
+from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
 from proxsparse.text import calibration_windows, evaluation_windows
 
 # Variants of the learner: name -> flags of end-to-end/main.py.
+PAPER = "paper-relative"
 LEARNED: dict[str, str] = {
     "masked": "--method masked",
     "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
@@ -62,7 +68,16 @@ LEARNED: dict[str, str] = {
     "--lambda_ramp 0.5 --train_only_pruned true",
     "paper-activation-distill": "--method paper --score activation --relative true --lambda_value 0.02 "
     "--learning_rate 5e-4 --lambda_ramp 0.5 --train_only_pruned true --distill 1",
-    "paper-relative": "--method paper --relative true --lambda_value 0.02 --learning_rate 5e-4 --lambda_ramp 0.5",
+    # The paper's method with relative settings: the default, then one change each.
+    PAPER: "--method paper",
+    **{f"{PAPER}-lr{rate}": f"--method paper --relative true --learning_rate {rate}" for rate in (5e-4, 0.0025, 0.01)},
+    **{f"{PAPER}-lambda{value}": f"--method paper --relative true --lambda_value {value}" for value in (0.01, 0.05)},
+    **{f"{PAPER}-ramp{share}": f"--method paper --lambda_ramp {share}" for share in (0, 1)},
+    **{
+        f"{PAPER}-lambda2-{value}": f"--method paper --project_lambda2 1 --lambda2_value {value} --epsilon 0.5"
+        for value in (1e-4, 1e-3, 1e-2)
+    },
+    f"{PAPER}-pruned-only": "--method paper --train_only_pruned true",
     "paper-lambda2": "--method paper --lambda_value 0.25 --learning_rate 1e-4 --project_lambda2 1 --lambda2_value 0.25 "
     "--epsilon 0.5",
 }
@@ -82,6 +97,8 @@ MASKLLM: dict[str, dict] = {
     "maskllm-lr2": {"learning_rate": 1e-3},
     "maskllm-lr10": {"learning_rate": 5e-3},
 }
+# What rows are told apart by since there is a choice, and what older ones were measured with.
+LATER = {"pattern": "2:4", "permute": "none", "device": "cpu"}
 DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
 
 
@@ -98,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while calibrating"
     )
+    parser.add_argument("--pattern", default="2:4", help="N:M of every row but dense; default: %(default)s")
+    parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument("--output", default="benchmarks/results/quality_smollm2-135m.json")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -106,15 +126,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = Path(args.output)
     record = read_json(output) if output.is_file() else {"rows": []}
-    for row in args.rows:
+    rows = [
+        name for row in args.rows for name in ([n for n in LEARNED if n.startswith(PAPER)] if row == PAPER else [row])
+    ]
+    for row in rows:
         for seed in args.seeds:
             key = {"row": row, "seed": seed, "samples": args.samples, "ctx_len": args.ctx_len, "windows": args.windows}
-            if any(all(done[k] == v for k, v in key.items()) for done in record["rows"]):
+            key |= {name: getattr(args, name) for name in LATER}
+            if any(all((LATER | done)[k] == v for k, v in key.items()) for done in record["rows"]):
                 continue
             print(f"... {row}, seed {seed}", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, "--one", row, "--seeds", str(seed), "--model", args.model]
             command += ["--text", args.text, "--samples", str(args.samples), "--ctx_len", str(args.ctx_len)]
-            command += ["--bf16", args.bf16, "--eval", *args.eval]
+            command += ["--bf16", args.bf16, "--pattern", args.pattern, "--permute", args.permute]
+            command += ["--device", args.device, "--eval", *args.eval]
             command += ["--windows", str(args.windows)] if args.windows else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -133,36 +158,46 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
     """One row: prune or learn, then evaluate on the held-out texts."""
     tokenizer = load_tokenizer(args.model)
     start = time.perf_counter()
-    updated, tokens = False, args.samples * args.ctx_len
+    updated, tokens, pattern = False, args.samples * args.ctx_len, Pattern.parse(args.pattern)
+    options = {"device": args.device}
     if row in LEARNED:
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--model {args.model} --dataset {args.text} --ctx_len {args.ctx_len} --samples {args.samples}"
-            flags += f" --seed {seed} --output_dir {folder} --save_strategy no --bf16 {args.bf16} {LEARNED[row]}"
+            flags += f" --seed {seed} --output_dir {folder} --save_strategy no --bf16 {args.bf16}"
+            flags += f" --pattern {pattern} --permute {args.permute} {LEARNED[row]}"
+            flags += " --device cpu" if args.device == "cpu" else ""
             config = LearnParser().parse(flags.split()).config
             set_seed(seed)
-            learned = load_model(args.model)
+            learned = load_model(args.model, **options)
             windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
             mask, history = learn(learned, tokenizer, windows, config, {"model": args.model})
             extra = {"share_24": history[-2].get("share_24")}
             del learned
-        model = load_model(args.model, dtype=torch.float32)
+        model = load_model(args.model, dtype=torch.float32, **options)
         apply_mask(model, mask)
     elif row == "dense":
-        model, extra, tokens = load_model(args.model, dtype=torch.float32), {}, 0
+        model, extra, tokens = load_model(args.model, dtype=torch.float32, **options), {}, 0
     else:
-        model, extra, bf16 = load_model(args.model, dtype=torch.float32), {}, args.bf16 == "true"
+        model, extra, bf16 = load_model(args.model, dtype=torch.float32, **options), {}, args.bf16 == "true"
         windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+        if args.permute == "auto":
+            order_channels(model, windows if row != "magnitude" else None, pattern=pattern)
         if row in MASKLLM:
+            if pattern != TWO_OF_FOUR:
+                raise SystemExit(f"{row} is measured at 2:4 only; got --pattern {pattern}.")
             prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
                 settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | MASKLLM[row]
                 apply_mask(model, learn_mask(model, tokenizer, windows, folder, **settings))
         else:
             name, updated = BASELINES[row]
-            prune_layerwise(model, windows, METHODS[name](), Pattern.parse("2:4"), update=updated, bf16=bf16)
+            prune_layerwise(model, windows, METHODS[name](), pattern, update=updated, bf16=bf16)
             tokens = 0 if name == "magnitude" else tokens
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        extra |= {"gpu": torch.cuda.get_device_name()}
     result = {
         "updated": updated,
         "tokens": tokens,
@@ -171,7 +206,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
     } | extra
-    dense = load_model(args.model, dtype=torch.float32)
+    dense = load_model(args.model, dtype=torch.float32, **options)
     for text in args.eval:
         split = "heldout" if text == args.text else "all"
         windows = evaluation_windows(text, tokenizer, args.ctx_len, split, args.windows)
@@ -191,7 +226,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
 def compare(model, dense, windows) -> tuple[float, float]:
     """Share of positions with the same most likely token as the dense model, and KL(dense || model) in nats."""
     same, divergence, count = 0, 0.0, 0
-    for window in windows:
+    for window in windows.to(model.device):
         ours = model(input_ids=window[None]).logits[0].float().log_softmax(-1)
         theirs = dense(input_ids=window[None]).logits[0].float().log_softmax(-1)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
@@ -200,10 +235,15 @@ def compare(model, dense, windows) -> tuple[float, float]:
     return same / count, divergence / count
 
 
+def label(row: dict) -> str:
+    """Name of a row, and what it was measured with where that is not what older rows have."""
+    return ", ".join([row["row"], *(str(row[name]) for name, value in LATER.items() if row.get(name, value) != value)])
+
+
 def summary(row: dict) -> str:
     texts = {k: v for k, v in row.items() if isinstance(v, dict)}
     return (
-        f"{row['row']}: "
+        f"{label(row)}: "
         + ", ".join(f"{t} {v['perplexity']:.2f}" for t, v in texts.items())
         + f", {row['seconds']:.0f} s"
     )
@@ -218,7 +258,7 @@ def show(record: dict) -> None:
     table = []
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["row"], row["samples"], row["ctx_len"], row["windows"]), []).append(row)
+        groups.setdefault((label(row), row["samples"], row["ctx_len"], row["windows"]), []).append(row)
     for (name, *_), members in groups.items():
         cells = [name, "yes" if members[0]["updated"] else "no", f"{members[0]['tokens']:,}", str(len(members))]
         cells += [f"{_mean(m['seconds'] for m in members):.0f}", f"{_mean(m['peak_gib'] for m in members):.1f}"]
@@ -228,7 +268,7 @@ def show(record: dict) -> None:
             cells += [f"{_mean(values):.2f}{spread}", f"{_mean(m[text]['top1'] for m in members):.1%}"]
             cells += [f"{_mean(m[text]['kl'] for m in members):.3f}"]
         table.append(cells)
-    print_table(f"{record['model']}, 2:4, calibrated on {record['text']}", heads, table)
+    print_table(f"{record['model']}, 2:4 unless said, calibrated on {record['text']}", heads, table)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -238,7 +278,7 @@ def draw(record: dict, path: Path) -> None:
     several = len({row["samples"] for row in record["rows"]}) > 1
     for row in record["rows"]:
         budget = f", {row['samples']} samples" if several else ""
-        groups.setdefault(f"{row['row']}{', weights updated' if row['updated'] else ''}{budget}", []).append(row)
+        groups.setdefault(f"{label(row)}{', weights updated' if row['updated'] else ''}{budget}", []).append(row)
     order = sorted(groups, key=lambda name: _mean(m[texts[0]]["perplexity"] for m in groups[name]))
     figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(order)), layout="constrained")
     height = 0.8 / len(texts)

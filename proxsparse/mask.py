@@ -25,8 +25,8 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, put_into_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import gather, local, total
+from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.operator.prox import expand_scale, top2_mask
 from proxsparse.record import atomic_path, versions
 
 FORMAT, ORDERED = "proxsparse-mask-1", "proxsparse-mask-2"  # the second one where channels have another order
@@ -62,14 +62,18 @@ class Mask:
 
 
 def extract_mask(
-    weights: Mapping[str, Tensor], targets: list[Prunable], scales: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor],
+    targets: list[Prunable],
+    scales: Mapping[str, Tensor] | None = None,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> Mask:
-    """Take the mask from learned weights: it keeps the two largest scores of every block.
+    """Take the mask from learned weights: it keeps the n largest scores of every block of m.
 
     Args:
         weights: name -> learned weight, in the parameter's own layout.
         targets: the prunable weights.
         scales: name -> (I,) norms of the inputs that the weights were learned with, or None to compare magnitudes.
+        pattern: N:M.
 
     Returns:
         The mask. Under FSDP2 every process must call this; each passes the scales of its own stacked experts. The first
@@ -84,11 +88,11 @@ def extract_mask(
         rows = target.rows(local(weight)).float()
         if not rows.isfinite().all():
             raise RunError(f"The learned weight {target.name} has NaN or infinite entries; the run diverged.")
-        kept = top2_mask(rows if scales is None else rows * expand_scale(scales[target.name], rows))
+        kept = learned_mask(rows, pattern, None if scales is None else scales[target.name])
         whole = gather(kept, weight)
         if whole is not None:
             tensors[target.name] = whole.cpu()
-    return Mask(tensors)
+    return Mask(tensors, pattern)
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:
@@ -213,8 +217,8 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
     return list(targets.values())
 
 
-def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> dict[str, list[float]]:
-    """Share of blocks with 0, 1, 2, 3 and 4 zeros, by layer kind and over 'all'.
+def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable], m: int = 4) -> dict[str, list[float]]:
+    """Share of blocks of m weights with 0, 1, ... m zeros, by layer kind and over 'all'.
 
     Args:
         weights: name -> weight in the parameter's own layout; under FSDP2 every process takes part.
@@ -222,8 +226,8 @@ def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable]) -> 
     counts: dict[str, Tensor] = {}
     for target in targets:
         weight = weights[target.name]
-        zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, 4)).sum(-1)
-        histogram = total(torch.bincount(zeros.flatten(), minlength=5), weight).cpu()
+        zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, m)).sum(-1)
+        histogram = total(torch.bincount(zeros.flatten(), minlength=m + 1), weight).cpu()
         counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
     counts["all"] = torch.stack(list(counts.values())).sum(0)
     return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}

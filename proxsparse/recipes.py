@@ -19,10 +19,12 @@ class Recipe:
 
     Attributes:
         model: Hub id that transformers can load.
-        lambda_value: lambda1, absolute, unit 1 / |weight|.
+        lambda_value: lambda1, unit 1 / |weight|, or relative.
         learning_rate: peak learning rate of AdamW.
         ctx_len: tokens per calibration sample.
         lambda2_value, epsilon: settings of the frozen-weight regulariser; None where the recipe does without it.
+        dataset, samples: the calibration text.
+        relative: lambda and the rate are multiples of each matrix's root mean square, and lambda rises at first.
         released: folder in the repository of released models, or None.
     """
 
@@ -32,24 +34,27 @@ class Recipe:
     ctx_len: int = 4096
     lambda2_value: float | None = None
     epsilon: float | None = None
+    dataset: str = "c4"
+    samples: int = 400
+    relative: bool = False
     released: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Name of the setting -> value, as ``learn`` takes them: 400 samples of C4, one at a time, seed 42."""
+        """Name of the setting -> value, as ``learn`` takes them: one sample at a time, seed 42."""
         found: dict[str, Any] = {
             "model": self.model,
-            "dataset": "c4",
+            "dataset": self.dataset,
             "method": "paper",
             "lambda_value": self.lambda_value,
             "learning_rate": self.learning_rate,
             "ctx_len": self.ctx_len,
-            "samples": 400,
+            "samples": self.samples,
             "batch_size": 1,
             "seed": 42,
         }
         if self.lambda2_value is not None:
             found |= {"project_lambda2": 1, "lambda2_value": self.lambda2_value, "epsilon": self.epsilon}
-        return found
+        return found | ({"relative": True, "lambda_ramp": 0.5} if self.relative else {})
 
 
 RECIPES = {
@@ -81,6 +86,8 @@ RECIPES = {
     "qwen2.5-14b-prox": Recipe(
         "Qwen/Qwen2.5-14B", 0.2, 1e-4, released="Qwen2.5-14B-en_sft_final_400_lr0.0001_len4096_batch1_lambda0.2"
     ),
+    # Not the authors': their method on the model and the text that script/setup.sh installs.
+    "smollm2-135m-prox": Recipe("smollm2-135m", 0.02, 5e-3, ctx_len=512, dataset="wiki", samples=100, relative=True),
 }  # fmt: skip
 
 # short name -> (folder in the repository, context length it was learned with)

@@ -10,7 +10,7 @@ Old checkpoints are removed after the new one has its marker, never before.
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ MODEL_ONLY = "save_only_model"  # the Trainer's setting, kept in the marker
 
 
 def claim(
-    folder: Path | str, record: dict[str, Any], decisive: Iterable[str] | None = None, *, write: bool = True
+    folder: Path | str,
+    record: dict[str, Any],
+    decisive: Iterable[str] | None = None,
+    *,
+    write: bool = True,
+    earlier: Mapping[str, Any] | None = None,
 ) -> None:
     """Write down what a run is made of; refuse the folder of another one.
 
@@ -36,6 +41,7 @@ def claim(
         record: its ``settings`` are compared, name by name; what else it holds is kept for readers.
         decisive: names of the settings that make it another run; None: all. Names that an older record lacks are
             passed over.
+        earlier: what settings were, before there was a choice, which older records lack.
         write: False only compares, as in all processes but the first.
 
     Raises:
@@ -45,7 +51,7 @@ def claim(
     path = Path(folder) / RUN_FILE
     if path.is_file():
         try:
-            before = dict(read_json(path)["settings"])
+            before = dict(earlier or {}) | dict(read_json(path)["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}): delete it, or give another `output_dir`.") from error
         now = record["settings"]

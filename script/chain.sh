@@ -6,8 +6,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 arguments "$@"
-flags recipe model_dir method dataset samples ctx_len batch_size seed lambda_value learning_rate project_lambda2 \
-    lambda2_value epsilon dtype device output_dir
+flags recipe model_dir method pattern permute dataset samples ctx_len batch_size seed lambda_value learning_rate \
+    project_lambda2 lambda2_value epsilon dtype device output_dir
 learn=("$root/end-to-end/main.py" ${flags[@]+"${flags[@]}"} ${given[@]+"${given[@]}"})
 IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # semicolons separate them, so that paths may have spaces
 flags split max_windows dtype device

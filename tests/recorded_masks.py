@@ -26,9 +26,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from proxsparse.__main__ import main as console
 
 LEARNED = {
-    "paper": ["--method", "paper"],
+    "paper": ["--method", "paper", "--lambda_value", "0.25", "--learning_rate", "1e-4"],
     "paper, lambda2": [
-        "--method", "paper", "--project_lambda2", "1", "--lambda2_value", "0.25", "--epsilon", "0.5",
+        "--method", "paper", "--lambda_value", "0.25", "--learning_rate", "1e-4",
+        "--project_lambda2", "1", "--lambda2_value", "0.25", "--epsilon", "0.5",
     ],
     "masked": ["--method", "masked"],
     "masked, auto": ["--method", "masked", "--lambda_value", "auto"],

@@ -248,7 +248,16 @@ def test_a_form_without_room_for_the_order_is_refused(base, pruned, tmp_path, ca
     assert "`mask.safetensors` says which" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_other_patterns_keep_their_order(base, tmp_path, capsys):
-    flags = ["--prune_method", "magnitude", "--sparsity_type", "4:8", "--permute", "auto", "--save", str(tmp_path)]
+def test_a_pattern_without_blocks_keeps_its_order(base, tmp_path, capsys):
+    flags = [
+        "--prune_method",
+        "magnitude",
+        "--sparsity_type",
+        "unstructured",
+        "--permute",
+        "auto",
+        "--save",
+        str(tmp_path),
+    ]
     assert console(["prune", "--model", str(base), *flags]) == 2
-    assert "--permute auto is for 2:4" in capsys.readouterr().err
+    assert "--permute auto is for N:M patterns" in capsys.readouterr().err

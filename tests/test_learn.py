@@ -144,7 +144,7 @@ def test_a_recipe_gives_settings_and_flags_win(capsys, tmp_path, monkeypatch):
 
 
 def test_every_recipe_and_release_is_there():
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
     assert len(RELEASED) == 7
     assert RELEASED["openllama-v2-7b"][1] == 2048
 

@@ -16,7 +16,8 @@ from proxsparse.__main__ import main
 from proxsparse.recipes import RECIPES, RELEASED
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(p.name for p in (ROOT / "script").glob("learn_mask_*.sh"))
+EMBEDDED = "learn_mask_smollm2_135m_prox.sh"
+SCRIPTS = sorted({p.name for p in (ROOT / "script").glob("learn_mask_*.sh")} - {EMBEDDED})
 # From the release's scripts: model, lambda1, learning rate, context, lambda2, epsilon.
 PUBLISHED = {
     "learn_mask_llama2_7b_prox.sh": ("meta-llama/Llama-2-7b-hf", 0.25, 1e-4, 4096, 0, None),
@@ -63,7 +64,9 @@ def models(tmp_path_factory, tokenizer):
 def test_every_published_recipe_has_a_script_that_names_it():
     named = {name: re.findall(r"^recipe=(\S+)$", (ROOT / "script" / name).read_text(), re.M) for name in SCRIPTS}
     assert set(named) == set(PUBLISHED)
-    assert sorted(recipe for found in named.values() for recipe in found) == sorted(RECIPES)
+    assert sorted(recipe for found in named.values() for recipe in found) == sorted(
+        set(RECIPES) - {"smollm2-135m-prox"}
+    )
     for name, (recipe,) in named.items():
         assert RECIPES[recipe].model == PUBLISHED[name][0]
 
@@ -80,6 +83,22 @@ def test_a_recipe_holds_the_published_settings(script, capsys):
     assert (flags["method"], flags["samples"], flags["batch_size"], flags["seed"]) == ("paper", "400", "1", "42")
     assert float(flags.get("lambda2_value", 0)) == lambda2
     assert (float(flags["epsilon"]) if "epsilon" in flags else None) == epsilon
+
+
+def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(tmp_path):
+    done = shell(EMBEDDED, "--dry-run", cwd=tmp_path, samples=7)
+    assert done.returncode == 0, done.stderr
+    flags = flags_of(next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line))
+    assert (flags["model"], flags["dataset"], flags["ctx_len"], flags["samples"]) == (
+        "smollm2-135m",
+        "wiki",
+        "512",
+        "7",
+    )
+    assert (flags["method"], flags["relative"], flags["lambda_ramp"]) == ("paper", "true", "0.5")
+    assert (float(flags["lambda_value"]), float(flags["learning_rate"])) == (0.02, 0.005)
+    assert "--dataset wiki news" in done.stdout
+    assert "learn_mask_smollm2" not in str(list(tmp_path.iterdir()))
 
 
 def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):

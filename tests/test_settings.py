@@ -129,3 +129,18 @@ def test_a_schedule_with_what_it_needs_is_taken(tmp_path):
     taken = config(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
     assert taken.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     config(tmp_path, metric_for_best_model="eval_mean_token_accuracy", optim="sgd", optim_args="momentum=0.9")
+
+
+@pytest.mark.parametrize(
+    ("given", "relative", "rate", "lambda1", "ramp"),
+    [
+        ({}, True, 5e-3, 0.02, 0.5),
+        ({"lambda_value": 0.5}, False, 1e-4, 0.5, 0.0),
+        ({"learning_rate": 5e-5}, False, 5e-5, 0.25, 0.0),
+        ({"lambda_value": 0.05, "relative": True}, True, 5e-3, 0.05, 0.5),
+        ({"relative": False}, False, 1e-4, 0.25, 0.0),
+    ],
+)
+def test_the_paper_method_is_relative_unless_lambda_or_the_rate_is_given(given, relative, rate, lambda1, ramp, tmp_path):
+    found = ProxSparseConfig(output_dir=str(tmp_path), method="paper", bf16=False, use_cpu=True, **given)
+    assert (found.relative, found.learning_rate, found.lambda_value, found.lambda_ramp) == (relative, rate, lambda1, ramp)

@@ -1,11 +1,12 @@
-"""Extract the mask from a learned checkpoint: the two largest scores of every block of four.
+"""Extract the mask from a learned checkpoint: the largest scores of every block.
 
     python end-to-end/mask_op.py --run runs/mine      (its last checkpoint)
     python end-to-end/mask_op.py --checkpoint runs/mine/checkpoint-100 \\
         --output mask-100.safetensors
 
-It prints how many zeros the blocks of the learned weights have, by layer kind. The more blocks have at least two zeros,
-the less the mask changes the learned weights. For a run, the shares are also written into its folder.
+It prints how many zeros the blocks of the learned weights have, by layer kind. The more blocks have the zeros of
+the pattern already, the less the mask changes the learned weights. For a run, the shares are also written into its
+folder.
 """
 
 import argparse
@@ -64,15 +65,16 @@ def main(args: argparse.Namespace) -> None:
     if record:
         found = {"checkpoint": str(checkpoint), "mask": mask_digest(output), "zeros": learned.zeros}
         write_json(record, found | {"versions": versions()})
-    blocks_24 = sum(learned.zeros["all"][2:])
-    print_json({"mask": str(output), "weights": len(learned.mask.tensors), "blocks_24": blocks_24})
+    pattern = learned.mask.pattern
+    sparse = sum(learned.zeros["all"][pattern.m - pattern.n :])
+    print_json({"mask": str(output), "weights": len(learned.mask.tensors), f"blocks_{pattern.n}{pattern.m}": sparse})
 
 
 def print_zeros(shares: dict[str, list[float]]) -> None:
-    """Table of the share of blocks with 0 to 4 zeros."""
+    """Table of the share of blocks with 0, 1, ... zeros."""
     table = Table(title="zeros in the blocks of the learned weights")
     table.add_column("layer kind")
-    for zeros in range(5):
+    for zeros in range(len(shares["all"])):
         table.add_column(f"{zeros}", justify="right")
     for kind, row in shares.items():
         table.add_row(kind, *(f"{share:.1%}" for share in row), style="bold" if kind == "all" else None)

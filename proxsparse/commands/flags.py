@@ -24,6 +24,7 @@ from proxsparse.errors import UsageError
 from proxsparse.learning.config import METHODS, ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
 from proxsparse.model.loading import EMBEDDED, resolve_device
+from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.recipes import RECIPES, find_recipe
 
 
@@ -183,8 +184,8 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "permute", "score", "masked_forward", "distill", "temperature", "relative", "train_only_pruned",
-        "include", "exclude", "norm_samples",
+        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "relative",
+        "train_only_pruned", "include", "exclude", "norm_samples",
     ],
     "regulariser": [
         "lambda_value", "target_share", "lambda_ramp", "project_lambda2", "lambda2_value", "epsilon",
@@ -243,6 +244,7 @@ def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
         f"{_last_part(run.model)}-{_last_part(run.dataset)}_{config.method}_{run.samples}_lr{config.learning_rate}"
         f"_len{run.ctx_len}_batch{run.batch_size}_lambda{config.lambda_value}"
     )
+    name += f"_{config.wanted.n}of{config.wanted.m}" if config.wanted != TWO_OF_FOUR else ""
     name += "_permuted" if config.permute != "none" else ""
     return name + (f"_lambdatwo{config.lambda2_value}_eps{config.epsilon}" if config.project_lambda2 else "")
 

@@ -1,4 +1,4 @@
-"""Learn a 2:4 mask from samples of text, and write it to mask.safetensors in the folder of the run.
+"""Learn a mask from samples of text, and write it to mask.safetensors in the folder of the run.
 
     python end-to-end/main.py --model smollm2-135m --dataset wiki \\
         --ctx_len 512 --samples 100 --output_dir runs/mine

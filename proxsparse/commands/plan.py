@@ -88,7 +88,7 @@ def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None =
         on_cpu=on_cpu,
     )
     say_coverage(empty_of(found, config.trust_remote_code), config.include, config.exclude)
-    show(plan, str(run.model), str(config.output_dir), dtype)
+    show(plan, str(run.model), str(config.output_dir), dtype, config.pattern)
     if gpus is None:
         compare_with_this_machine(plan, on_cpu)
     for line in filter(None, (note, plan.note)):
@@ -96,13 +96,13 @@ def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None =
     return plan
 
 
-def show(plan: Plan, model: str, folder: str, dtype: torch.dtype) -> None:
+def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, pattern: str) -> None:
     """Print the plan as a table."""
     table = Table(title=f"plan for {model}, {str(dtype).removeprefix('torch.')} weights", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("parameters", f"{plan.parameters:,}")
-    table.add_row("  of them pruned to 2:4", f"{plan.prunable:,}")
+    table.add_row(f"  of them pruned to {pattern}", f"{plan.prunable:,}")
     table.add_row("  of them trained", f"{plan.trainable:,}")
     table.add_row("steps", f"{plan.steps:,}")
     table.add_row("folder", folder, end_section=True)

@@ -40,7 +40,6 @@ from proxsparse.mask import MASK_FILE, load_mask, save_mask
 from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
-from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import refuse_to_overwrite
 from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
 
@@ -107,6 +106,7 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     names = ("dataset", "samples", "ctx_len", "seed", "permute")
     same = {name: run.settings[name] for name in names if name in run.settings}
+    same["sparsity_type"] = str(run.pattern)
     return model_of(run) | same | {"save": str(run.baseline_folder(args.prune_method))}
 
 
@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
     wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
     if args.permute == "auto":
-        order_channels(model, windows if method.reads_text else None)
+        order_channels(model, windows if method.reads_text else None, pattern=wanted.pattern)
     mask = method.prune_model(model, tokenizer, windows, wanted)
     mask.order = order_of(model)
     mask.base_model = args.model
@@ -188,8 +188,8 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
         )
     if args.save_model:
         refuse_to_overwrite(Path(args.save_model))
-    if args.permute != "none" and pattern != TWO_OF_FOUR:
-        raise UsageError(f"--permute auto is for 2:4, whose blocks it forms; got {pattern}.")
+    if args.permute != "none" and not pattern.structured:
+        raise UsageError(f"--permute auto is for N:M patterns, whose blocks it forms; got {pattern}.")
     if args.allocation != "uniform":
         refuse_without_freedom(pattern, args.allocation)
 

@@ -51,11 +51,13 @@ def main(args: argparse.Namespace) -> None:
     )
     draw_run(read_json(run.history_file), run.picture, title)
     kinds = run.kinds_picture if draw_layer_kinds(run, others) else None
-    subtitle = f"2:4 mask, method {settings['method']}, commit {run.record.get('commit') or 'unknown'}"
+    subtitle = f"{run.pattern} mask, method {settings['method']}, commit {run.record.get('commit') or 'unknown'}"
     shown = {name: settings[name] for name in SHOWN if settings.get(name) not in (None, "")}
     if settings["lambda_value"] != "auto":
         shown.pop("target_share", None)
-    write_html(run.report_file, title, subtitle, rows, run.picture, kinds, shown, run.record["versions"])
+    write_html(
+        run.report_file, title, subtitle, rows, run.picture, kinds, shown, run.record["versions"], str(run.pattern)
+    )
     if rows:
         Console().print(perplexity_table(title, rows))
     summary = {name: {t: round(f["perplexity"], 2) for t, f in found.items()} for name, found in rows.items()}
@@ -65,7 +67,9 @@ def main(args: argparse.Namespace) -> None:
 
 def results_of(run: Run) -> dict[str, str]:
     """Title -> file of every result in the folder of a run, the run's own last."""
-    found = {"dense": DENSE} | {f"{TITLES.get(m, m)} 2:4": m for m in run.baselines()} | {"ProxSparse 2:4": PRUNED}
+    pattern = run.pattern
+    found = {"dense": DENSE} | {f"{TITLES.get(m, m)} {pattern}": m for m in run.baselines()}
+    found |= {f"ProxSparse {pattern}": PRUNED}
     files = {title: run.result_file(name) for title, name in found.items()}
     return {title: str(file) for title, file in files.items() if file.is_file()}
 
@@ -119,5 +123,7 @@ def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
     agreement = {name: agreement_by_kind(own, other) for name, other in alike.items()} if own else {}
     if not zeros and not agreement:
         return False
-    draw_kinds({kind: sum(shares[2:]) for kind, shares in zeros.items()}, agreement, run.kinds_picture)
+    pattern = run.pattern
+    sparse = {kind: sum(shares[pattern.m - pattern.n :]) for kind, shares in zeros.items()}
+    draw_kinds(sparse, agreement, run.kinds_picture, str(pattern))
     return True

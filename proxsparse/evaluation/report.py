@@ -57,13 +57,13 @@ def accuracy_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> None:
-    """Picture of a run over its steps: loss, share of 2:4 blocks (all, and by layer), and mask churn.
+    """Picture of a run over its steps: loss, mask churn, and for 2:4 the share of such blocks (all, and by layer).
 
     Args:
         history: the Trainer's log history.
         path: the PNG to write, atomically.
     """
-    logs = [entry for entry in history if "share_24" in entry]
+    logs = [entry for entry in history if "mask_churn" in entry]
     steps = [entry["step"] for entry in logs]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     axes = axes.flat
@@ -74,7 +74,8 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     axes[0].plot(steps, losses, color=BLUE, alpha=0.35)
     axes[0].plot(steps, _smooth(losses), color=BLUE)
     axes[0].set(title=label, ylim=(0, None))
-    axes[1].plot(steps, [100 * entry["share_24"] for entry in logs], color=GREEN)
+    reached = [(entry["step"], 100 * entry["share_24"]) for entry in logs if "share_24" in entry]
+    axes[1].plot([step for step, _ in reached], [share for _, share in reached], color=GREEN)
     axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
     axes[2].plot(steps[1:], [100 * entry["mask_churn"] for entry in logs[1:]], color=RED)
     axes[2].set(title="mask entries changed since the last log (%)", ylim=(0, None))
@@ -92,20 +93,24 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
         figure.colorbar(image, ax=axes[3])
     for axis in axes:
         axis.set_xlabel("step")
+    for axis in () if reached else (axes[1], axes[3]):
+        axis.set_axis_off()
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)
 
 
-def draw_kinds(sparse: dict[str, float], agreement: dict[str, dict[str, float]], path: Path | str) -> None:
+def draw_kinds(
+    sparse: dict[str, float], agreement: dict[str, dict[str, float]], path: Path | str, pattern: str = "2:4"
+) -> None:
     """Picture of what differs between layer kinds.
 
     Args:
-        sparse: layer kind -> share of the learned weights' blocks that are 2:4.
+        sparse: layer kind -> share of the learned weights' blocks that have the pattern.
         agreement: name of another mask -> layer kind -> share of entries that both masks decide alike.
     """
     kinds = [kind for kind in sparse or next(iter(agreement.values())) if kind != "all"]
-    panels = [("learned blocks that are 2:4 (%)", {"": sparse})] if sparse else []
+    panels = [(f"learned blocks that are {pattern} (%)", {"": sparse})] if sparse else []
     panels += [("mask entries alike (%)", agreement)] if agreement else []
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.8), layout="constrained", squeeze=False)
     for axis, (title, bars) in zip(axes[0], panels, strict=True):
@@ -148,6 +153,7 @@ def write_html(
     kinds_picture: Path | None,
     settings: dict[str, Any],
     versions: dict[str, str],
+    pattern: str = "2:4",
 ) -> None:
     """One self-contained page: it loads nothing from a network.
 
@@ -164,6 +170,7 @@ def write_html(
         title=title, subtitle=subtitle, texts=texts, rows=cells, run_picture=_encoded(run_picture),
         kinds_picture=kinds_picture and _encoded(kinds_picture), masked=settings.get("masked_forward"),
         settings=list(settings.items()), versions=list(versions.items()),
+        pattern=pattern,
     )  # fmt: skip
     with atomic_path(path) as scratch:
         scratch.write_text(page, encoding="utf-8")

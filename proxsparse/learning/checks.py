@@ -19,6 +19,7 @@ from proxsparse.learning import objective, optim
 from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
+from proxsparse.operator.pattern import TWO_OF_FOUR
 
 if TYPE_CHECKING:
     from proxsparse.learning.config import ProxSparseConfig
@@ -74,6 +75,16 @@ SWITCHES = ("assistant_only_loss", "completion_only_loss", "packing", "eval_pack
 TOKENS = ("eos_token", "pad_token", "chat_template_path")
 OWN_OPTIONS = ("adafactor", "adamw_torch", "adamw_torch_fused")  # optimizers that take no optim_args
 REFUSALS = (
+    Refusal(
+        lambda c: c.wanted != TWO_OF_FOUR and not c.masked_forward,
+        "`pattern={0.pattern}` is learned under the mask, which `method=paper` is not: use `method=masked`, or "
+        "`pattern=2:4`.",
+    ),
+    Refusal(
+        lambda c: c.wanted != TWO_OF_FOUR and c.lambda_value != 0,
+        "`lambda_value={0.lambda_value}` is the strength of the operator of 2:4 blocks, and `pattern={0.pattern}` has "
+        "none: leave `lambda_value` out.",
+    ),
     *(
         Refusal(
             attrgetter(name),

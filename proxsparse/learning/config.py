@@ -12,19 +12,21 @@ from trl import SFTConfig
 from proxsparse.errors import UsageError
 from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
 from proxsparse.model.channels import PERMUTE_HELP
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 # Defaults by method; a value the user gives wins.
 METHODS: dict[str, dict[str, Any]] = {
-    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink by an absolute lambda, keep |w|.
+    # Liu et al. 2025: fine-tune all weights on the language-model loss, shrink, keep |w|. Their lambda and rate are
+    # absolute and were tuned model by model (``ABSOLUTE``). Relative ones fit weights of any scale.
     "paper": {
         "score": "weight",
         "masked_forward": False,
         "distill": 0.0,
-        "relative": False,
-        "lambda_ramp": 0.0,
+        "relative": True,
+        "lambda_ramp": 0.5,
         "train_only_pruned": False,
-        "learning_rate": 1e-4,
-        "lambda_value": 0.25,
+        "learning_rate": 5e-3,
+        "lambda_value": 2e-2,
         "optim": "adamw_torch_fused",
         "adam_beta2": 0.999,
         "warmup_steps": 0.1,
@@ -44,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0.05,
     },
 }
+# Of the paper's method where the user gives lambda or the rate, as the published recipes do.
+ABSOLUTE: dict[str, Any] = {"relative": False, "lambda_ramp": 0.0, "learning_rate": 1e-4, "lambda_value": 0.25}
 
 
 UNSET: Any = None  # filled in from METHODS
@@ -79,6 +83,10 @@ class ProxSparseConfig(SFTConfig):
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up; below 1, a share of all steps"})
 
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
+    pattern: str = field(
+        default=str(TWO_OF_FOUR),
+        metadata={"help": "N:M, what every block keeps; others than 2:4 are learned without lambda1"},
+    )
     lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
         default=UNSET,
         metadata={
@@ -104,7 +112,10 @@ class ProxSparseConfig(SFTConfig):
     temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
     relative: bool = field(
         default=UNSET,
-        metadata={"help": "take lambda1 and the learning rate relative to each matrix's root mean square"},
+        metadata={
+            "help": "take lambda1, lambda2, epsilon and the learning rate relative to each matrix's root mean square; "
+            "with paper, default: true, but false where lambda_value or learning_rate is given"
+        },
     )
     lambda_ramp: float = field(
         default=UNSET, metadata={"help": "share of the steps over which lambda1 rises from zero"}
@@ -149,7 +160,10 @@ class ProxSparseConfig(SFTConfig):
     def __post_init__(self):
         if self.method not in METHODS:
             raise UsageError(f"`method` must be one of {', '.join(METHODS)}; got {self.method!r}.")
-        for name, value in METHODS[self.method].items():
+        self.pattern = str(self.wanted)
+        if self.lambda_value is None and self.wanted != TWO_OF_FOUR:
+            self.lambda_value = 0.0  # type: ignore[assignment]
+        for name, value in self._defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
@@ -161,6 +175,23 @@ class ProxSparseConfig(SFTConfig):
         with settings_at_fault():
             super().__post_init__()
         check_choices_of_transformers(self)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of the settings that the method decides."""
+        given = self.learning_rate is not None or self.lambda_value is not None
+        absolute = self.method == "paper" and (given if self.relative is None else not self.relative)
+        return METHODS[self.method] | (ABSOLUTE if absolute else {})
+
+    @property
+    def wanted(self) -> Pattern:
+        """The pattern of the mask."""
+        try:
+            found = Pattern.parse(self.pattern)
+        except UsageError as error:
+            raise UsageError(str(error), "pattern") from error
+        if not found.structured or not found.n:
+            raise UsageError(f"`pattern` must be N:M, as 2:4 or 4:8; got {self.pattern!r}.", "pattern")
+        return found
 
     @property
     def auto_lambda(self) -> bool:

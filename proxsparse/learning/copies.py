@@ -18,7 +18,8 @@ from proxsparse.learning.transfers import Departures, pinned_rooms
 from proxsparse.model.loading import parameter_readers
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import reshard
-from proxsparse.operator.prox import expand_scale, top2_mask, top2_product_
+from proxsparse.operator.masked import learned_mask, masked_product_, packed, unpacked
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 logger = logging.getLogger(__name__)
 PLACES = ("device", "cpu", "checkpoint")
@@ -121,6 +122,7 @@ class TakingTurns:
         norms: name -> (I,) norms that turn a weight into its score, or None for plain magnitudes.
         offload: learned weights wait on the CPU.
         masked: ``put_masked`` will be called while they wait.
+        pattern: of the mask.
     """
 
     def __init__(
@@ -131,11 +133,13 @@ class TakingTurns:
         norms: dict[str, Tensor] | None,
         offload: bool = False,
         masked: bool = True,
+        pattern: Pattern = TWO_OF_FOUR,
     ):
         self.model = model
         self.targets = targets
         self.original = original
         self.norms = norms
+        self.pattern = pattern
         device = targets[0].stored.device
         self._departures = Departures(device) if offload and device.type != "cpu" else None
         self._keeps_masks = masked and self._departures is not None
@@ -165,7 +169,7 @@ class TakingTurns:
             self.put_learned()
 
     def put_masked(self) -> None:
-        """Parameters hold W0 * top2(learned scores) from here on."""
+        """Parameters hold W0 under the mask of the learned scores from here on."""
         self._free()
         for target in self.targets:
             out = target.stored
@@ -173,11 +177,12 @@ class TakingTurns:
                 self._arrive(target)
             base = out if self._holds_original else self.original.of(target)
             if self._keeps_masks:
-                kept = _unpacked(self._masks[target.name], target.rows(out))
+                kept = unpacked(self._masks[target.name], target.rows(out))
                 torch.mul(target.rows(base), kept, out=target.rows(out))
             else:
                 learned = self._learned[target.name].to(out.device)
-                top2_product_(target.rows(out), target.rows(base), target.rows(learned), self._scale(target))
+                rows = target.rows(out), target.rows(base), target.rows(learned)
+                masked_product_(*rows, self.pattern, self._scale(target))
         self._holds_original, self._waiting = False, set(self._learned)
 
     def put_original(self) -> None:
@@ -210,10 +215,7 @@ class TakingTurns:
     def _leave(self, target: Prunable) -> None:
         weight = target.stored
         if self._keeps_masks:
-            rows, scale = target.rows(weight), self._scale(target)
-            self._masks[target.name] = _packed(
-                top2_mask(rows if scale is None else rows.float() * expand_scale(scale, rows))
-            )
+            self._masks[target.name] = packed(learned_mask(target.rows(weight), self.pattern, self._scale(target)))
         if self._departures is None:
             self._learned[target.name].copy_(weight)
         else:
@@ -233,18 +235,6 @@ class TakingTurns:
         # FSDP2 queues its copies of offloaded shards to the device and does not wait for them.
         if any(t.stored.device.type == "cpu" and computed_on(t.weight) != "cpu" for t in self.targets[:1]):
             torch.accelerator.synchronize()
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Eight entries of a mask per byte."""
-    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
-    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (flat.view(-1, 8) << bits).sum(-1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] >> bits).bitwise_and_(1).view(-1)[: like.numel()].view(like.shape).bool()
 
 
 def computed_on(weight: Tensor) -> str:

@@ -31,6 +31,7 @@ from proxsparse.model.channels import ORDER_FILE, load_order
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.record import git_commit, read_json, versions
 from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
@@ -47,6 +48,7 @@ DECISIVE = (
 )  # fmt: skip
 # A run that ran out of memory goes on with others of these.
 UNDECIDED = ("keep_base", "offload_learned", "logging_steps", "save_total_limit", "per_device_eval_batch_size")
+EARLIER = {"pattern": "2:4", "permute": "none"}  # of runs made before these were settings
 PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
 
 
@@ -55,7 +57,7 @@ class Learned:
     """What a checkpoint has learned: the mask it leads to, and zeros in its blocks.
 
     Attributes:
-        zeros: layer kind -> share of blocks with 0, 1, 2, 3 and 4 zeros.
+        zeros: layer kind -> share of blocks of m weights with 0, 1, ... m zeros.
         compared: what blocks were compared by: 'activation' or 'weight'.
     """
 
@@ -154,6 +156,10 @@ class Run:
         return self.record.get("settings", {})
 
     @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.settings.get("pattern", str(TWO_OF_FOUR)))
+
+    @property
     def is_finished(self) -> bool:
         return self.mask_file.is_file() and self.history_file.is_file()
 
@@ -167,7 +173,7 @@ class Run:
             UsageError: names the first setting that differs.
         """
         try:
-            claim(self.folder, {"settings": settings}, filter(_decides, settings), write=False)
+            claim(self.folder, {"settings": settings}, filter(_decides, settings), write=False, earlier=EARLIER)
         except UsageError as error:
             made = f"{self.mask_file} was made by another command: " if self.is_finished else ""
             raise UsageError(f"{made}{error}") from error
@@ -179,7 +185,7 @@ class Run:
             UsageError: see ``refuse_another``.
         """
         record = {"settings": settings, "versions": versions(), "commit": git_commit()}
-        claim(self.folder, record, filter(_decides, settings))
+        claim(self.folder, record, filter(_decides, settings), earlier=EARLIER)
 
     def share_24(self) -> float | None:
         """Share of the learned blocks that were 2:4 at the last look; None before the first."""
@@ -232,12 +238,14 @@ class Run:
             mask, zeros = load_mask(checkpoint / MASK_FILE), read_json(checkpoint / ZEROS_FILE)
             return Learned(mask, zeros, settings.get("score", "activation"))
         model = load_model(str(checkpoint), trust_remote_code=bool(settings.get("trust_remote_code")))
-        targets = find_prunable(model, include or settings.get("include"), exclude or settings.get("exclude"))
+        pattern = self.pattern
+        names = (include or settings.get("include"), exclude or settings.get("exclude"))
+        targets = find_prunable(model, *names, multiple=pattern.m)
         weights = {t.name: t.weight.detach() for t in targets}
         norms = self._norms()
-        mask = extract_mask(weights, targets, norms)
+        mask = extract_mask(weights, targets, norms, pattern)
         mask.order = load_order(self.folder / ORDER_FILE)
-        return Learned(mask, sparsity_by_kind(weights, targets), "weight" if norms is None else "activation")
+        return Learned(mask, sparsity_by_kind(weights, targets, pattern.m), "weight" if norms is None else "activation")
 
     def _norms(self) -> dict[str, Tensor] | None:
         score = self.settings.get("score")

@@ -56,7 +56,7 @@ def learn_mask(
     eval_windows: Tensor | None = None,
     **settings: Any,
 ) -> Mask:
-    """Learn which two of every four weights a model keeps; the model itself stays as it was.
+    """Learn which two of every four weights a model keeps (or N of every M); the model itself stays as it was.
 
     Args:
         model: the pretrained model, float32 or bfloat16, on the device to compute on.
@@ -65,11 +65,11 @@ def learn_mask(
         method: 'masked' (this project's) or 'paper'.
         output_dir: folder of the run, for its mask, history and checkpoints. The same call again goes on from the last
             checkpoint, or reads the mask of a run that is done. None: nothing is written.
-        eval_windows: (M, T) held-out token ids for the evaluation loss, or None.
-        settings: any field of ``ProxSparseConfig``, such as ``learning_rate=0.005``; see ``proxsparse learn --help``.
+        eval_windows: (M, T) held-out token ids for the evaluation loss.
+        settings: fields of ``ProxSparseConfig``, such as ``pattern="4:8"``.
 
     Returns:
-        The mask, 2:4, by names of ``model.named_parameters()``.
+        The mask, 2:4 or of the ``pattern`` given, by names of ``model.named_parameters()``.
 
     Raises:
         UsageError: a setting is wrong, or the folder holds another run.

@@ -9,7 +9,7 @@ Shapes: B = batch, T = ctx_len, V = vocabulary.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,7 @@ class Objective:
         self.args, self.targets, self.record = args, targets, record
         self.original: OriginalWeights | None = None
         self.turns: TakingTurns | None = None
+        self.units: dict[str, float] = {}  # of weights, where lambda2 and epsilon are relative
         # Logits of the dense model, or last hidden states, from its forward pass to the loss
         self.teacher: Tensor | None = None
         self.head: nn.Linear | None = None  # makes logits of last hidden states, where that is all there is to them
@@ -97,8 +98,16 @@ class Objective:
         # The teacher's and the gradient; the shifted copy of a batch; what the language-model loss keeps.
         return 2 + (batch_size > 1) + (args.distill < 1)
 
-    def begin(self, model: PreTrainedModel, norms: dict[str, Tensor] | None) -> None:
-        """Keep what is needed of the weights; called while they are the original ones, where they will be trained."""
+    def begin(
+        self, model: PreTrainedModel, norms: dict[str, Tensor] | None, rms: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Keep what is needed of the weights; called while they are the original ones, where they will be trained.
+
+        Args:
+            norms: name -> (I,) input norms, or None.
+            rms: name -> root mean square of the weight, and of its scores, where settings are relative; else empty.
+        """
+        self.units = {name: plain for name, (plain, _) in rms.items()}
         swaps = self.swaps(self.args)
         if swaps or self.args.project_lambda2:
             source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
@@ -106,7 +115,13 @@ class Objective:
         if swaps:
             assert self.original is not None
             self.turns = TakingTurns(
-                model, self.targets, self.original, norms, self.args.offload_learned, self.args.masked_forward
+                model,
+                self.targets,
+                self.original,
+                norms,
+                self.args.offload_learned,
+                self.args.masked_forward,
+                self.args.wanted,
             )
 
     @contextlib.contextmanager
@@ -191,7 +206,9 @@ class Objective:
         for target in self.targets:
             # Of a shard, its rows: gradients of rows elsewhere are made where they are.
             base = self.original.of(target)
-            penalty = penalty + frozen_weight_penalty(local(target.weight), base, self.args.epsilon)
+            unit = self.units.get(target.name, 1.0)
+            epsilon = self.args.epsilon * unit
+            penalty = penalty + frozen_weight_penalty(local(target.weight), base, epsilon) / unit**2
         term = self.args.lambda2_value * penalty
         self.record("lambda2_loss", total(term.detach(), self.targets[0].weight))
         return term / share.steps

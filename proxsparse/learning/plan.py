@@ -218,7 +218,7 @@ def _quiet_fakes() -> Iterator[None]:
 
 
 def _counts(model: PreTrainedModel, config: ProxSparseConfig) -> _Sizes:
-    targets = find_prunable(model, config.include, config.exclude)
+    targets = find_prunable(model, config.include, config.exclude, multiple=config.wanted.m)
     names = {t.name for t in targets}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not config.train_only_pruned or name in names)

@@ -1,5 +1,6 @@
 """The proximal step of a run: the operator on every pruned weight after each optimizer step, and what it shows."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.feedback import ShareController
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import first_entry, total
-from proxsparse.operator.prox import expand_scale, non_finite, prox_counted_, survey_
+from proxsparse.operator.masked import code_bytes, survey_mask_
+from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.operator.prox import expand_scale, kernel_for, non_finite, prox_counted_
 from proxsparse.operator.rounding import Noise, noise_seed
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import resume_hint
 
+logger = logging.getLogger(__name__)
 CONTROLLERS_FILE = "auto_lambda.json"
 
 
@@ -43,7 +47,8 @@ class ProxCallback(TrainerCallback):
 class ProximalStep:
     """The operator on all pruned weights, each with its lambda1 of this step.
 
-    Made while the weights are the original ones, whose scales are the units of relative settings.
+    Made while the weights are the original ones, whose scales are the units of relative settings. Of other patterns
+    than 2:4 it only watches the mask.
 
     Args:
         targets: the pruned weights; of sharded ones, every process moves its rows.
@@ -66,10 +71,14 @@ class ProximalStep:
         self.seconds = 0.0
         # (weights, 2): 2:4 blocks and blocks of each, after the last step; zeros before the first
         self._counts = torch.zeros(len(targets), 2, dtype=torch.int64)
+        self._stepped = False
         self._codes: dict[str, Tensor] = {}  # the pattern of every block when it was last looked at
 
     def __call__(self, step: int, max_steps: int) -> None:
         """After optimizer step ``step``, counted from 0, of ``max_steps``."""
+        self._stepped = True
+        if self.args.wanted != TWO_OF_FOUR:
+            return
         start = time.perf_counter()
         devices = {target.stored.device for target in self.targets}
         # Per weight: 2:4 blocks, and blocks with NaN or infinite entries. They are read once, after the last weight.
@@ -111,6 +120,10 @@ class ProximalStep:
 
     def warm_up(self) -> None:
         """Compile what the steps will run, on a few rows of each kind: the first step is as fast as others."""
+        pattern = self.args.wanted
+        kernel = f"kernel '{kernel_for(self.targets[0].stored)}', {len(self.targets)} weights"
+        none = f"it is for 2:4, so lambda is 0 and {pattern} is learned without it"
+        logger.info("proximal operator: %s", kernel if pattern == TWO_OF_FOUR else none)
         kinds = {(t.rows(t.stored).shape[-1], t.stored.dtype, t.stored.device): t for t in self.targets}
         for (width, dtype, device), target in kinds.items():
             scale = self._scale(target)
@@ -118,8 +131,10 @@ class ProximalStep:
             noise = Noise(0) if self.args.rounding == "stochastic" and dtype == torch.bfloat16 else None
             # A program works on one row where there is a scale; else 64 fill one. Small values are solved at once.
             rows = torch.full((64 if own is None else 1, width), 1e-3, dtype=dtype, device=device)
-            prox_counted_(rows, 1.0, torch.zeros(2, dtype=torch.int32, device=device), scale=own, noise=noise)
-            survey_(rows, torch.zeros(rows.numel() // 4, dtype=torch.uint8, device=device), own)
+            if pattern == TWO_OF_FOUR:
+                prox_counted_(rows, 1.0, torch.zeros(2, dtype=torch.int32, device=device), scale=own, noise=noise)
+            codes = torch.zeros(code_bytes(rows.numel(), pattern), dtype=torch.uint8, device=device)
+            survey_mask_(rows, codes, pattern, own)
 
     def strength(self, target: Prunable, step: int, max_steps: int) -> float:
         """lambda1 of one weight in this step."""
@@ -131,9 +146,9 @@ class ProximalStep:
 
     def progress(self) -> dict[str, float]:
         """What the log shows of the blocks; empty before the first step. Every process calls this."""
-        blocks_24, blocks = self._counts.sum(0).tolist()
-        if not blocks:
+        if not self._stepped:
             return {}
+        pattern = self.args.wanted
         # Per device: mask entries that changed, the penalty, entries. They are read once, after the last weight.
         found: dict[torch.device, Tensor] = {}
         for target in self.targets:
@@ -141,12 +156,16 @@ class ProximalStep:
             if not rows.numel():
                 continue
             fresh = target.name not in self._codes
-            codes = self._codes.setdefault(target.name, rows.new_zeros(rows.numel() // 4, dtype=torch.uint8))
-            seen = survey_(rows, codes, self._scale(target))
+            if fresh:
+                self._codes[target.name] = rows.new_zeros(code_bytes(rows.numel(), pattern), dtype=torch.uint8)
+            seen = survey_mask_(rows, self._codes[target.name], pattern, self._scale(target))
             seen = torch.cat((seen[:1] * (not fresh), seen[1:], seen.new_full((1,), rows.numel())))
             found[rows.device] = found.get(rows.device, torch.zeros_like(seen)) + seen
         sums = sum((part.cpu() for part in found.values()), torch.zeros(3, dtype=torch.float64))
         changed, penalty, entries = self.total(sums).tolist()
+        if pattern != TWO_OF_FOUR:
+            return {"mask_churn": changed / entries}
+        blocks_24, blocks = self._counts.sum(0).tolist()
         seconds, self.seconds = self.seconds, 0.0
         return {
             "share_24": blocks_24 / blocks,

@@ -37,7 +37,6 @@ from proxsparse.model.ordering import stored_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.model.trainable import clean_generation_config, window_collator
-from proxsparse.operator.prox import kernel_for
 from proxsparse.record import read_json, write_json
 from proxsparse.resume import complete_checkpoints, resume_hint
 
@@ -82,7 +81,7 @@ REFUSALS = (
 
 
 class ProxSparseTrainer(SFTTrainer):
-    """SFTTrainer that learns a 2:4 mask.
+    """SFTTrainer that learns a mask: 2:4, or another N:M pattern.
 
     Args:
         model: the pretrained model; its weights at this moment are the original weights W0.
@@ -108,7 +107,7 @@ class ProxSparseTrainer(SFTTrainer):
                 f"`eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)}` needs samples to evaluate "
                 "on: give `eval_samples`, or leave it out."
             )
-        self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude)
+        self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude, args.wanted.m)
         if args.train_only_pruned:
             pruned = {target.name for target in self.targets}
             for name, parameter in model.named_parameters():
@@ -119,7 +118,7 @@ class ProxSparseTrainer(SFTTrainer):
         if args.permute == "auto":
             with args.main_process_first(local=False):  # the first process writes the order, the others read it
                 windows = torch.tensor(kwargs["train_dataset"][: args.norm_samples]["input_ids"])
-                stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows)
+                stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows, args.wanted)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = self._inputs_need_grad = False
@@ -134,11 +133,14 @@ class ProxSparseTrainer(SFTTrainer):
 
     def mask(self) -> Mask:
         """The mask of the weights as they are now. Under FSDP2 every process calls this, and the first gets it."""
-        mask = extract_mask({t.name: t.weight.detach() for t in self.targets}, self.targets, self.norms)
+        mask = extract_mask(self._learned(), self.targets, self.norms, self.args.wanted)
         mask.base_model = self.model.config._name_or_path
         mask.order = order_of(self.model)
         mask.info = {"method": self.args.method, "lambda1": self.args.lambda_value, "score": self.args.score}
         return mask
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {t.name: t.weight.detach() for t in self.targets}
 
     # The loss
 
@@ -230,14 +232,13 @@ class ProxSparseTrainer(SFTTrainer):
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs and (blocks := self.proximal.progress()):
+        blocks = self.proximal.progress() if self.model.training and "loss" in logs else {}
+        if "prox_seconds" in blocks:
             elapsed, self._step_seconds = self._step_seconds + blocks["prox_seconds"], 0.0
-            logs |= blocks | {"prox_share": blocks["prox_seconds"] / elapsed if elapsed else 0.0}
-            super().log(logs, start_time)
-            entry: dict = self.state.log_history[-1]
-            entry["share_24_by_layer"] = self.proximal.share_by_layer()  # not in logs: reporters take no lists
-        else:
-            super().log(logs, start_time)
+            blocks["prox_share"] = blocks["prox_seconds"] / elapsed if elapsed else 0.0
+        super().log(logs | blocks, start_time)
+        if "share_24" in blocks:  # not in logs: reporters take no lists
+            cast(dict, self.state.log_history[-1])["share_24_by_layer"] = self.proximal.share_by_layer()
 
     # Optimizer and checkpoints
 
@@ -264,7 +265,7 @@ class ProxSparseTrainer(SFTTrainer):
     def _add_to_checkpoint(self, folder: Path) -> None:
         # Shards on the disk are pickled; so that nobody needs to read them, what is extracted from weights is added.
         mask = self.mask() if self.is_fsdp_enabled else None
-        zeros = sparsity_by_kind({t.name: t.weight.detach() for t in self.targets}, self.targets) if mask else None
+        zeros = sparsity_by_kind(self._learned(), self.targets, self.args.wanted.m) if mask else None
         if not self.is_world_process_zero():
             return
         if mask:
@@ -328,14 +329,12 @@ class ProxSparseTrainer(SFTTrainer):
             # Where they are used, once and for all.
             parts = ((t, matching_part(self.norms[t.name], t.weight)) for t in self.targets)
             self.norms = {t.name: part.to(t.stored.device, torch.float32) for t, part in parts}
-        self.objective.begin(self.model, self.norms)
+        self.proximal = ProximalStep(self.targets, args, self.norms)
+        self.objective.begin(self.model, self.norms, self.proximal.rms if args.relative else {})
         if args.distill and not self.is_fsdp_enabled and self.targets[0].stored.device.type != "cpu":
             self.objective.head = plain_head(self.model)
-        self.proximal = ProximalStep(self.targets, args, self.norms)
         self.add_callback(ProxCallback(self.proximal))
         self.proximal.warm_up()
-        kernel = kernel_for(self.targets[0].stored)
-        logger.info("proximal operator: kernel '%s', %d weights", kernel, len(self.targets))
 
     def _measure_norms(self) -> dict[str, Tensor]:
         windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])

@@ -1,9 +1,9 @@
-"""Choose the order of channels in which blocks of four compete least, and put a model into it.
+"""Choose the order of channels in which the weights of a block compete least, and put a model into it.
 
-A block keeps two of four weights. Channels are dealt out so that important ones do not meet: sorted by their scores and
-dealt in a snake, then, for each of the four places in turn, handed out to the blocks anew by a linear assignment that
+A block keeps n of m weights. Channels are dealt out so that important ones do not meet: sorted by their scores and
+dealt in a snake, then, for each of the m places in turn, handed out to the blocks anew by a linear assignment that
 keeps as much score as possible. Scores are |w_ij| * ||x_j||_2 as in Wanda (https://arxiv.org/abs/2306.11695).
-Shapes: R = rows that are looked at; n = channels; B = n / 4 blocks.
+Shapes: R = rows that are looked at; C = channels; B = C / m blocks.
 """
 
 import logging
@@ -20,25 +20,29 @@ from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, orde
 from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.wiring import Group, Wiring
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import expand_scale
 
 logger = logging.getLogger(__name__)
 CALLED = {"mlp": "MLP channels", "heads": "channels of the values", "residual": "channels of the residual stream"}
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # of logits, by what they are computed in; float32: 1e-3
-ROUNDS = 3  # of all four places
+ROUNDS = 3  # of all places of a block
 ROWS_OF_ALL = 20_000  # of all readers together where they share one order
 WORK = 2e9  # comparisons per place and round; more rows than that are sampled
 CHECKED = 256  # tokens on which the function is compared
 
 
 @torch.no_grad()
-def order_channels(model: PreTrainedModel, windows: Tensor | None, norm_samples: int = 64) -> ChannelOrder:
-    """Put a model's channels into the order in which 2:4 blocks keep most, and say what was moved.
+def order_channels(
+    model: PreTrainedModel, windows: Tensor | None, norm_samples: int = 64, pattern: Pattern = TWO_OF_FOUR
+) -> ChannelOrder:
+    """Put a model's channels into the order in which its blocks keep most, and say what was moved.
 
     Args:
         model: dense; its parameters are reordered in place.
         windows: (N, T) calibration token ids, by whose inputs weights are scored; None: by magnitude.
         norm_samples: windows that inputs are measured on.
+        pattern: N:M, what a block keeps. Channels whose number is no multiple of M keep their order.
 
     Returns:
         The order; empty where nothing of the architecture is understood.
@@ -51,7 +55,7 @@ def order_channels(model: PreTrainedModel, windows: Tensor | None, norm_samples:
     targets = find_prunable(model)
     norms = None if windows is None else input_norms(model, targets, windows[:norm_samples], progress="channels")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    orders = {kind: _order(groups, shapes, norms) for kind, groups in Wiring(model).groups.items()}
+    orders = {kind: _order(groups, shapes, norms, pattern) for kind, groups in Wiring(model).groups.items()}
     ids = model.dummy_inputs["input_ids"] if windows is None else windows[:1, :CHECKED]
     before = _logits(model, ids)
     chosen = ChannelOrder()
@@ -70,11 +74,12 @@ def order_channels(model: PreTrainedModel, windows: Tensor | None, norm_samples:
     return chosen
 
 
-def stored_order(path: Path, model: PreTrainedModel, windows: Tensor) -> ChannelOrder:
+def stored_order(path: Path, model: PreTrainedModel, windows: Tensor, pattern: Pattern = TWO_OF_FOUR) -> ChannelOrder:
     """An order that is chosen once and kept in a file, so that a resumed run has the same; the model is put into it.
 
     Args:
         path: of the file; it is read where it exists.
+        pattern: see ``order_channels``.
 
     Raises:
         UsageError: the file was made for another model or text.
@@ -84,7 +89,7 @@ def stored_order(path: Path, model: PreTrainedModel, windows: Tensor) -> Channel
         order = load_order(path, origin)
         put_into_order(model, order)
         return order
-    order = order_channels(model, windows)
+    order = order_channels(model, windows, pattern=pattern)
     save_order(order, path, origin)
     return order
 
@@ -110,12 +115,14 @@ def _differs(before: Tensor, after: Tensor) -> bool:
 
 
 def _order(
-    groups: list[Group], shapes: Mapping[str, tuple[int, ...]], norms: Mapping[str, Tensor] | None
+    groups: list[Group], shapes: Mapping[str, tuple[int, ...]], norms: Mapping[str, Tensor] | None, pattern: Pattern
 ) -> ChannelOrder:
     """The order of all groups of a kind: one index per dimension of a parameter."""
     places: dict[tuple[str, int], Tensor] = {}
     for group in groups:
-        permutation = _permutation(group, norms)
+        if group.size % pattern.m:
+            continue
+        permutation = _permutation(group, norms, pattern)
         for member in group.members:
             shape = shapes[member.name]
             size = shape[member.dim]
@@ -133,11 +140,12 @@ def _order(
     return ChannelOrder(moves, indices)
 
 
-def _permutation(group: Group, norms: Mapping[str, Tensor] | None) -> Tensor:
-    """(n,) the order of a group's channels; (E, n) where experts have their own."""
+def _permutation(group: Group, norms: Mapping[str, Tensor] | None, pattern: Pattern) -> Tensor:
+    """(C,) the order of a group's channels; (E, C) where experts have their own."""
     if group.experts:
         stacks = [_scores(target, norms) for target, _ in group.readers]
-        return torch.stack([arrange(torch.cat([own[e] for own in stacks])) for e in range(group.experts)]).cpu()
+        experts = (torch.cat([own[e] for own in stacks]) for e in range(group.experts))
+        return torch.stack([arrange(scores, pattern) for scores in experts]).cpu()
     parts = []
     for target, places in group.readers:
         scores = _scores(target, norms).flatten(0, -2)
@@ -147,7 +155,7 @@ def _permutation(group: Group, norms: Mapping[str, Tensor] | None) -> Tensor:
                 own = _sampled(own, ROWS_OF_ALL // len(group.readers))
                 own = own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)
             parts.append(own)
-    return arrange(torch.cat([part.to(parts[0].device) for part in parts])).cpu()
+    return arrange(torch.cat([part.to(parts[0].device) for part in parts]), pattern).cpu()
 
 
 def _scores(target: Prunable, norms: Mapping[str, Tensor] | None) -> Tensor:
@@ -163,47 +171,47 @@ def _sampled(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, max(count, 1), device=rows.device).long()]
 
 
-def arrange(scores: Tensor) -> Tensor:
-    """The order of channels in which the two largest scores of every block of four sum to most.
+def arrange(scores: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """The order of channels in which the n largest scores of every block of m sum to most.
 
     Args:
-        scores: (R, n), at least 0; n is a multiple of 4.
+        scores: (R, C), at least 0; C is a multiple of m.
 
     Returns:
-        (n,) the old place of every new channel; unchanged where no better order is found.
+        (C,) the old place of every new channel; unchanged where no better order is found.
     """
-    scores = _sampled(scores, max(64, int(WORK / (scores.shape[1] // 4) ** 2)))
-    blocks = _dealt(scores.sum(0))
+    scores = _sampled(scores, max(64, int(WORK / (scores.shape[1] // pattern.m) ** 2)))
+    blocks = _dealt(scores.sum(0), pattern.m)
     for _ in range(ROUNDS):
         before = blocks.clone()
-        for place in range(4):
-            blocks[:, place] = _assigned(scores, blocks, place)
+        for place in range(pattern.m):
+            blocks[:, place] = _assigned(scores, blocks, place, pattern.n)
         if torch.equal(before, blocks):
             break
     found, unchanged = blocks.flatten(), torch.arange(scores.shape[1], device=scores.device)
-    return found if kept(scores[:, found]) > kept(scores) else unchanged
+    return found if kept(scores[:, found], pattern) > kept(scores, pattern) else unchanged
 
 
-def kept(scores: Tensor) -> float:
-    """Sum of the two largest scores of every block of four neighbours."""
-    return float(scores.unflatten(-1, (-1, 4)).topk(2, -1).values.sum(dtype=torch.float64))
+def kept(scores: Tensor, pattern: Pattern = TWO_OF_FOUR) -> float:
+    """Sum of the n largest scores of every block of m neighbours."""
+    return float(scores.unflatten(-1, (-1, pattern.m)).topk(pattern.n, -1).values.sum(dtype=torch.float64))
 
 
-def _dealt(weights: Tensor) -> Tensor:
-    """(B, 4) channels, dealt out by their weights: the first B in turn, the next B the other way round, ..."""
-    hands = weights.argsort(descending=True, stable=True).view(4, -1)
+def _dealt(weights: Tensor, m: int) -> Tensor:
+    """(B, m) channels, dealt out by their weights: the first B in turn, the next B the other way round, ..."""
+    hands = weights.argsort(descending=True, stable=True).view(m, -1)
     hands[1::2] = hands[1::2].flip(-1)
     return hands.T.contiguous()
 
 
-def _assigned(scores: Tensor, blocks: Tensor, place: int) -> Tensor:
+def _assigned(scores: Tensor, blocks: Tensor, place: int, n: int) -> Tensor:
     """The channels of one place of every block, handed out anew so that most score is kept."""
-    others = scores[:, blocks[:, [p for p in range(4) if p != place]]]  # (R, B, 3)
-    second = others.topk(2, -1).values[..., 1]
+    others = scores[:, blocks[:, [p for p in range(blocks.shape[1]) if p != place]]]  # (R, B, m - 1)
+    last = others.topk(n, -1).values[..., n - 1]
     candidates = blocks[:, place]
     mine = scores[:, candidates]
-    # A block keeps the first of its others, and the larger one of their second and the candidate.
-    apart = torch.cdist(second.T.contiguous(), mine.T.contiguous(), p=1)  # |a - b|, summed over rows
-    gain = (second.sum(0)[:, None] + mine.sum(0)[None, :] + apart) / 2  # max(a, b), summed over rows
+    # A block keeps the first n - 1 of its others, and the larger one of their n-th and the candidate.
+    apart = torch.cdist(last.T.contiguous(), mine.T.contiguous(), p=1)  # |a - b|, summed over rows
+    gain = (last.sum(0)[:, None] + mine.sum(0)[None, :] + apart) / 2  # max(a, b), summed over rows
     _, chosen = linear_sum_assignment(gain.cpu().double().numpy(), maximize=True)
     return candidates[torch.from_numpy(chosen).to(candidates.device)]

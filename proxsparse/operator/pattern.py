@@ -123,21 +123,21 @@ class Pattern:
 TWO_OF_FOUR = Pattern(2, 4)
 
 
-def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
+def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Boolean mask of the n largest |score| of every m consecutive entries; ties go to the earlier entry.
 
     Args:
-        score: (..., I), I a multiple of m.
+        scores: (..., I), I a multiple of m.
         n: entries kept of every m, 1 <= n <= m.
         m: block length.
 
     Raises:
         ValueError: I is no multiple of m, or n is not in 1..m.
     """
-    if score.dim() == 0 or score.shape[-1] % m:
-        raise ValueError(f"The last dimension must be a multiple of {m} for {n}:{m} blocks, got {tuple(score.shape)}.")
+    if scores.dim() == 0 or scores.shape[-1] % m:
+        raise ValueError(f"The last dimension must be a multiple of {m} for {n}:{m} blocks, got {tuple(scores.shape)}.")
     if not 1 <= n <= m:
         raise ValueError(f"n must be between 1 and {m} in an n:{m} pattern, got {n}.")
-    blocks = score.detach().abs().unflatten(-1, (-1, m))
+    blocks = scores.detach().abs().unflatten(-1, (-1, m))
     kept = blocks.sort(dim=-1, descending=True, stable=True).indices[..., :n]
     return torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
