@@ -81,6 +81,13 @@ MASKLLM: dict[str, dict] = {
     "maskllm-lr/2": {"learning_rate": 2.5e-4},
     "maskllm-lr2": {"learning_rate": 1e-3},
     "maskllm-lr10": {"learning_rate": 5e-3},
+    "maskllm-exp": {"cooling": "exponential"},
+    "maskllm-exp-lr2": {"cooling": "exponential", "learning_rate": 1e-3},
+    "maskllm-exp-lr4": {"cooling": "exponential", "learning_rate": 2e-3},
+    "maskllm-exp-early": {"cooling": "exponential", "cooled_by": 0.75},
+    "maskllm-exp-cold": {"cooling": "exponential", "tau": (1.0, 0.05)},
+    "maskllm-exp-warm": {"cooling": "exponential", "tau": (4.0, 0.2)},
+    "maskllm-exp-warm-lr2": {"cooling": "exponential", "tau": (4.0, 0.2), "learning_rate": 1e-3},
 }
 DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
 

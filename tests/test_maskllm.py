@@ -53,6 +53,29 @@ def test_the_learned_mask_is_24_and_the_weights_are_untouched(tmp_path):
     assert all(torch.equal(after[n], before[n]) for n in before)
 
 
+def test_temperature_and_scale_cool_as_asked(tmp_path):
+    config = partial(MaskLLMConfig, str(tmp_path), use_cpu=True, bf16=False, tau=(4.0, 0.04), kappa=(100.0, 400.0))
+    assert config().heat(0.5) == (pytest.approx(2.02), 250.0)  # the published cooling
+    fast = config(cooling="exponential")
+    assert fast.heat(0.5) == (pytest.approx(0.4), pytest.approx(200.0))  # the geometric means
+    assert fast.heat(0.0) == (4.0, 100.0)
+    early = config(cooling="exponential", cooled_by=0.5)
+    assert early.heat(0.25) == pytest.approx(fast.heat(0.5))
+    assert early.heat(0.8) == pytest.approx((0.04, 400.0))
+    with pytest.raises(UsageError, match="must be one of linear, exponential"):
+        config(cooling="cosine")
+    with pytest.raises(UsageError, match="at most 1; got 2"):
+        config(cooled_by=2)
+
+
+def test_the_cooling_makes_it_another_run(tmp_path):
+    linear = learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no")
+    fast = learn_masks(tiny_llama(), tmp_path / "b", save_strategy="no", cooling="exponential")
+    assert any(not torch.equal(linear[name], fast[name]) for name in linear)
+    with pytest.raises(UsageError, match="`cooling=linear`, now it is exponential"):
+        learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no", cooling="exponential")
+
+
 def learn_masks(model, folder, count=8, **settings):
     return learn_mask(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
 

@@ -256,6 +256,7 @@ MISTAKES = [
     ("baseline/main.py", ["--prune_method", "wanda", "--sparsity_type", "4:2", "--save", "x"], 2, "must be N:M"),
     ("baseline/main.py", ["--prune_method", "wanda", "--allocation", "owl", "--save", "x"], 2, "2:4 fixes the share"),
     ("baseline/main.py", ["--prune_method", "maskllm", "--sparsity_type", "4:8", "--save", "x"], 2, "2:4 masks only"),
+    ("baseline/main.py", ["--prune_method", "wanda", "--cooling", "linear", "--save", "x"], 2, "--cooling belongs to"),
     ("eval/zero_shot.py", ["--mask", "/none"], 2, "--mask: there is no file /none"),
     ("eval/zero_shot.py", ["--limit", "0"], 2, "must be an integer of at least 1"),
 ]

@@ -31,6 +31,7 @@ class Wanted:
         allocation: see ``allocation.allocate``.
         update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
         prior: one-shot method whose mask a learned one starts from, or None.
+        cooling: how a learned method's temperature falls, 'linear' or 'exponential'; None: as its paper has it.
         hidden_device: where the hidden states of the calibration walk are kept between layers.
         bf16: compute in bfloat16 autocast; None: what suits the method and the device.
         seed: seed of a learned method's noise.
@@ -41,6 +42,7 @@ class Wanted:
     allocation: str = "uniform"
     update: bool = True
     prior: "OneShot | None" = None
+    cooling: str | None = None
     hidden_device: str = "cpu"
     bf16: bool | None = None
     seed: int = 0
@@ -92,6 +94,8 @@ class OneShot:
 
     def check(self, wanted: Wanted) -> None:
         """Every pattern is fine."""
+        if wanted.cooling is not None:
+            raise UsageError("`cooling` belongs to the methods that learn a mask: leave it out.", "cooling")
 
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
@@ -131,7 +135,8 @@ class MaskLLM:
         prior = None if wanted.prior is None else one_shot_prior(model, windows, wanted.prior, **options)
         if model.dtype == torch.float16:
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # as in learning: gradients underflow in float16
-        settings = {"seed": wanted.seed} | ({} if wanted.bf16 is None else {"bf16": wanted.bf16})
+        settings: dict[str, Any] = {"seed": wanted.seed}
+        settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
         mask = learn_mask(model, tokenizer, windows, wanted.folder, prior=prior, **settings)
         apply_mask(model, mask)
         return mask

@@ -61,12 +61,7 @@ def arguments() -> Parser:
     )
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
-    parser.add_argument(
-        "--prior",
-        default="sparsegpt",
-        choices=[*ONE_SHOT, "none"],
-        help="method whose mask maskllm starts from; default: %(default)s",
-    )
+    add_learning_arguments(parser)
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
     parser.add_argument(
         "--nsamples", dest="samples", type=positive_int, default=128, help="calibration samples; default: %(default)s"
@@ -104,6 +99,22 @@ def arguments() -> Parser:
     return parser
 
 
+def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the methods that learn."""
+    parser.add_argument(
+        "--prior",
+        default="sparsegpt",
+        choices=[*ONE_SHOT, "none"],
+        help="method whose mask maskllm starts from; default: %(default)s",
+    )
+    parser.add_argument(
+        "--cooling",
+        default=None,
+        choices=["linear", "exponential"],
+        help="how the temperature of maskllm falls; default: linear, as in its paper",
+    )
+
+
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     names = ("dataset", "samples", "ctx_len", "seed", "permute")
     same = {name: run.settings[name] for name in names if name in run.settings}
@@ -118,21 +129,14 @@ def main(args: argparse.Namespace) -> None:
         args.allocation,
         update=not args.mask_only,
         prior=None if args.prior == "none" else ONE_SHOT[args.prior](),
+        cooling=args.cooling,
         seed=args.seed,
         folder=learning_folder(args),
     )
     changes_weights = method.updates_weights and wanted.update
     check(args, wanted.pattern, changes_weights)
     method.check(wanted)
-    info = {
-        "method": args.prune_method,
-        "weights_updated": changes_weights,
-        "allocation": args.allocation,
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "ctx_len": args.ctx_len,
-        "seed": args.seed,
-    } | ({} if args.permute == "none" else {"permute": args.permute})
+    info = information(args, changes_weights)
     if pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
@@ -164,6 +168,15 @@ def main(args: argparse.Namespace) -> None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
+
+
+def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, Any]:
+    """What the mask's file says about how it was made."""
+    always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
+    # Left out where they are as ever, so that a mask of an older version is known again.
+    changed = {"permute": "none", "cooling": None} | ({} if args.prune_method in ONE_SHOT else {"prior": "sparsegpt"})
+    more = {name: value for name, usual in changed.items() if (value := getattr(args, name)) != usual}
+    return {"method": args.prune_method, "weights_updated": weights_updated} | always | more
 
 
 def pruned_already(args: argparse.Namespace, info: dict[str, Any], pattern: Pattern) -> bool:
