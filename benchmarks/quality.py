@@ -26,9 +26,9 @@ import torch
 from common import print_table
 from transformers import set_seed
 
-from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines import METHODS, Pattern, maskllm, roi
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
+from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.commands.flags import LearnParser
 from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.learning.learn import learn
@@ -89,6 +89,25 @@ MASKLLM: dict[str, dict] = {
     "maskllm-exp-warm": {"cooling": "exponential", "tau": (4.0, 0.2)},
     "maskllm-exp-warm-lr2": {"cooling": "exponential", "tau": (4.0, 0.2), "learning_rate": 1e-3},
 }
+# RoI: name -> changes to its settings.
+ROI: dict[str, dict] = {
+    "roi": {},
+    "roi-lr/2": {"learning_rate": 5e-4},
+    "roi-lr2": {"learning_rate": 2e-3},
+    "roi-lr4": {"learning_rate": 4e-3},
+    "roi-lr8": {"learning_rate": 8e-3},
+    "roi-noprior": {"prior": None},
+    "roi-noprior-lr4": {"prior": None, "learning_rate": 4e-3},
+    "roi-linear": {"cooling": "linear"},
+    "roi-late": {"cooled_by": 1.0},
+    "roi-warm": {"tau": (1.0, 0.2)},
+    "roi-warm-lr4": {"tau": (1.0, 0.2), "learning_rate": 4e-3},
+    "roi-hot": {"tau": (4.0, 0.05)},
+    "roi-kappa1": {"kappa": (1.0, 500.0)},
+    "roi-kappa1-lr4": {"kappa": (1.0, 500.0), "learning_rate": 4e-3},
+    "roi-strong": {"prior_strength": 6.0},
+    "roi-strong-lr4": {"prior_strength": 6.0, "learning_rate": 4e-3},
+}
 DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
 
 
@@ -97,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--text", default="wiki", help="calibration text")
     parser.add_argument("--eval", nargs="+", default=["wiki", "news"], help="held-out texts")
-    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *LEARNED])
+    parser.add_argument(
+        "--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *ROI, *LEARNED]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--ctx_len", type=int, default=512)
@@ -159,11 +180,12 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
     else:
         model, extra, bf16 = load_model(args.model, dtype=torch.float32), {}, args.bf16 == "true"
         windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
-        if row in MASKLLM:
+        if row in MASKLLM or row in ROI:
             prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
-                settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | MASKLLM[row]
-                apply_mask(model, learn_mask(model, tokenizer, windows, folder, **settings))
+                settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | (MASKLLM | ROI)[row]
+                learner = roi if row in ROI else maskllm
+                apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:
             name, updated = BASELINES[row]
             prune_layerwise(model, windows, METHODS[name](), Pattern.parse("2:4"), update=updated, bf16=bf16)

@@ -10,16 +10,16 @@ from test_prunable import build
 from torch import nn
 from transformers import TrainerCallback
 
+from proxsparse.baselines import roi
 from proxsparse.baselines.maskllm import (
     MASKS,
     MaskLLMConfig,
     MaskLLMTrainer,
-    _attribute,
     hard_mask,
     initial_logits,
     learn_mask,
-    one_shot_prior,
 )
+from proxsparse.baselines.sampling import SampledTrainer, _attribute, one_shot_prior
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.errors import UsageError
 from proxsparse.model.prunable import find_prunable
@@ -76,14 +76,16 @@ def test_the_cooling_makes_it_another_run(tmp_path):
         learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no", cooling="exponential")
 
 
-def learn_masks(model, folder, count=8, **settings):
-    return learn_mask(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
+def learn_masks(model, folder, count=8, learn=learn_mask, **settings):
+    return learn(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, tmp_path, monkeypatch):
-    make = partial(build, family, vocab_size=257)
-    whole = learn_masks(make(), tmp_path / "whole", save_steps=2)
+@pytest.mark.parametrize(
+    ("family", "learn"), [("llama", learn_mask), ("mixtral", learn_mask), ("mixtral", roi.learn_mask)]
+)
+def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, learn, tmp_path, monkeypatch):
+    make, learned = partial(build, family, vocab_size=257), partial(learn_masks, learn=learn)
+    whole = learned(make(), tmp_path / "whole", save_steps=2)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -94,15 +96,15 @@ def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, t
         original(self, *args, **kwargs)
         self.add_callback(Stop())
 
-    original = MaskLLMTrainer.__init__
+    original = SampledTrainer.__init__
     with monkeypatch.context() as patch:
-        patch.setattr(MaskLLMTrainer, "__init__", stopping)
+        patch.setattr(SampledTrainer, "__init__", stopping)
         with pytest.raises(KeyboardInterrupt):
-            learn_masks(make(), tmp_path / "broken", save_steps=2)
-    again = learn_masks(make(), tmp_path / "broken", save_steps=2)
+            learned(make(), tmp_path / "broken", save_steps=2)
+    again = learned(make(), tmp_path / "broken", save_steps=2)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(UsageError, match="holds a run with another `dataset`: give another `output_dir`"):
-        learn_masks(make(), tmp_path / "broken", count=6, save_steps=2)
+        learned(make(), tmp_path / "broken", count=6, save_steps=2)
 
 
 def test_the_model_comes_back_as_it_was(tmp_path):
@@ -140,7 +142,7 @@ def test_the_gradient_of_the_logits_is_autograds(tmp_path):
     logits = {t.name: trainer.logits(t).detach().clone().requires_grad_() for t in trainer.targets}
     weights, penalty = {}, 0.0
     for place, target in enumerate(trainer.targets):
-        noise = trainer._choice(place, target).log()  # softmax of (kappa p + g) / tau up to a constant
+        noise = trainer._perturbed(place, target)  # (kappa p + g) / tau
         fixed = noise - trainer.args.kappa[0] / trainer.args.tau[0] * trainer.logits(target).detach()
         choice = (fixed + trainer.args.kappa[0] / trainer.args.tau[0] * logits[target.name]).softmax(0)
         weights[target.name] = trainer.base[target.name] * torch.einsum("koi,kj->oij", choice, MASKS).flatten(-2)

@@ -1,4 +1,4 @@
-"""Prune with a baseline: magnitude, Wanda, SparseGPT, ADMM or MaskLLM. The flags are named as in Wanda's code.
+"""Prune with a baseline: magnitude, Wanda, SparseGPT, ADMM, MaskLLM or RoI. The flags are named as in Wanda's code.
 
     python baseline/main.py --run runs/demo --prune_method wanda
                                   (the model and the samples of a run)
@@ -105,13 +105,13 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
         "--prior",
         default="sparsegpt",
         choices=[*ONE_SHOT, "none"],
-        help="method whose mask maskllm starts from; default: %(default)s",
+        help="method whose mask maskllm and roi start from; default: %(default)s",
     )
     parser.add_argument(
         "--cooling",
         default=None,
         choices=["linear", "exponential"],
-        help="how the temperature of maskllm falls; default: linear, as in its paper",
+        help="how the temperature of maskllm and roi falls; default: as in their papers, linear for maskllm",
     )
 
 
