@@ -66,6 +66,14 @@ LEARNED: dict[str, str] = {
     "paper-lambda2": "--method paper --lambda_value 0.25 --learning_rate 1e-4 --project_lambda2 1 --lambda2_value 0.25 "
     "--epsilon 0.5",
 }
+# Variants of the default that learn from another text; each is measured on the same held-out texts as the others.
+TEXT_OF: dict[str, str] = {
+    "masked-self": "self",
+    "masked-wiki3-self1": "wiki:3,self:1",
+    "masked-wiki1-self1": "wiki:1,self:1",
+    "maskllm-self": "self",
+}
+LEARNED |= {row: "--method masked" for row in TEXT_OF if row.startswith("masked")}
 # One-shot baselines: name -> (method, weights updated).
 BASELINES = {
     "magnitude": ("magnitude", False),
@@ -81,6 +89,7 @@ MASKLLM: dict[str, dict] = {
     "maskllm-lr/2": {"learning_rate": 2.5e-4},
     "maskllm-lr2": {"learning_rate": 1e-3},
     "maskllm-lr10": {"learning_rate": 5e-3},
+    "maskllm-self": {},
     "maskllm-exp": {"cooling": "exponential"},
     "maskllm-exp-lr2": {"cooling": "exponential", "learning_rate": 1e-3},
     "maskllm-exp-lr4": {"cooling": "exponential", "learning_rate": 2e-3},
@@ -161,7 +170,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
     """One row: prune or learn, then evaluate on the held-out texts."""
     tokenizer = load_tokenizer(args.model)
     start = time.perf_counter()
-    updated, tokens = False, args.samples * args.ctx_len
+    updated, tokens, text_of = False, args.samples * args.ctx_len, TEXT_OF.get(row, args.text)
     if row in LEARNED:
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--model {args.model} --dataset {args.text} --ctx_len {args.ctx_len} --samples {args.samples}"
@@ -169,7 +178,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
             config = LearnParser().parse(flags.split()).config
             set_seed(seed)
             learned = load_model(args.model)
-            windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+            windows = calibration_windows(text_of, tokenizer, args.ctx_len, args.samples, seed, learned)
             mask, history = learn(learned, tokenizer, windows, config, {"model": args.model})
             extra = {"share_24": history[-2].get("share_24")}
             del learned
@@ -179,7 +188,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         model, extra, tokens = load_model(args.model, dtype=torch.float32), {}, 0
     else:
         model, extra, bf16 = load_model(args.model, dtype=torch.float32), {}, args.bf16 == "true"
-        windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+        windows = calibration_windows(text_of, tokenizer, args.ctx_len, args.samples, seed, model)
         if row in MASKLLM or row in ROI:
             prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
