@@ -23,7 +23,7 @@ from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
-    TEXT_HELP,
+    CALIBRATION_HELP,
     RunParser,
     add_model_arguments,
     load,
@@ -42,7 +42,7 @@ from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
 
 def arguments() -> Parser:
@@ -62,7 +62,7 @@ def arguments() -> Parser:
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
     add_learning_arguments(parser)
-    parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
+    parser.add_argument("--dataset", default="c4", help=f"calibration text: {CALIBRATION_HELP}; default: %(default)s")
     parser.add_argument(
         "--nsamples", dest="samples", type=positive_int, default=128, help="calibration samples; default: %(default)s"
     )
@@ -140,13 +140,13 @@ def main(args: argparse.Namespace) -> None:
     if pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
-    windows = None
+    windows, model = None, load(args) if SELF in parts_of(args.dataset) else None
     if method.reads_text or args.allocation == "owl":
         config = load_config(args.model, **options_of(args))
         check_ctx_len(args.ctx_len, config)
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
+        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
         check_tokens(windows, config)
-    model = load(args)
+    model = model or load(args)
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
