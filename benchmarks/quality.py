@@ -28,9 +28,9 @@ import torch
 from common import print_table
 from transformers import set_seed
 
-from proxsparse.baselines import METHODS, Pattern
+from proxsparse.baselines import METHODS, Pattern, maskllm, roi
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.baselines.maskllm import learn_mask, one_shot_prior
+from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.commands.flags import LearnParser
 from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.learning.learn import learn
@@ -81,6 +81,14 @@ LEARNED: dict[str, str] = {
     "paper-lambda2": "--method paper --lambda_value 0.25 --learning_rate 1e-4 --project_lambda2 1 --lambda2_value 0.25 "
     "--epsilon 0.5",
 }
+# Variants of the default that learn from another text; each is measured on the same held-out texts as the others.
+TEXT_OF: dict[str, str] = {
+    "masked-self": "self",
+    "masked-wiki3-self1": "wiki:3,self:1",
+    "masked-wiki1-self1": "wiki:1,self:1",
+    "maskllm-self": "self",
+}
+LEARNED |= {row: "--method masked" for row in TEXT_OF if row.startswith("masked")}
 # One-shot baselines: name -> (method, weights updated).
 BASELINES = {
     "magnitude": ("magnitude", False),
@@ -96,6 +104,33 @@ MASKLLM: dict[str, dict] = {
     "maskllm-lr/2": {"learning_rate": 2.5e-4},
     "maskllm-lr2": {"learning_rate": 1e-3},
     "maskllm-lr10": {"learning_rate": 5e-3},
+    "maskllm-self": {},
+    "maskllm-exp": {"cooling": "exponential"},
+    "maskllm-exp-lr2": {"cooling": "exponential", "learning_rate": 1e-3},
+    "maskllm-exp-lr4": {"cooling": "exponential", "learning_rate": 2e-3},
+    "maskllm-exp-early": {"cooling": "exponential", "cooled_by": 0.75},
+    "maskllm-exp-cold": {"cooling": "exponential", "tau": (1.0, 0.05)},
+    "maskllm-exp-warm": {"cooling": "exponential", "tau": (4.0, 0.2)},
+    "maskllm-exp-warm-lr2": {"cooling": "exponential", "tau": (4.0, 0.2), "learning_rate": 1e-3},
+}
+# RoI: name -> changes to its settings.
+ROI: dict[str, dict] = {
+    "roi": {},
+    "roi-lr/2": {"learning_rate": 5e-4},
+    "roi-lr2": {"learning_rate": 2e-3},
+    "roi-lr4": {"learning_rate": 4e-3},
+    "roi-lr8": {"learning_rate": 8e-3},
+    "roi-noprior": {"prior": None},
+    "roi-noprior-lr4": {"prior": None, "learning_rate": 4e-3},
+    "roi-linear": {"cooling": "linear"},
+    "roi-late": {"cooled_by": 1.0},
+    "roi-warm": {"tau": (1.0, 0.2)},
+    "roi-warm-lr4": {"tau": (1.0, 0.2), "learning_rate": 4e-3},
+    "roi-hot": {"tau": (4.0, 0.05)},
+    "roi-kappa1": {"kappa": (1.0, 500.0)},
+    "roi-kappa1-lr4": {"kappa": (1.0, 500.0), "learning_rate": 4e-3},
+    "roi-strong": {"prior_strength": 6.0},
+    "roi-strong-lr4": {"prior_strength": 6.0, "learning_rate": 4e-3},
 }
 # What rows are told apart by since there is a choice, and what older ones were measured with.
 LATER = {"pattern": "2:4", "permute": "none", "device": "cpu"}
@@ -107,7 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--text", default="wiki", help="calibration text")
     parser.add_argument("--eval", nargs="+", default=["wiki", "news"], help="held-out texts")
-    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *LEARNED])
+    parser.add_argument(
+        "--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *ROI, *LEARNED]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--ctx_len", type=int, default=512)
@@ -159,7 +196,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
     tokenizer = load_tokenizer(args.model)
     start = time.perf_counter()
     updated, tokens, pattern = False, args.samples * args.ctx_len, Pattern.parse(args.pattern)
-    options = {"device": args.device}
+    options, text_of = {"device": args.device}, TEXT_OF.get(row, args.text)
     if row in LEARNED:
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--model {args.model} --dataset {args.text} --ctx_len {args.ctx_len} --samples {args.samples}"
@@ -169,7 +206,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
             config = LearnParser().parse(flags.split()).config
             set_seed(seed)
             learned = load_model(args.model, **options)
-            windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+            windows = calibration_windows(text_of, tokenizer, args.ctx_len, args.samples, seed, learned)
             mask, history = learn(learned, tokenizer, windows, config, {"model": args.model})
             extra = {"share_24": history[-2].get("share_24")}
             del learned
@@ -179,16 +216,17 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         model, extra, tokens = load_model(args.model, dtype=torch.float32, **options), {}, 0
     else:
         model, extra, bf16 = load_model(args.model, dtype=torch.float32, **options), {}, args.bf16 == "true"
-        windows = calibration_windows(args.text, tokenizer, args.ctx_len, args.samples, seed)
+        windows = calibration_windows(text_of, tokenizer, args.ctx_len, args.samples, seed, model)
         if args.permute == "auto":
             order_channels(model, windows if row != "magnitude" else None, pattern=pattern)
-        if row in MASKLLM:
-            if pattern != TWO_OF_FOUR:
+        if row in MASKLLM or row in ROI:
+            if row in MASKLLM and pattern != TWO_OF_FOUR:
                 raise SystemExit(f"{row} is measured at 2:4 only; got --pattern {pattern}.")
             prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
-                settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | MASKLLM[row]
-                apply_mask(model, learn_mask(model, tokenizer, windows, folder, **settings))
+                settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | (MASKLLM | ROI)[row]
+                learner = roi if row in ROI else maskllm
+                apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:
             name, updated = BASELINES[row]
             prune_layerwise(model, windows, METHODS[name](), pattern, update=updated, bf16=bf16)

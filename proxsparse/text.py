@@ -7,10 +7,16 @@
     path               a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them
                        (see ``proxsparse/model/documents.py``): every eighth document is held out
 
+To calibrate there are two more:
+
+    self               text that the dense model writes itself (see ``proxsparse/model/generating.py``)
+    wiki:2,self:1      two parts of the one and one part of the other
+
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
 import random
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, zip_longest
@@ -19,16 +25,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
 from proxsparse.model.documents import Documents, read_local
+from proxsparse.model.generating import sample_tokens
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 EMBEDDED: dict[str, Callable[[], Sequence[str]]] = {"wiki": embedded.wikipedia, "news": embedded.news}
 NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
+SELF = "self"
 SPLITS = ("calibration", "heldout", "all")
 HELD_OUT = 8  # one document in eight
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
@@ -68,25 +77,86 @@ def _load(name: str, split: str) -> Sequence[str]:
     return _take(read_local(path, in_pieces=split != "all"), split)
 
 
-def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
-    """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
+def parts_of(name: str) -> dict[str, int]:
+    """Texts of a mixture and their shares: 'wiki:2,self:1' -> {'wiki': 2, 'self': 1}; another name is one text."""
+    parts = [re.fullmatch(r"(.+):([1-9]\d*)", part, re.ASCII) for part in name.split(",")]
+    found = {part[1]: int(part[2]) for part in parts if part}
+    return {name: 1} if len(found) < len(parts) or Path(name).exists() else found
 
-    Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
-    second of any. Spans are joined and cut into full windows. Only the documents that are needed are tokenised, and a
-    long text is many documents (see ``read_local``), so the cost depends on the samples and not on the text.
+
+def calibration_windows(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    samples: int,
+    seed: int,
+    model: PreTrainedModel | None = None,
+) -> Tensor:
+    """Calibration samples of a text, of the model's own text, or of a mixture.
 
     Args:
         name: name or path of the text, see the module docstring. Its held-out part is not read.
         tokenizer: tokenizer of the model.
         ctx_len: tokens per sample.
-        samples: number of samples.
-        seed: seed of the shuffling.
+        samples: number of samples; a mixture shares them out by its parts.
+        seed: seed of the shuffling, and of what the model writes.
+        model: the dense model; only ``self`` needs it.
 
     Returns:
         (samples, ctx_len) int64.
 
     Raises:
-        UsageError: the text has fewer than ``samples`` windows.
+        UsageError: a text has too few windows, or ``self`` is asked for without a model.
+    """
+    parts = parts_of(name)
+    if len(parts) == 1:
+        return _windows_of(next(iter(parts)), tokenizer, ctx_len, samples, seed, model)
+    found, total, done = [], 0, 0
+    for text, share in parts.items():
+        total += share
+        until = round(samples * total / sum(parts.values()))
+        if until > done:
+            found.append(_windows_of(text, tokenizer, ctx_len, until - done, seed, model))
+        done = until
+    return torch.cat(found)[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))]
+
+
+def _windows_of(
+    name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int, model: PreTrainedModel | None
+) -> Tensor:
+    if name != SELF:
+        return _packed_windows(name, tokenizer, ctx_len, samples, seed)
+    if model is None:
+        raise UsageError("`dataset=self` is text that the model writes itself: give the model too.", "dataset")
+    with doing("sampling text from the model"):
+        return own_windows(model, tokenizer, ctx_len, samples, seed)
+
+
+def own_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int
+) -> Tensor:
+    """Windows that the model writes itself, after the token that begins a document (BOS, else EOS, else any token).
+
+    This token stays in the window only where the tokenizer puts BOS first by itself (see ``adds_bos``).
+
+    Returns:
+        (samples, ctx_len) int64.
+    """
+    begins = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    if begins:
+        first = torch.full((samples, 1), begins[0])
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randint(model.config.get_text_config().vocab_size, (samples, 1), generator=generator)
+    return sample_tokens(model, first, ctx_len + (not adds_bos(tokenizer)), seed)[:, -ctx_len:]
+
+
+def _packed_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, samples: int, seed: int) -> Tensor:
+    """Packed calibration samples, shuffled by the seed, from as many different documents as possible.
+
+    Documents are cut into spans of at most ctx_len tokens; the first span of every document comes before the
+    second of any. Spans are joined and cut into full windows. Only the documents that are needed are tokenised, and a
+    long text is many documents (see ``read_local``), so the cost depends on the samples and not on the text.
     """
     documents = load_documents(name, "calibration")
     order = list(range(len(documents)))

@@ -329,3 +329,17 @@ def test_extraction_keeps_to_the_best_checkpoint_where_the_run_does(checkpoint, 
     assert same(learned, load_mask(out))
     assert console(["extract", "--checkpoint", str(out / "checkpoint-8"), "--output", str(last)]) == 0
     assert not same(learned, load_mask(last))
+
+
+def test_a_run_learns_from_a_mixture_with_the_models_own_text(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    shutil.copytree(corpus, tmp_path / "text")
+    monkeypatch.chdir(tmp_path)
+    flags = learn_flags(checkpoint, "text:1,self:1", tmp_path / "run")
+    assert console(flags) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["dataset"] == f"{tmp_path}/text:1,self:1"
+    assert console(["eval", "--run", "run", "--max_windows", "1"]) == 0
+    assert f"{tmp_path}/text: perplexity" in capsys.readouterr().out
+    assert console(["prune", "--run", "run", "--prune_method", "wanda"]) == 0
+    pure = ["prune", "--run", "run", "--prune_method", "wanda", "--dataset", "self", "--save", "own"]
+    assert console(pure) == 0
+    assert load_mask(tmp_path / "own").info["dataset"] == "self"

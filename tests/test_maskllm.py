@@ -10,16 +10,16 @@ from test_prunable import build
 from torch import nn
 from transformers import TrainerCallback
 
+from proxsparse.baselines import roi
 from proxsparse.baselines.maskllm import (
     MASKS,
     MaskLLMConfig,
     MaskLLMTrainer,
-    _attribute,
     hard_mask,
     initial_logits,
     learn_mask,
-    one_shot_prior,
 )
+from proxsparse.baselines.sampling import SampledTrainer, _attribute, one_shot_prior
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.errors import UsageError
 from proxsparse.model.prunable import find_prunable
@@ -53,14 +53,39 @@ def test_the_learned_mask_is_24_and_the_weights_are_untouched(tmp_path):
     assert all(torch.equal(after[n], before[n]) for n in before)
 
 
-def learn_masks(model, folder, count=8, **settings):
-    return learn_mask(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
+def test_temperature_and_scale_cool_as_asked(tmp_path):
+    config = partial(MaskLLMConfig, str(tmp_path), use_cpu=True, bf16=False, tau=(4.0, 0.04), kappa=(100.0, 400.0))
+    assert config().heat(0.5) == (pytest.approx(2.02), 250.0)  # the published cooling
+    fast = config(cooling="exponential")
+    assert fast.heat(0.5) == (pytest.approx(0.4), pytest.approx(200.0))  # the geometric means
+    assert fast.heat(0.0) == (4.0, 100.0)
+    early = config(cooling="exponential", cooled_by=0.5)
+    assert early.heat(0.25) == pytest.approx(fast.heat(0.5))
+    assert early.heat(0.8) == pytest.approx((0.04, 400.0))
+    with pytest.raises(UsageError, match="must be one of linear, exponential"):
+        config(cooling="cosine")
+    with pytest.raises(UsageError, match="at most 1; got 2"):
+        config(cooled_by=2)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, tmp_path, monkeypatch):
-    make = partial(build, family, vocab_size=257)
-    whole = learn_masks(make(), tmp_path / "whole", save_steps=2)
+def test_the_cooling_makes_it_another_run(tmp_path):
+    linear = learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no")
+    fast = learn_masks(tiny_llama(), tmp_path / "b", save_strategy="no", cooling="exponential")
+    assert any(not torch.equal(linear[name], fast[name]) for name in linear)
+    with pytest.raises(UsageError, match="`cooling=linear`, now it is exponential"):
+        learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no", cooling="exponential")
+
+
+def learn_masks(model, folder, count=8, learn=learn_mask, **settings):
+    return learn(model, byte_tokenizer(), windows(count), folder, learning_rate=0.1, **settings).tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "learn"), [("llama", learn_mask), ("mixtral", learn_mask), ("mixtral", roi.learn_mask)]
+)
+def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, learn, tmp_path, monkeypatch):
+    make, learned = partial(build, family, vocab_size=257), partial(learn_masks, learn=learn)
+    whole = learned(make(), tmp_path / "whole", save_steps=2)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -71,15 +96,15 @@ def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, t
         original(self, *args, **kwargs)
         self.add_callback(Stop())
 
-    original = MaskLLMTrainer.__init__
+    original = SampledTrainer.__init__
     with monkeypatch.context() as patch:
-        patch.setattr(MaskLLMTrainer, "__init__", stopping)
+        patch.setattr(SampledTrainer, "__init__", stopping)
         with pytest.raises(KeyboardInterrupt):
-            learn_masks(make(), tmp_path / "broken", save_steps=2)
-    again = learn_masks(make(), tmp_path / "broken", save_steps=2)
+            learned(make(), tmp_path / "broken", save_steps=2)
+    again = learned(make(), tmp_path / "broken", save_steps=2)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     with pytest.raises(UsageError, match="holds a run with another `dataset`: give another `output_dir`"):
-        learn_masks(make(), tmp_path / "broken", count=6, save_steps=2)
+        learned(make(), tmp_path / "broken", count=6, save_steps=2)
 
 
 def test_the_model_comes_back_as_it_was(tmp_path):
@@ -117,7 +142,7 @@ def test_the_gradient_of_the_logits_is_autograds(tmp_path):
     logits = {t.name: trainer.logits(t).detach().clone().requires_grad_() for t in trainer.targets}
     weights, penalty = {}, 0.0
     for place, target in enumerate(trainer.targets):
-        noise = trainer._choice(place, target).log()  # softmax of (kappa p + g) / tau up to a constant
+        noise = trainer._perturbed(place, target)  # (kappa p + g) / tau
         fixed = noise - trainer.args.kappa[0] / trainer.args.tau[0] * trainer.logits(target).detach()
         choice = (fixed + trainer.args.kappa[0] / trainer.args.tau[0] * logits[target.name]).softmax(0)
         weights[target.name] = trainer.base[target.name] * torch.einsum("koi,kj->oij", choice, MASKS).flatten(-2)

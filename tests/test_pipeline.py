@@ -106,7 +106,7 @@ def test_the_pruned_checkpoint_is_the_original_under_the_mask_and_evaluates_the_
     AutoTokenizer.from_pretrained(tmp_path / "pruned")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "maskllm"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "maskllm", "roi"])
 def test_baselines_write_the_same_kind_of_mask(method, checkpoint, corpus, tmp_path):
     flags = ["--model", checkpoint, "--dataset", corpus, "--ctx_len", "32", "--nsamples", "8", "--save", tmp_path]
     printed = last_json(run("baseline/main.py", "--prune_method", method, "--mask_only", *flags))
@@ -256,6 +256,13 @@ MISTAKES = [
     ("baseline/main.py", ["--prune_method", "wanda", "--sparsity_type", "4:2", "--save", "x"], 2, "must be N:M"),
     ("baseline/main.py", ["--prune_method", "wanda", "--allocation", "owl", "--save", "x"], 2, "2:4 fixes the share"),
     ("baseline/main.py", ["--prune_method", "maskllm", "--sparsity_type", "4:8", "--save", "x"], 2, "2:4 masks only"),
+    (
+        "baseline/main.py",
+        ["--prune_method", "roi", "--sparsity_type", "unstructured", "--save", "x"],
+        2,
+        "N:M masks only",
+    ),
+    ("baseline/main.py", ["--prune_method", "wanda", "--cooling", "linear", "--save", "x"], 2, "--cooling belongs to"),
     ("eval/zero_shot.py", ["--mask", "/none"], 2, "--mask: there is no file /none"),
     ("eval/zero_shot.py", ["--limit", "0"], 2, "must be an integer of at least 1"),
 ]

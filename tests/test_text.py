@@ -14,7 +14,16 @@ from tokenizers import processors
 from proxsparse import text
 from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.model import documents, embedded
-from proxsparse.text import adds_bos, calibration_windows, check_ctx_len, evaluation_windows, load_documents
+from proxsparse.model.generating import sample_tokens
+from proxsparse.text import (
+    adds_bos,
+    calibration_windows,
+    check_ctx_len,
+    evaluation_windows,
+    load_documents,
+    own_windows,
+    parts_of,
+)
 
 DOCUMENTS = [f"Document {i}: {TEXT}" for i in range(16)]
 
@@ -344,3 +353,57 @@ def test_the_embedded_texts_are_prose():
         assert "{{" not in article
         assert "[[" not in article
         assert "<ref" not in article
+
+
+def one_after_another(model):
+    """A model that is sure of the next token: the one after the last, and EOS (0) after 256."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight.zero_()
+        angles = torch.arange(257) * (2 * torch.pi / 257)
+        model.model.embed_tokens.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = angles.cos()
+        model.model.embed_tokens.weight[:, 1] = angles.sin()
+        model.lm_head.weight.zero_()
+        step = angles - 2 * torch.pi / 257
+        model.lm_head.weight[:, 0] = 1e6 * step.cos()
+        model.lm_head.weight[:, 1] = 1e6 * step.sin()
+    return model
+
+
+def test_a_model_writes_what_it_finds_likely_beyond_end_tokens(tokenizer):
+    model = one_after_another(tiny_llama(tie_word_embeddings=False, eos_token_id=5))
+    settings = model.generation_config
+    found = sample_tokens(model, torch.tensor([[3], [250]]), 12, seed=0)
+    assert found.tolist() == [[(first + i) % 257 for i in range(12)] for first in (3, 250)]
+    assert model.generation_config is settings
+
+
+def test_own_windows_are_seeded_full_and_leave_the_generators_alone(tokenizer):
+    model, state = tiny_llama().train(), torch.get_rng_state()
+    first = own_windows(model, tokenizer, 16, 5, seed=1)
+    assert first.shape == (5, 16)
+    assert first.dtype == torch.int64
+    assert len({tuple(row) for row in first.tolist()}) == 5
+    assert torch.equal(first, own_windows(model, tokenizer, 16, 5, seed=1))
+    assert not torch.equal(first, own_windows(model, tokenizer, 16, 5, seed=2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_a_mixture_shares_out_the_samples(corpus, tokenizer, tmp_path):
+    (tmp_path / "b.txt").write_text("b" * 4000)
+    (tmp_path / "c.txt").write_text("c" * 4000)
+    mixed = calibration_windows(f"{tmp_path}/b.txt:2,{tmp_path}/c.txt:1,self:1", tokenizer, 16, 12, 0, tiny_llama())
+    b, c = (tokenizer(letter).input_ids[-1] for letter in "bc")
+    kinds = ["b" if (row == b).all() else "c" if (row == c).all() else "self" for row in mixed]
+    assert sorted(kinds) == ["b"] * 6 + ["c"] * 3 + ["self"] * 3
+    assert kinds != sorted(kinds)
+    assert parts_of("wiki") == {"wiki": 1}
+    assert parts_of("wiki:2,news:1") == {"wiki": 2, "news": 1}
+    assert parts_of("a:b,c") == {"a:b,c": 1}
+    with pytest.raises(UsageError, match="`dataset=self` is text that the model writes itself"):
+        calibration_windows("self", tokenizer, 16, 12, 0)
+    with pytest.raises(UsageError, match="got 'nothing'"):
+        calibration_windows("nothing:1,self:1", tokenizer, 16, 12, 0, tiny_llama())

@@ -6,178 +6,53 @@ Every block of four has six logits p. The forward pass sees W0 * sum_k y_k M_k w
 g Gumbel noise; over the run tau falls and kappa rises, so that the choice hardens. The mask is the argmax of p.
 
 Source: Fang et al., MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models,
-https://arxiv.org/abs/2409.17481; implemented from the paper's mathematics. Shapes: O = out_features, I = in_features.
-The six come first, (6, O, I / 4), so that what is done to them runs along long rows.
+https://arxiv.org/abs/2409.17481; implemented from the paper's mathematics.
+The trainer is that of ``sampling``. Shapes are its, too, with six logits per block of four.
 """
 
-import contextlib
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 
-from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.baselines.sampling import INITIAL_STD, SampledConfig, SampledTrainer, learn_sampled
 from proxsparse.mask import Mask
-from proxsparse.model.channels import order_of
-from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.model.trainable import clean_generation_config, window_collator
-from proxsparse.operator.pattern import Pattern
-from proxsparse.operator.rounding import noise_seed
-from proxsparse.resume import claim, complete_checkpoints, last_complete_checkpoint
 
 # The six ways to keep two of four.
 MASKS = torch.tensor(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.float32
 )
-INITIAL_STD = 0.01
-LOGITS_FILE = "mask_logits.safetensors"
 
 
 @dataclass
-class MaskLLMConfig(SFTConfig):
-    """SFTConfig with the paper's settings; the step count is the number of samples, where the paper takes 2,000."""
-
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 1
-    learning_rate: float = 5e-4
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-5
-    weight_decay: float = 0.1
-    logging_steps: float = 0.1
-    save_steps: float = 0.2
-    save_total_limit: int | None = 1
-    tau: tuple[float, float] = (4.0, 0.05)
-    kappa: tuple[float, float] = (100.0, 500.0)
-    prior_strength: float = 3.0
-    keep_large: float = 1e-5
+class MaskLLMConfig(SampledConfig):
+    """The paper's settings."""
 
 
-class MaskLLMTrainer(SFTTrainer):
-    """SFTTrainer that learns mask logits instead of weights.
+class MaskLLMTrainer(SampledTrainer):
+    """One logit per mask: the soft mask is sum_k y_k M_k."""
 
-    Args:
-        model: its weights at this moment are the ones to prune.
-        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
-    """
+    method = "maskllm"
+    config_class = MaskLLMConfig
 
-    args: MaskLLMConfig
-    model: PreTrainedModel
+    def initial_logits(self, shape: tuple[int, ...], prior: Tensor | None, generator: torch.Generator) -> Tensor:
+        return initial_logits(shape, prior, self.args.prior_strength, generator)
 
-    def __init__(
-        self, model: PreTrainedModel, args: MaskLLMConfig, *, prior: dict[str, Tensor] | None = None, **kwargs
-    ):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self.targets: list[Prunable] = find_prunable(model)
-        generator = torch.Generator().manual_seed(args.seed)
-        for target in self.targets:
-            rows = target.rows(target.weight)
-            given = None if prior is None else prior[target.name]
-            logits = initial_logits(tuple(rows.shape), given, args.prior_strength, generator)
-            target.module.register_parameter(_attribute(target), nn.Parameter(logits.to(rows.device)))
-        super().__init__(model, args, **kwargs)
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
-            raise UsageError(
-                "maskllm learns on one device: choose it with CUDA_VISIBLE_DEVICES, without accelerate launch."
-            )
-        for target in self.targets:
-            target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
-        self.base = {t.name: t.weight.detach().clone() for t in self.targets}
-        self._choices: dict[str, Tensor] = {}  # of this step, from the forward to the backward pass
-        complete_checkpoints(self, self._save_logits)
+    def soft_mask(self, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+        choice = perturbed.softmax(0)
+        return _mixed(choice), choice
 
-    def logits(self, target: Prunable) -> nn.Parameter:
-        """(6, O, I / 4) float32 logits of one weight."""
-        return getattr(target.module, _attribute(target))
+    def of_perturbed(self, of_mask: Tensor, kept: Tensor) -> Tensor:
+        """In closed form, that of the softmax."""
+        of_choice = _overlap(of_mask)
+        return of_choice.sub_((kept * of_choice).sum(0)).mul_(kept)
 
-    def _save_logits(self, folder: Path) -> None:
-        logits = {t.name: self.logits(t).detach().contiguous() for t in self.targets}
-        save_file(logits, folder / LOGITS_FILE)  # under the names of their weights, which transformers may change
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Only logits have moved; the weights are those given."""
-        stored = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
-        with torch.no_grad():
-            for target in self.targets:
-                self.logits(target).copy_(stored[target.name])
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            logits = [self.logits(t) for t in self.targets]
-            self.optimizer = cls([{"params": logits, "weight_decay": self.args.weight_decay}], **options)
-        return self.optimizer
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self.state.global_step + 1
-        with doing(f"step {step} of learning"):
-            with self._soft_masks():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-                self._gradients_of_logits()
-            if not loss.isfinite():
-                raise RunError(f"The loss is {loss.item()} at step {step}; lower the learning rate.")
-        return loss
-
-    def mask(self) -> Mask:
-        """The most likely mask of every block."""
-        return Mask({t.name: hard_mask(self.logits(t).detach()).cpu() for t in self.targets})
-
-    @contextlib.contextmanager
-    def _soft_masks(self) -> Iterator[None]:
-        """Parameters hold W0 times the sampled soft mask inside the block."""
-        try:
-            with torch.no_grad():
-                for place, target in enumerate(self.targets):
-                    choice = self._choices[target.name] = self._choice(place, target)
-                    target.rows(target.weight).copy_(target.rows(self.base[target.name]) * _mixed(choice))
-            yield
-        finally:
-            with torch.no_grad():
-                for target in self.targets:
-                    target.weight.copy_(self.base[target.name])
-
-    @torch.no_grad()
-    def _gradients_of_logits(self) -> None:
-        """From each weight's gradient to its logits', in closed form."""
-        progress = self.state.global_step / self.state.max_steps
-        steps = self.current_gradient_accumulation_steps
-        for target in self.targets:
-            choice = self._choices.pop(target.name)
-            gradient, target.weight.grad = target.weight.grad, None
-            if gradient is None:  # an expert that saw no token
-                continue
-            rows, base = target.rows(target.weight).float(), target.rows(self.base[target.name]).float()
-            # The second term is the paper's: it keeps large weights, so that gradients do not vanish.
-            keep = 2 * self.args.keep_large * (1 - progress) / steps
-            of_mask = (target.rows(gradient).float() - keep * rows) * base
-            of_choice = _overlap(of_mask)
-            of_logits = of_choice.sub_((choice * of_choice).sum(0)).mul_(choice)
-            of_logits *= _line(self.args.kappa, progress) / _line(self.args.tau, progress)
-            logits = self.logits(target)
-            logits.grad = of_logits if logits.grad is None else logits.grad.add_(of_logits)
-
-    def _choice(self, place: int, target: Prunable) -> Tensor:
-        """y of every block, (6, O, I / 4). The noise depends on seed, step and place only: a resumed run redraws it."""
-        step = self.state.global_step
-        progress = step / self.state.max_steps
-        logits = self.logits(target).detach()
-        generator = torch.Generator(logits.device).manual_seed(noise_seed(self.args.seed, step, place))
-        # Gumbel noise by inversion: on CPUs torch's exponential_ takes longer than all of this.
-        noise = torch.empty_like(logits).uniform_(generator=generator).log_().neg_().log_().neg_()
-        scaled = noise.add_(logits, alpha=_line(self.args.kappa, progress))
-        return scaled.div_(_line(self.args.tau, progress)).softmax(0)
+    def hard_mask(self, logits: Tensor) -> Tensor:
+        return hard_mask(logits)
 
 
 def learn_mask(
@@ -189,65 +64,18 @@ def learn_mask(
     prior: dict[str, Tensor] | None = None,
     **settings: Any,
 ) -> Mask:
-    """Learn a mask on calibration windows, with one optimizer step per window.
+    """Learn a 2:4 mask on calibration windows, with one optimizer step per window.
 
     Args:
         windows: (N, T) token ids.
         output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
-        prior: see MaskLLMTrainer.
+        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
         settings: fields of ``MaskLLMConfig``.
 
     Returns:
         The mask; the model's weights are as they were.
     """
-    claim(output_dir, _record(model, windows, prior, settings))
-    accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
-    generation_config = model.generation_config
-    clean_generation_config(model)
-    own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
-    settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
-    config = MaskLLMConfig(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
-    data = Dataset.from_dict({"input_ids": windows.tolist()})
-    given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
-    trainer = MaskLLMTrainer(model, config, prior=prior, **given)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-    mask = trainer.mask()
-    # Leave the model as it came: the trainer puts a forward of its own on it, and turns its cache off.
-    model.__dict__.pop("forward", None)
-    model.__dict__.update(own_forward)
-    model.config.use_cache, model.generation_config = use_cache, generation_config
-    for target in trainer.targets:
-        delattr(target.module, _attribute(target))
-    return mask
-
-
-def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict) -> dict:
-    """What a run learns from, for its claim."""
-    digest = hashlib.sha256(windows.numpy().tobytes())
-    for name, kept in sorted((prior or {}).items()):
-        digest.update(name.encode() + kept.numpy().tobytes())
-    for name, index in order_of(model).packed().items():  # sums of weights do not tell it
-        digest.update(name.encode() + index.numpy().tobytes())
-    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    record = {"model": str(model.config._name_or_path), "weights": weights, "dataset": digest.hexdigest()}
-    return {"settings": record | {name: str(value) for name, value in settings.items()}}
-
-
-def one_shot_prior(model: PreTrainedModel, windows: Tensor, method: Any, **options: Any) -> dict[str, Tensor]:
-    """Mask of a one-shot method for the original weights; the model's weights stay as they are.
-
-    Args:
-        windows: (N, T) token ids.
-        method: one of ``proxsparse.baselines.ONE_SHOT``.
-        options: arguments of ``prune_layerwise``.
-    """
-    targets = find_prunable(model)
-    kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}
-    mask = prune_layerwise(model, windows, method, Pattern.parse("2:4"), update=False, **options)
-    with torch.no_grad():
-        for target in targets:
-            target.weight.copy_(kept[target.name])
-    return mask.tensors
+    return learn_sampled(MaskLLMTrainer, model, tokenizer, windows, output_dir, prior=prior, **settings)
 
 
 def initial_logits(shape: tuple[int, ...], prior: Tensor | None, strength: float, generator: torch.Generator) -> Tensor:
@@ -280,11 +108,3 @@ def _overlap(rows: Tensor) -> Tensor:
     """<M_k, block> of every block: (..., I) -> (6, ..., I / 4)."""
     overlap = MASKS.to(rows.device) @ rows.reshape(-1, 4).T
     return overlap.view(6, *rows.shape[:-1], -1)
-
-
-def _attribute(target: Prunable) -> str:
-    return f"{target.attribute}_mask_logits"
-
-
-def _line(ends: tuple[float, float], progress: float) -> float:
-    return ends[0] + (ends[1] - ends[0]) * progress

@@ -7,7 +7,7 @@ A one-shot method adds two members: ``statistic(target)`` makes what it collects
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from proxsparse.mask import Mask, apply_mask
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
+if TYPE_CHECKING:
+    from proxsparse.baselines.sampling import SampledTrainer
+
 
 @dataclass
 class Wanted:
@@ -31,6 +34,7 @@ class Wanted:
         allocation: see ``allocation.allocate``.
         update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
         prior: one-shot method whose mask a learned one starts from, or None.
+        cooling: how a learned method's temperature falls, 'linear' or 'exponential'; None: as its paper has it.
         hidden_device: where the hidden states of the calibration walk are kept between layers.
         bf16: compute in bfloat16 autocast; None: what suits the method and the device.
         seed: seed of a learned method's noise.
@@ -41,6 +45,7 @@ class Wanted:
     allocation: str = "uniform"
     update: bool = True
     prior: "OneShot | None" = None
+    cooling: str | None = None
     hidden_device: str = "cpu"
     bf16: bool | None = None
     seed: int = 0
@@ -92,6 +97,8 @@ class OneShot:
 
     def check(self, wanted: Wanted) -> None:
         """Every pattern is fine."""
+        if wanted.cooling is not None:
+            raise UsageError("`cooling` belongs to the methods that learn a mask: leave it out.", "cooling")
 
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
@@ -111,31 +118,66 @@ class OneShot:
         """Nothing is kept."""
 
 
-class MaskLLM:
-    """The learned baseline, see ``maskllm``."""
+class Learned:
+    """A method that learns its mask by sampling (``sampling``)."""
 
     updates_weights: ClassVar[bool] = False
     reads_text: ClassVar[bool] = True
 
     def check(self, wanted: Wanted) -> None:
-        if str(wanted.pattern) != "2:4":
-            raise UsageError(f"`prune_method=maskllm` learns 2:4 masks only; got `sparsity_type={wanted.pattern}`.")
+        raise NotImplementedError
+
+    def trainer(self) -> "type[SampledTrainer]":
+        """TRL takes seconds to import, so it is imported only when the method learns."""
+        raise NotImplementedError
 
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
     ) -> Mask:
-        from proxsparse.baselines.maskllm import learn_mask, one_shot_prior  # TRL takes seconds to import
+        from proxsparse.baselines.sampling import learn_sampled, one_shot_prior
 
         assert wanted.folder is not None
         options: dict[str, Any] = {"hidden_device": wanted.hidden_device, "bf16": bool(wanted.bf16)}
-        prior = None if wanted.prior is None else one_shot_prior(model, windows, wanted.prior, **options)
+        prior = None
+        if wanted.prior is not None:
+            prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **options)
         if model.dtype == torch.float16:
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # as in learning: gradients underflow in float16
-        settings = {"seed": wanted.seed} | ({} if wanted.bf16 is None else {"bf16": wanted.bf16})
-        mask = learn_mask(model, tokenizer, windows, wanted.folder, prior=prior, **settings)
+        settings: dict[str, Any] = {"seed": wanted.seed}
+        settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
+        settings |= {"prior": prior, "pattern": wanted.pattern}
+        mask = learn_sampled(self.trainer(), model, tokenizer, windows, wanted.folder, **settings)
         apply_mask(model, mask)
         return mask
 
     def forget(self, wanted: Wanted) -> None:
         if wanted.folder is not None:
             shutil.rmtree(wanted.folder, ignore_errors=True)
+
+
+class MaskLLM(Learned):
+    """Learns which of the six 2:4 masks each block takes, see ``maskllm``."""
+
+    def check(self, wanted: Wanted) -> None:
+        if wanted.pattern != TWO_OF_FOUR:
+            raise UsageError(f"`prune_method=maskllm` learns 2:4 masks only; got `sparsity_type={wanted.pattern}`.")
+
+    def trainer(self) -> "type[SampledTrainer]":
+        from proxsparse.baselines.maskllm import MaskLLMTrainer
+
+        return MaskLLMTrainer
+
+
+class RoI(Learned):
+    """Learns which N of every M weights are kept, with one logit per weight, see ``roi``."""
+
+    def check(self, wanted: Wanted) -> None:
+        if not (wanted.pattern.structured and wanted.pattern.n):
+            raise UsageError(f"`prune_method=roi` learns N:M masks only; got `sparsity_type={wanted.pattern}`.")
+        if wanted.allocation != "uniform":
+            raise UsageError("`prune_method=roi` keeps the same share in every layer: leave `allocation` out.")
+
+    def trainer(self) -> "type[SampledTrainer]":
+        from proxsparse.baselines.roi import RoITrainer
+
+        return RoITrainer

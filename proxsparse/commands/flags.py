@@ -19,13 +19,14 @@ import torch
 from transformers import HfArgumentParser
 
 from proxsparse.commands.cli import DEBUG_HELP, HelpFormatter
-from proxsparse.commands.groups import MODEL_HELP, TEXT_HELP
+from proxsparse.commands.groups import CALIBRATION_HELP, MODEL_HELP
 from proxsparse.errors import UsageError
 from proxsparse.learning.config import METHODS, ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
 from proxsparse.model.loading import EMBEDDED, resolve_device
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.recipes import RECIPES, find_recipe
+from proxsparse.text import parts_of
 
 
 @dataclass
@@ -34,7 +35,7 @@ class LearnArguments:
 
     model: str = field(default=EMBEDDED, metadata={"help": MODEL_HELP, "aliases": ["--model_dir"]})
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub model"})
-    dataset: str = field(default="c4", metadata={"help": f"calibration text: {TEXT_HELP}"})
+    dataset: str = field(default="c4", metadata={"help": f"calibration text: {CALIBRATION_HELP}"})
     ctx_len: int = field(default=4096, metadata={"help": "tokens per calibration sample"})
     samples: int = field(default=400, metadata={"help": "calibration samples"})
     eval_samples: int = field(default=0, metadata={"help": "further samples, to measure eval_loss under the mask"})
@@ -241,12 +242,17 @@ def _metavar(setting: dataclasses.Field) -> str:
 def default_folder(run: LearnArguments, config: ProxSparseConfig) -> str:
     """The name of a run's folder, after the released ones: model, data, samples, learning rate, context, lambdas."""
     name = (
-        f"{_last_part(run.model)}-{_last_part(run.dataset)}_{config.method}_{run.samples}_lr{config.learning_rate}"
+        f"{_last_part(run.model)}-{_text_part(run.dataset)}_{config.method}_{run.samples}_lr{config.learning_rate}"
         f"_len{run.ctx_len}_batch{run.batch_size}_lambda{config.lambda_value}"
     )
     name += f"_{config.wanted.n}of{config.wanted.m}" if config.wanted != TWO_OF_FOUR else ""
     name += "_permuted" if config.permute != "none" else ""
     return name + (f"_lambdatwo{config.lambda2_value}_eps{config.epsilon}" if config.project_lambda2 else "")
+
+
+def _text_part(dataset: str) -> str:
+    parts = parts_of(dataset)
+    return _last_part(dataset) if len(parts) == 1 else "-".join(f"{_last_part(t)}{share}" for t, share in parts.items())
 
 
 def _last_part(name: str) -> str:

@@ -26,10 +26,11 @@ from proxsparse.model.loading import (
 )
 from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
-from proxsparse.text import NAMED, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows
+from proxsparse.text import NAMED, SELF, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows, parts_of
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
 TEXT_HELP = f"{', '.join(NAMED)}, or a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them"
+CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model writes, and wiki:2,self:1 mixes texts by parts"
 
 FROM_HUB = ("wikitext2", "c4", "c4_new")
 PRINTED = ("wikitext2", "c4")  # the texts on which papers print perplexities
@@ -77,13 +78,15 @@ def evaluation_of(run: Run) -> dict[str, Any]:
     settings = run.settings
     found = model_of(run) | {"ctx_len": settings["ctx_len"]}
     dataset = settings["dataset"]
-    if dataset in FROM_HUB:
+    texts = [text for text in parts_of(dataset) if text not in (SELF, WINDOWS)]
+    if set(texts) & set(FROM_HUB):
         return found | {"dataset": list(PRINTED)}
-    if dataset == WINDOWS:
+    if not texts:
         return found
-    if dataset not in NAMED and not Path(dataset).exists():
-        raise UsageError(f"The text of this run, {dataset}, is not here any more: give --dataset and --split.", "run")
-    return found | {"dataset": [dataset], "split": "heldout"}
+    for text in texts:
+        if text not in NAMED and not Path(text).exists():
+            raise UsageError(f"The text of this run, {text}, is not here any more: give --dataset and --split.", "run")
+    return found | {"dataset": texts, "split": "heldout"}
 
 
 def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) -> bool:

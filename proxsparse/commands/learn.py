@@ -23,12 +23,13 @@ from proxsparse.commands.cli import command, print_json
 from proxsparse.commands.flags import LearnArguments, LearnParser, Parsed, without
 from proxsparse.commands.groups import say_coverage
 from proxsparse.commands.plan import print_plan
+from proxsparse.errors import UsageError
 from proxsparse.learning.checks import require_packages
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import Run, described
 from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_dtype
-from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
 
 def arguments() -> LearnParser:
@@ -52,7 +53,7 @@ def main(parsed: Parsed) -> None:
         return
     data = dataclasses.asdict(run)
     # As they lie on the disk, so that commands with --run find them from every folder.
-    data |= {n: str(Path(data[n]).resolve()) for n in ("model", "dataset") if Path(data[n]).exists()}
+    data |= {"model": absolute(data["model"]), "dataset": absolute_parts(data["dataset"])}
     folder.refuse_another(described(data, config))
     if folder.is_finished:
         print(f"learned: done already ({folder.mask_file})")
@@ -62,8 +63,20 @@ def main(parsed: Parsed) -> None:
         print_json({"mask": str(folder.mask_file), "share_24": folder.share_24(), "run": str(folder.folder)})
 
 
+def absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def absolute_parts(dataset: str) -> str:
+    parts = parts_of(dataset)
+    return absolute(dataset) if len(parts) == 1 else ",".join(f"{absolute(t)}:{share}" for t, share in parts.items())
+
+
 def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) -> None:
-    """Read the texts, then load the model, then learn: what is wrong with a text costs no wait for the model."""
+    """Read the texts, then load the model, then learn: what is wrong with a text costs no wait for the model.
+
+    Only where the model writes text itself it is loaded first.
+    """
     require_packages(config)
     options: dict[str, Any] = {"revision": run.revision, "trust_remote_code": config.trust_remote_code}
     dtype = resolve_dtype(run.dtype)
@@ -71,11 +84,16 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     model_config = load_config(run.model, **options)
     check_ctx_len(run.ctx_len, model_config)
     tokenizer = load_tokenizer(run.model, **options)
-    windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, run.samples + run.eval_samples, config.seed)
-    check_tokens(windows, model_config)
     # FSDP puts shards where they belong; until then no device may need to hold the whole model.
     device = "cpu" if config.use_cpu or is_sharded(config) else str(config.device)
-    model = load_model(run.model, dtype=dtype, device=device, **options)
+    own_text = SELF in parts_of(run.dataset)
+    if own_text and is_sharded(config):
+        raise UsageError("A sharded run can't have the model write its text: give a text instead of self.", "dataset")
+    model = load_model(run.model, dtype=dtype, device=device, **options) if own_text else None
+    samples = run.samples + run.eval_samples
+    windows = calibration_windows(run.dataset, tokenizer, run.ctx_len, samples, config.seed, model)
+    check_tokens(windows, model_config)
+    model = model or load_model(run.model, dtype=dtype, device=device, **options)
     if model.dtype == torch.float16:
         print("note: float16 weights are learned in bfloat16, because second moments underflow in float16")
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]

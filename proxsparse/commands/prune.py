@@ -1,4 +1,4 @@
-"""Prune with a baseline: magnitude, Wanda, SparseGPT, ADMM or MaskLLM. The flags are named as in Wanda's code.
+"""Prune with a baseline: magnitude, Wanda, SparseGPT, ADMM, MaskLLM or RoI. The flags are named as in Wanda's code.
 
     python baseline/main.py --run runs/demo --prune_method wanda
                                   (the model and the samples of a run)
@@ -23,7 +23,7 @@ from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
-    TEXT_HELP,
+    CALIBRATION_HELP,
     RunParser,
     add_model_arguments,
     load,
@@ -41,7 +41,7 @@ from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.text import calibration_windows, check_ctx_len, check_tokens
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
 
 def arguments() -> Parser:
@@ -60,13 +60,8 @@ def arguments() -> Parser:
     )
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
-    parser.add_argument(
-        "--prior",
-        default="sparsegpt",
-        choices=[*ONE_SHOT, "none"],
-        help="method whose mask maskllm starts from; default: %(default)s",
-    )
-    parser.add_argument("--dataset", default="c4", help=f"calibration text: {TEXT_HELP}; default: %(default)s")
+    add_learning_arguments(parser)
+    parser.add_argument("--dataset", default="c4", help=f"calibration text: {CALIBRATION_HELP}; default: %(default)s")
     parser.add_argument(
         "--nsamples", dest="samples", type=positive_int, default=128, help="calibration samples; default: %(default)s"
     )
@@ -103,6 +98,22 @@ def arguments() -> Parser:
     return parser
 
 
+def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the methods that learn."""
+    parser.add_argument(
+        "--prior",
+        default="sparsegpt",
+        choices=[*ONE_SHOT, "none"],
+        help="method whose mask maskllm and roi start from; default: %(default)s",
+    )
+    parser.add_argument(
+        "--cooling",
+        default=None,
+        choices=["linear", "exponential"],
+        help="how the temperature of maskllm and roi falls; default: as in their papers, linear for maskllm",
+    )
+
+
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     names = ("dataset", "samples", "ctx_len", "seed", "permute")
     same = {name: run.settings[name] for name in names if name in run.settings}
@@ -118,31 +129,24 @@ def main(args: argparse.Namespace) -> None:
         args.allocation,
         update=not args.mask_only,
         prior=None if args.prior == "none" else ONE_SHOT[args.prior](),
+        cooling=args.cooling,
         seed=args.seed,
         folder=learning_folder(args),
     )
     changes_weights = method.updates_weights and wanted.update
     check(args, wanted.pattern, changes_weights)
     method.check(wanted)
-    info = {
-        "method": args.prune_method,
-        "weights_updated": changes_weights,
-        "allocation": args.allocation,
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "ctx_len": args.ctx_len,
-        "seed": args.seed,
-    } | ({} if args.permute == "none" else {"permute": args.permute})
+    info = information(args, changes_weights)
     if pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
-    windows = None
+    windows, model = None, load(args) if SELF in parts_of(args.dataset) else None
     if method.reads_text or args.allocation == "owl":
         config = load_config(args.model, **options_of(args))
         check_ctx_len(args.ctx_len, config)
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed)
+        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
         check_tokens(windows, config)
-    model = load(args)
+    model = model or load(args)
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
@@ -164,6 +168,15 @@ def main(args: argparse.Namespace) -> None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
+
+
+def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, Any]:
+    """What the mask's file says about how it was made."""
+    always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
+    # Left out where they are as ever, so that a mask of an older version is known again.
+    changed = {"permute": "none", "cooling": None} | ({} if args.prune_method in ONE_SHOT else {"prior": "sparsegpt"})
+    more = {name: value for name, usual in changed.items() if (value := getattr(args, name)) != usual}
+    return {"method": args.prune_method, "weights_updated": weights_updated} | always | more
 
 
 def pruned_already(args: argparse.Namespace, info: dict[str, Any], pattern: Pattern) -> bool:

@@ -27,7 +27,7 @@ SHOWN = (
     "learning_rate", "score", "masked_forward", "distill", "relative", "lambda_ramp", "lambda2_value", "epsilon",
     "train_only_pruned", "dtype", "bf16", "optim",
 )  # fmt: skip
-TITLES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "maskllm": "MaskLLM"}
+TITLES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "maskllm": "MaskLLM", "roi": "RoI"}
 
 
 def arguments() -> Parser:

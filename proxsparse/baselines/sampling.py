@@ -1,0 +1,323 @@
+"""Learning a mask by sampling: what MaskLLM (``maskllm``) and RoI (``roi``) share. Weights are frozen, logits move.
+
+Every block of M has K logits p. The forward pass sees W0 times a soft mask, which a method makes of
+(kappa p + g) / tau with Gumbel noise g; over the run tau falls and kappa rises, so that the choice hardens.
+
+Shapes: O = out_features, I = in_features. The K logits come first, (K, O, I / M), so that what is done to them runs
+along long rows.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.mask import Mask
+from proxsparse.model.channels import order_of
+from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.trainable import clean_generation_config, window_collator
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.operator.rounding import noise_seed
+from proxsparse.resume import claim, complete_checkpoints, last_complete_checkpoint
+
+INITIAL_STD = 0.01
+COOLINGS = ("linear", "exponential")
+LOGITS_FILE = "mask_logits.safetensors"
+
+
+@dataclass
+class SampledConfig(SFTConfig):
+    """SFTConfig with MaskLLM's settings; the step count is the number of samples, where its paper takes 2,000.
+
+    Attributes:
+        tau: temperature at the first step and at the end.
+        kappa: scale of the logits at the first step and at the end.
+        cooling: how both move from the one to the other: 'linear' as in MaskLLM's paper, or 'exponential', by the same
+            factor per step, as in RoI (https://arxiv.org/abs/2608.23048).
+        cooled_by: share of the steps after which both stay at their ends.
+        prior_strength: how far the prior moves the logits, in standard deviations of the first ones.
+        keep_large: strength of the term that keeps large weights.
+    """
+
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 0.1
+    logging_steps: float = 0.1
+    save_steps: float = 0.2
+    save_total_limit: int | None = 1
+    tau: tuple[float, float] = (4.0, 0.05)
+    kappa: tuple[float, float] = (100.0, 500.0)
+    cooling: str = "linear"
+    cooled_by: float = 1.0
+    prior_strength: float = 3.0
+    keep_large: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cooling not in COOLINGS:
+            raise UsageError(f"`cooling` must be one of {', '.join(COOLINGS)}; got {self.cooling!r}.", "cooling")
+        if not 0 < self.cooled_by <= 1:
+            raise UsageError(f"`cooled_by` must be above 0 and at most 1; got {self.cooled_by}.", "cooled_by")
+
+    def heat(self, progress: float) -> tuple[float, float]:
+        """tau and kappa after this share of the steps."""
+        cooled = min(1.0, progress / self.cooled_by)
+        between = _line if self.cooling == "linear" else _power
+        return between(self.tau, cooled), between(self.kappa, cooled)
+
+
+class SampledTrainer(SFTTrainer):
+    """SFTTrainer that learns mask logits instead of weights. A method says what K logits of a block mean.
+
+    Args:
+        model: its weights at this moment are the ones to prune.
+        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
+        pattern: N:M of the mask.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[SampledConfig]] = SampledConfig
+    args: SampledConfig
+    model: PreTrainedModel
+
+    def initial_logits(self, shape: tuple[int, ...], prior: Tensor | None, generator: torch.Generator) -> Tensor:
+        """(K, ..., I / M) float32 logits that a weight of shape (..., I) begins with."""
+        raise NotImplementedError
+
+    def soft_mask(self, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft mask of a sample, and what its gradient needs.
+
+        Args:
+            perturbed: (K, ..., I / M), (kappa p + Gumbel noise) / tau.
+
+        Returns:
+            (..., I), and any tensor.
+        """
+        raise NotImplementedError
+
+    def of_perturbed(self, of_mask: Tensor, kept: Tensor) -> Tensor:
+        """From the gradient of the soft mask, (..., I), to that of ``perturbed``; ``kept`` is of ``soft_mask``."""
+        raise NotImplementedError
+
+    def hard_mask(self, logits: Tensor) -> Tensor:
+        """The most likely mask of every block: (K, ..., I / M) -> (..., I) bool."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SampledConfig,
+        *,
+        prior: dict[str, Tensor] | None = None,
+        pattern: Pattern = TWO_OF_FOUR,
+        **kwargs,
+    ):
+        self.pattern, self.args = pattern, args
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.targets: list[Prunable] = find_prunable(model, multiple=pattern.m)
+        generator = torch.Generator().manual_seed(args.seed)
+        for target in self.targets:
+            rows = target.rows(target.weight)
+            given = None if prior is None else prior[target.name]
+            logits = self.initial_logits(tuple(rows.shape), given, generator)
+            target.module.register_parameter(_attribute(target), nn.Parameter(logits.to(rows.device)))
+        super().__init__(model, args, **kwargs)
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise UsageError(
+                f"{self.method} learns on one device: choose it with CUDA_VISIBLE_DEVICES, without accelerate launch."
+            )
+        for target in self.targets:
+            target.weight.requires_grad_(True)  # for its gradient, from which the logits' is made; no optimizer sees it
+        self.base = {t.name: t.weight.detach().clone() for t in self.targets}
+        self._kept: dict[str, Tensor] = {}  # of this step, from the forward to the backward pass
+        complete_checkpoints(self, self._save_logits)
+
+    def logits(self, target: Prunable) -> nn.Parameter:
+        """(K, O, I / M) float32 logits of one weight."""
+        return getattr(target.module, _attribute(target))
+
+    def _save_logits(self, folder: Path) -> None:
+        logits = {t.name: self.logits(t).detach().contiguous() for t in self.targets}
+        save_file(logits, folder / LOGITS_FILE)  # under the names of their weights, which transformers may change
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Only logits have moved; the weights are those given."""
+        stored = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
+        with torch.no_grad():
+            for target in self.targets:
+                self.logits(target).copy_(stored[target.name])
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            logits = [self.logits(t) for t in self.targets]
+            self.optimizer = cls([{"params": logits, "weight_decay": self.args.weight_decay}], **options)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step + 1
+        with doing(f"step {step} of learning"):
+            with self._soft_masks():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                self._gradients_of_logits()
+            if not loss.isfinite():
+                raise RunError(f"The loss is {loss.item()} at step {step}; lower the learning rate.")
+        return loss
+
+    def mask(self) -> Mask:
+        """The most likely mask of every block."""
+        return Mask({t.name: self.hard_mask(self.logits(t).detach()).cpu() for t in self.targets}, self.pattern)
+
+    @contextlib.contextmanager
+    def _soft_masks(self) -> Iterator[None]:
+        """Parameters hold W0 times the sampled soft mask inside the block."""
+        try:
+            with torch.no_grad():
+                for place, target in enumerate(self.targets):
+                    soft, self._kept[target.name] = self.soft_mask(self._perturbed(place, target))
+                    target.rows(target.weight).copy_(target.rows(self.base[target.name]) * soft)
+            yield
+        finally:
+            with torch.no_grad():
+                for target in self.targets:
+                    target.weight.copy_(self.base[target.name])
+
+    @torch.no_grad()
+    def _gradients_of_logits(self) -> None:
+        """From each weight's gradient to its logits'."""
+        progress = self.state.global_step / self.state.max_steps
+        tau, kappa = self.args.heat(progress)
+        steps = self.current_gradient_accumulation_steps
+        for target in self.targets:
+            kept = self._kept.pop(target.name)
+            gradient, target.weight.grad = target.weight.grad, None
+            if gradient is None:  # an expert that saw no token
+                continue
+            rows, base = target.rows(target.weight).float(), target.rows(self.base[target.name]).float()
+            # The second term is the paper's: it keeps large weights, so that gradients do not vanish.
+            keep = 2 * self.args.keep_large * (1 - progress) / steps
+            of_mask = (target.rows(gradient).float() - keep * rows) * base
+            of_logits = self.of_perturbed(of_mask, kept) * (kappa / tau)
+            logits = self.logits(target)
+            logits.grad = of_logits if logits.grad is None else logits.grad.add_(of_logits)
+
+    def _perturbed(self, place: int, target: Prunable) -> Tensor:
+        """(kappa p + g) / tau, (K, O, I / M). Seed, step and place alone decide the noise: a resumed run redraws it."""
+        step = self.state.global_step
+        tau, kappa = self.args.heat(step / self.state.max_steps)
+        logits = self.logits(target).detach()
+        generator = torch.Generator(logits.device).manual_seed(noise_seed(self.args.seed, step, place))
+        # Gumbel noise by inversion: on CPUs torch's exponential_ takes longer than all of this.
+        noise = torch.empty_like(logits).uniform_(generator=generator).log_().neg_().log_().neg_()
+        scaled = noise.add_(logits, alpha=kappa)
+        return scaled.div_(tau)
+
+
+def learn_sampled(
+    trainer_class: type[SampledTrainer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    output_dir: Path | str,
+    *,
+    prior: dict[str, Tensor] | None = None,
+    pattern: Pattern = TWO_OF_FOUR,
+    **settings: Any,
+) -> Mask:
+    """Learn a mask on calibration windows, with one optimizer step per window.
+
+    Args:
+        trainer_class: of the method.
+        windows: (N, T) token ids.
+        output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
+        prior, pattern: see SampledTrainer.
+        settings: fields of the method's config.
+
+    Returns:
+        The mask; the model's weights are as they were.
+    """
+    made_by = {"prune_method": trainer_class.method, "sparsity_type": str(pattern)}
+    made_by["cooling"] = (
+        trainer_class.config_class.cooling
+    )  # even if not given: `claim` passes over what a record lacks
+    claim(output_dir, _record(model, windows, prior, made_by | settings))
+    accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
+    generation_config = model.generation_config
+    clean_generation_config(model)
+    own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
+    settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
+    config = trainer_class.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
+    data = Dataset.from_dict({"input_ids": windows.tolist()})
+    given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
+    trainer = trainer_class(model, config, prior=prior, pattern=pattern, **given)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+    mask = trainer.mask()
+    # Leave the model as it came: the trainer puts a forward of its own on it, and turns its cache off.
+    model.__dict__.pop("forward", None)
+    model.__dict__.update(own_forward)
+    model.config.use_cache, model.generation_config = use_cache, generation_config
+    for target in trainer.targets:
+        delattr(target.module, _attribute(target))
+    return mask
+
+
+def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict) -> dict:
+    """What a run learns from, for its claim."""
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    for name, kept in sorted((prior or {}).items()):
+        digest.update(name.encode() + kept.numpy().tobytes())
+    for name, index in order_of(model).packed().items():  # sums of weights do not tell it
+        digest.update(name.encode() + index.numpy().tobytes())
+    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    record = {"model": str(model.config._name_or_path), "weights": weights, "dataset": digest.hexdigest()}
+    return {"settings": record | {name: str(value) for name, value in settings.items()}}
+
+
+def one_shot_prior(
+    model: PreTrainedModel, windows: Tensor, method: Any, pattern: Pattern = TWO_OF_FOUR, **options: Any
+) -> dict[str, Tensor]:
+    """Mask of a one-shot method for the original weights; the model's weights stay as they are.
+
+    Args:
+        windows: (N, T) token ids.
+        method: one of ``proxsparse.baselines.ONE_SHOT``.
+        pattern: N:M of the mask.
+        options: arguments of ``prune_layerwise``.
+    """
+    targets = find_prunable(model, multiple=pattern.m)
+    kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}
+    mask = prune_layerwise(model, windows, method, pattern, update=False, **options)
+    with torch.no_grad():
+        for target in targets:
+            target.weight.copy_(kept[target.name])
+    return mask.tensors
+
+
+def _attribute(target: Prunable) -> str:
+    return f"{target.attribute}_mask_logits"
+
+
+def _line(ends: tuple[float, float], progress: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * progress
+
+
+def _power(ends: tuple[float, float], progress: float) -> float:
+    return ends[0] * (ends[1] / ends[0]) ** progress

@@ -1,0 +1,41 @@
+"""Text that a model writes itself, as tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+TOKENS_AT_ONCE = 1 << 14  # sequences are written together up to this many tokens, which bounds the cache
+
+
+def sample_tokens(model: PreTrainedModel, first: Tensor, length: int, seed: int) -> Tensor:
+    """Sequences sampled from a model at temperature 1, from all of its vocabulary; an end token does not end them.
+
+    Sequences are written in batches with the model's cache, on its device. The same seed gives the same tokens on the
+    same kind of device; the state of torch's generators stays as it is.
+
+    Args:
+        first: (N, 1) token ids that the sequences begin with.
+        length: tokens per sequence, the first included.
+        seed: seed of the sampling.
+
+    Returns:
+        (N, length) int64 on the CPU.
+    """
+    # An end token would fill the rest with padding. Without one here generate() asks the model's own configuration.
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0, use_cache=True)
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
+    own, training = model.generation_config, model.training
+    devices = [model.device.index or 0] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model.generation_config = settings
+        model.eval()
+        try:
+            batches = first.to(model.device).split(max(1, TOKENS_AT_ONCE // length))
+            found = [generate(batch, attention_mask=torch.ones_like(batch)).cpu() for batch in batches]
+        finally:
+            model.generation_config = own
+            model.train(training)
+    return torch.cat(found)
