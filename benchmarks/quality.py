@@ -32,6 +32,7 @@ from proxsparse.baselines import METHODS, Pattern, maskllm, roi
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.commands.flags import LearnParser
+from proxsparse.evaluation.last_word import last_word_accuracy
 from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.learning.learn import learn
 from proxsparse.mask import apply_mask
@@ -133,7 +134,7 @@ ROI: dict[str, dict] = {
     "roi-strong-lr4": {"prior_strength": 6.0, "learning_rate": 4e-3},
 }
 # What rows are told apart by since there is a choice, and what older ones were measured with.
-LATER = {"pattern": "2:4", "permute": "none", "device": "cpu"}
+LATER = {"pattern": "2:4", "permute": "none", "device": "cpu", "split": "auto", "bf16": "false"}
 DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
 
 
@@ -151,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=None, help="evaluation windows per text; default: all")
     parser.add_argument(
         "--bf16", default="false", choices=["true", "false"], help="bfloat16 autocast while calibrating"
+    )
+    parser.add_argument(
+        "--split", default="auto", choices=["auto", "heldout"], help="auto: held-out only of the calibration text"
     )
     parser.add_argument("--pattern", default="2:4", help="N:M of every row but dense; default: %(default)s")
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
             command = [sys.executable, __file__, "--one", row, "--seeds", str(seed), "--model", args.model]
             command += ["--text", args.text, "--samples", str(args.samples), "--ctx_len", str(args.ctx_len)]
             command += ["--bf16", args.bf16, "--pattern", args.pattern, "--permute", args.permute]
-            command += ["--device", args.device, "--eval", *args.eval]
+            command += ["--device", args.device, "--split", args.split, "--eval", *args.eval]
             command += ["--windows", str(args.windows)] if args.windows else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -246,9 +250,10 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
     } | extra
     dense = load_model(args.model, dtype=torch.float32, **options)
     for text in args.eval:
-        split = "heldout" if text == args.text else "all"
+        split = "heldout" if text == args.text or args.split == "heldout" else "all"
         windows = evaluation_windows(text, tokenizer, args.ctx_len, split, args.windows)
         found = perplexity(model, windows)
+        accuracy, words = last_word_accuracy(model, tokenizer, windows)
         agreement, divergence = compare(model, dense, windows[:: max(1, len(windows) // 8)])
         result[text] = {
             "perplexity": found.perplexity,
@@ -256,6 +261,8 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
             "windows": found.windows,
             "top1": agreement,
             "kl": divergence,
+            "last_word": accuracy,
+            "last_words": words,
         }
     return result
 

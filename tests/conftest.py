@@ -52,6 +52,39 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
 
 
+def _on_gpu(kernel):
+    """A kernel that takes tensors of the CPU too: they are moved to the GPU, and what it wrote is moved back."""
+
+    def call(*args):
+        moved: dict[int, tuple] = {}
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+                moved.setdefault(tensor.data_ptr(), (tensor, tensor.cuda()))
+        own = [moved.get(a.data_ptr(), (a, a))[1] if isinstance(a, torch.Tensor) else a for a in args]
+        result = kernel(*own)
+        for tensor, there in moved.values():
+            tensor.copy_(there)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu() if moved else t, result)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def triton_takes_tensors_of_the_cpu(monkeypatch):
+    """As its interpreter does, so that the same tests run where there is a GPU."""
+    if not torch.cuda.is_available():
+        return
+    from proxsparse.operator.kernels import triton, triton_adafactor, triton_products
+
+    kernels = {
+        triton: ("prox_",), triton_products: ("top2_product_", "survey_"),
+        triton_adafactor: ("square_sums", "update_square_sum", "apply_"),
+    }  # fmt: skip
+    for module, names in kernels.items():
+        for name in names:
+            monkeypatch.setattr(module, name, _on_gpu(getattr(module, name)))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()

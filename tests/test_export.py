@@ -267,4 +267,5 @@ def test_semi_structured_tensors_give_the_same_logits(tokenizer, tmp_path, monke
     assert type(sparse.model.layers[0].mlp.up_proj.weight.data).__name__.startswith("SparseSemiStructured")
     ids = torch.arange(1, 30, device="cuda")[None]
     with torch.no_grad():
-        torch.testing.assert_close(sparse(input_ids=ids).logits, model(input_ids=ids).logits, rtol=2e-2, atol=2e-2)
+        want = model(input_ids=ids).logits.float()
+        assert (sparse(input_ids=ids).logits.float() - want).norm() < 0.01 * want.norm()

@@ -48,6 +48,7 @@ def test_sparse_weights_compute_what_dense_ones_do_and_come_back_bit_for_bit(mon
         dense = model(input_ids=ids).logits
         for tokens in (1, 16):
             assert use_semi_structured(model, tokens) == {"sparse": len(targets), "dense": 0}
-            torch.testing.assert_close(model(input_ids=ids).logits, dense, rtol=0.05, atol=0.05)
+            difference = (model(input_ids=ids).logits - dense).float()
+            assert difference.norm() < 0.02 * dense.float().norm()  # sums in another order, rounded to bfloat16
     use_dense(model)
     assert all(torch.equal(target.weight, before[target.name]) for target in find_prunable(model))

@@ -24,7 +24,7 @@ from proxsparse.operator.kernels.triton_tiles import (
 )
 from proxsparse.operator.rounding import Noise, signed
 
-TILE = 512  # blocks of four per program
+TILE, WARPS = 512, 4  # blocks of four per program, and its warps
 
 
 @triton.jit
@@ -262,4 +262,5 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, noise: Noise | None,
             STOCHASTIC=noise is not None and weight.dtype == torch.bfloat16,
             TILE=grid.tile,
             enable_fp_fusion=True,
+            num_warps=WARPS,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from proxsparse.operator.kernels.triton_tiles import bits, on_device, read, write
 from proxsparse.operator.rounding import Noise, signed
 
-ROWS, COLUMNS = 32, 128  # of a tile
+ROWS, COLUMNS, WARPS = 32, 128, 4  # of a tile
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _grid(gradient: Tensor) -> tuple[int, int]:
 
 def _options(gradient: Tensor) -> dict:
     low = gradient.dtype == torch.bfloat16
-    return {"BFLOAT16": low, "R": ROWS, "C": COLUMNS, "enable_fp_fusion": False}
+    return {"BFLOAT16": low, "R": ROWS, "C": COLUMNS, "enable_fp_fusion": False, "num_warps": WARPS}
 
 
 def square_sums(gradient: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

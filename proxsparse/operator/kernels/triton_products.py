@@ -18,7 +18,7 @@ from proxsparse.operator.kernels.triton_tiles import (
     split4,
 )
 
-TILE = 1024  # blocks of four per program
+TILE, WARPS = 1024, 4  # blocks of four per program, and its warps
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | No
     with on_device(out):
         _product[(grid.programs,)](
             bits(out), bits(base), bits(learned), scales(scale, learned), *grid.sizes,
-            SCALED=scale is not None, BFLOAT16=out.dtype == torch.bfloat16, TILE=grid.tile,
+            SCALED=scale is not None, BFLOAT16=out.dtype == torch.bfloat16, TILE=grid.tile, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -120,6 +120,6 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
     with on_device(weight):
         _survey[(grid.programs,)](
             bits(weight), scales(scale, weight), codes, moved, penalties, *grid.sizes,
-            SCALED=scale is not None, BFLOAT16=weight.dtype == torch.bfloat16, TILE=grid.tile,
+            SCALED=scale is not None, BFLOAT16=weight.dtype == torch.bfloat16, TILE=grid.tile, num_warps=WARPS,
         )  # fmt: skip
     return torch.stack((moved.sum().double(), penalties.double().sum()))
