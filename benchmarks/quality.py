@@ -128,6 +128,8 @@ ROI: dict[str, dict] = {
     "roi-warm": {"tau": (1.0, 0.2)},
     "roi-warm-lr4": {"tau": (1.0, 0.2), "learning_rate": 4e-3},
     "roi-hot": {"tau": (4.0, 0.05)},
+    "roi-hot-lr2": {"tau": (4.0, 0.05), "learning_rate": 2e-3},
+    "roi-hot-lr4": {"tau": (4.0, 0.05), "learning_rate": 4e-3},
     "roi-kappa1": {"kappa": (1.0, 500.0)},
     "roi-kappa1-lr4": {"kappa": (1.0, 500.0), "learning_rate": 4e-3},
     "roi-strong": {"prior_strength": 6.0},

@@ -116,10 +116,11 @@ def relaxed_top(scaled: Tensor, n: int, tau: float) -> Tensor:
     """
     total = torch.zeros_like(scaled)
     for left in reversed(range(n)):
-        chosen = scaled.softmax(0)
+        logs = scaled.log_softmax(0)
+        chosen = logs.exp()
         total = total + chosen
         if left:
-            scaled = scaled + _log_rest(scaled, chosen) / tau
+            scaled = scaled + _log_rest(logs, chosen) / tau
     return total
 
 
@@ -129,11 +130,14 @@ def top_mask(logits: Tensor, n: int) -> Tensor:
     return _rows(torch.zeros_like(logits, dtype=torch.bool).scatter_(0, kept, True))
 
 
-def _log_rest(scaled: Tensor, chosen: Tensor) -> Tensor:
-    """log(1 - softmax): where the softmax is nearly one, from the others, because the difference has no digits left."""
-    largest = torch.zeros_like(chosen, dtype=torch.bool).scatter_(0, chosen.argmax(0, keepdim=True), True)
-    others = scaled.masked_fill(largest, -torch.inf).logsumexp(0) - scaled.logsumexp(0)
-    return torch.where(largest, others, torch.log1p(-chosen.masked_fill(largest, 0.0)))
+def _log_rest(logs: Tensor, chosen: Tensor) -> Tensor:
+    """log(1 - p) of p = ``chosen``, whose logarithms are ``logs``.
+
+    Where p is nearly one the difference has no digits left, so there it is the sum of the others.
+    """
+    likely = chosen > 0.5  # one of a block at most
+    others = logs.masked_fill(likely, -torch.inf).logsumexp(0)
+    return torch.where(likely, others, torch.log1p(-chosen.masked_fill(likely, 0.0)))
 
 
 def _rows(blocks: Tensor) -> Tensor:
