@@ -56,6 +56,7 @@ def learned_share(model: PreTrainedModel, tokenizer, windows: torch.Tensor, sett
     """Share of 2:4 blocks that a run ends with."""
     with tempfile.TemporaryDirectory() as folder:
         short = {"output_dir": folder, "method": "paper", "save_strategy": "no", "logging_steps": 1}
+        short |= {"learning_rate": 1e-4}
         config = ProxSparseConfig(**(defaults_on("cpu") | short | settings))
         history = learn(model, tokenizer, windows, config, {"model": EMBEDDED}).history
         return [entry for entry in history if "share_24" in entry][-1]["share_24"]

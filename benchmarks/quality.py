@@ -4,7 +4,7 @@
     python benchmarks/quality.py --rows dense wanda masked --samples 50      some rows, another budget
     python benchmarks/quality.py --rows masked masked-lr2 --seeds 0 1 2      variants, several seeds
     python benchmarks/quality.py --rows dense wanda masked --pattern 4:8 --permute auto --device cuda
-    python benchmarks/quality.py --rows paper-relative                       this one and all its variants
+    python benchmarks/quality.py --rows paper-tuning                         every variant of the paper's method
 
 Each row runs in its own process, so that its peak memory can be measured. It is written to the JSON file when it is
 done, and the same command again runs only what is missing.
@@ -44,7 +44,7 @@ from proxsparse.record import atomic_path, git_commit, read_json, versions, writ
 from proxsparse.text import calibration_windows, evaluation_windows
 
 # Variants of the learner: name -> flags of end-to-end/main.py.
-PAPER = "paper-relative"
+PAPER, TUNING = "paper-relative", "paper-tuning"
 LEARNED: dict[str, str] = {
     "masked": "--method masked",
     "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
@@ -69,9 +69,10 @@ LEARNED: dict[str, str] = {
     "--lambda_ramp 0.5 --train_only_pruned true",
     "paper-activation-distill": "--method paper --score activation --relative true --lambda_value 0.02 "
     "--learning_rate 5e-4 --lambda_ramp 0.5 --train_only_pruned true --distill 1",
-    # The paper's method with relative settings: the default, then one change each.
-    PAPER: "--method paper",
-    **{f"{PAPER}-lr{rate}": f"--method paper --relative true --learning_rate {rate}" for rate in (5e-4, 0.0025, 0.01)},
+    # The paper's method with relative settings: small steps, the default, then one change in it each.
+    PAPER: "--method paper --relative true --lambda_value 0.02 --learning_rate 5e-4 --lambda_ramp 0.5",
+    f"{PAPER}-default": "--method paper",
+    **{f"{PAPER}-lr{rate}": f"--method paper --relative true --learning_rate {rate}" for rate in (0.0025, 0.01)},
     **{f"{PAPER}-lambda{value}": f"--method paper --relative true --lambda_value {value}" for value in (0.01, 0.05)},
     **{f"{PAPER}-ramp{share}": f"--method paper --lambda_ramp {share}" for share in (0, 1)},
     **{
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", default="wiki", help="calibration text")
     parser.add_argument("--eval", nargs="+", default=["wiki", "news"], help="held-out texts")
     parser.add_argument(
-        "--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *ROI, *LEARNED]
+        "--rows", nargs="+", default=DEFAULT_ROWS, choices=["dense", *BASELINES, *MASKLLM, *ROI, *LEARNED, TUNING]
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
@@ -169,9 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = Path(args.output)
     record = read_json(output) if output.is_file() else {"rows": []}
-    rows = [
-        name for row in args.rows for name in ([n for n in LEARNED if n.startswith(PAPER)] if row == PAPER else [row])
-    ]
+    variants = [name for name in LEARNED if name.startswith(PAPER)]
+    rows = [name for row in args.rows for name in (variants if row == TUNING else [row])]
     for row in rows:
         for seed in args.seeds:
             key = {"row": row, "seed": seed, "samples": args.samples, "ctx_len": args.ctx_len, "windows": args.windows}

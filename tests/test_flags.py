@@ -26,7 +26,7 @@ WRONG_TEXT = {
     "sparsity_type": "4:2", "rows": "no-equals-sign", "only": "gpt5", "eval_zero_shot": "/none.yaml", "score": "luck",
     "rounding": "up", "lambda_value": "big", "method": "magic", "checkpoint": "/none", "run": "/none",
     "compare": "no-equals-sign", "base": "/none", "results": "/none",
-    "baseline": "nothing", "lr_scheduler_type": "zigzag", "keep_base": "disk", "permute": "often",
+    "baseline": "nothing", "lr_scheduler_type": "zigzag", "keep_base": "disk", "permute": "often", "pattern": "4:2",
 }  # fmt: skip
 
 

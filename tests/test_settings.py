@@ -7,7 +7,7 @@ from test_trainer import config, trainer
 
 from proxsparse.errors import UsageError
 from proxsparse.learning.checks import require_packages
-from proxsparse.learning.config import METHODS
+from proxsparse.learning.config import METHODS, ProxSparseConfig
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,13 @@ def test_a_schedule_with_what_it_needs_is_taken(tmp_path):
         ({"relative": False}, False, 1e-4, 0.25, 0.0),
     ],
 )
-def test_the_paper_method_is_relative_unless_lambda_or_the_rate_is_given(given, relative, rate, lambda1, ramp, tmp_path):
+def test_the_paper_method_is_relative_unless_lambda_or_the_rate_is_given(
+    given, relative, rate, lambda1, ramp, tmp_path
+):
     found = ProxSparseConfig(output_dir=str(tmp_path), method="paper", bf16=False, use_cpu=True, **given)
-    assert (found.relative, found.learning_rate, found.lambda_value, found.lambda_ramp) == (relative, rate, lambda1, ramp)
+    assert (found.relative, found.learning_rate, found.lambda_value, found.lambda_ramp) == (
+        relative,
+        rate,
+        lambda1,
+        ramp,
+    )
