@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model.channels import ChannelOrder, put_into_order
+from proxsparse.model.channels import ChannelOrder, order_of, put_into_order, recall_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
@@ -89,6 +89,35 @@ def extract_mask(
         if whole is not None:
             tensors[target.name] = whole.cpu()
     return Mask(tensors)
+
+
+def mask_of_pruned(model: PreTrainedModel) -> Mask:
+    """The 2:4 mask of a model that is pruned already, taken from its zeros.
+
+    A weight that has dense blocks everywhere counts as left out. A block with fewer than two non-zeros keeps its
+    non-zeros, and the first of its zeros.
+
+    Raises:
+        UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only.
+    """
+    name, tensors = model.config._name_or_path or "the model", {}
+    recall_order(model)
+    for target in find_prunable(model, multiple=1):
+        rows = target.rows(target.weight.detach())
+        if rows.shape[-1] % TWO_OF_FOUR.m:
+            continue
+        wrong = TWO_OF_FOUR.violations(rows)
+        if not wrong.any():
+            tensors[target.name] = top2_mask(rows.float()).cpu()
+        elif wrong.sum() < 0.5 * wrong.numel():
+            raise UsageError(
+                f"{name} is not 2:4: {int(wrong.sum())} of {wrong.numel()} blocks of {target.name} have more than two "
+                "non-zeros. Give its mask.",
+                "mask",
+            )
+    if not tensors:
+        raise UsageError(f"{name} is dense: none of its weights is 2:4. Give a pruned model, or a mask.", "mask")
+    return Mask(tensors, base_model=model.config._name_or_path, order=order_of(model))
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:
