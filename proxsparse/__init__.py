@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from proxsparse.deploy.dense import save_pruned as save_pruned
     from proxsparse.deploy.keep import KeepMask as KeepMask
     from proxsparse.deploy.keep import keep_mask as keep_mask
+    from proxsparse.deploy.lora import masked_lora as masked_lora
+    from proxsparse.deploy.lora import merge_lora as merge_lora
     from proxsparse.deploy.sparse import load as load
     from proxsparse.evaluation.perplexity import perplexity as perplexity
     from proxsparse.learning.learn import learn_mask as learn_mask
@@ -38,6 +40,8 @@ _LATER = {
     "save_pruned": "deploy.dense",
     "keep_mask": "deploy.keep",
     "KeepMask": "deploy.keep",
+    "masked_lora": "deploy.lora",
+    "merge_lora": "deploy.lora",
     "perplexity": "evaluation.perplexity",
     "learn_mask": "learning.learn",
     "Mask": "mask",

@@ -80,8 +80,9 @@ def model_card(
     info = dict(mask.info)
     method = str(info.pop("method", "an unnamed method"))
     said = [ORIGINAL[origin].format(version=transformers.__version__)]
-    if info.get("weights_updated"):
-        updated = UPDATED.format(method=method)
+    by = info.get("weights_updated")
+    if by:
+        updated = UPDATED.format(method=by if isinstance(by, str) else method)
         said = [updated] if origin == "files" else [*said, updated]
     data = ModelCardData(
         base_model=mask.base_model if mask.base_model.count("/") == 1 else None,

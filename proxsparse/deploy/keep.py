@@ -130,7 +130,7 @@ def _plain_model(model: nn.Module) -> PreTrainedModel:
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "peft_config"):
         raise UsageError(
-            "The model has adapters, which leave its own weights as they are: give the model without adapters.",
+            "The model has adapters, which leave its own weights as they are: make them with masked_lora instead.",
             "model",
         )
     if not isinstance(inner, PreTrainedModel):
