@@ -6,16 +6,16 @@
 
 Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros. With --base, the kept
 weights must be those of the base bit for bit, and everything else must be unchanged. If not, the first findings are
-named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too.
+named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too. It
+also reads what --quantize wrote, but compares that with no base, because its weights are rounded.
 """
 
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import say_coverage
-from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity
+from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model
 from proxsparse.errors import RunError
-from proxsparse.model.loading import empty_model
 
 
 def arguments() -> Parser:
@@ -31,7 +31,7 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    say_coverage(empty_model(args.model, trust_remote_code=args.trust_remote_code))
+    say_coverage(checked_model(args.model, trust_remote_code=args.trust_remote_code))
     counts, offenders = check_sparsity(
         args.model, args.base, revision=args.revision, trust_remote_code=args.trust_remote_code
     )

@@ -40,6 +40,8 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```"""
+CODED = """
+transformers needs the package `compressed-tensors` to read it; vLLM reads it by itself."""
 COMPACT = """```python
 import proxsparse
 from huggingface_hub import snapshot_download
@@ -61,6 +63,8 @@ ORIGINAL = {
     "memory": "The base has no files to copy from: configuration, tokenizer and all tensors were written anew with "
     "transformers {version}. The kept weights are those that it loads;",
 }
+QUANTISED = "The weights of the layers are quantised to {kind}, one scale per output, from the original ones;"
+ORIGINAL |= {kind: QUANTISED.format(kind=kind) for kind in ("int8", "fp8")}
 UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
 
@@ -94,6 +98,7 @@ def model_card(
         (text, f"{found['perplexity']:.2f}", f"{found['standard_error']:.2f}", found["ctx_len"])
         for text, found in (results or {}).items()
     ]
+    loading = LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -106,6 +111,6 @@ def model_card(
         moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE),
+        loading=loading + CODED if origin in ("int8", "fp8") else loading,
     )
     return str(card)
