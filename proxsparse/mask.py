@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, order_of, put_into_order, recall_order
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import expand_scale, top2_mask
@@ -150,21 +151,26 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         save_file(packed, str(scratch), metadata={"proxsparse": json.dumps(metadata, default=str)})
 
 
-def load_mask(path: Path | str) -> Mask:
+def load_mask(path: Path | str, model: PreTrainedModel | None = None) -> Mask:
     """Read a mask file, and check that it is complete, packed as its shapes say, and of the pattern it claims.
 
     Args:
-        path: the file, or the folder that it lies in.
+        path: the file, or the folder that it lies in. Also an npz file in MaskLLM's or PATCH's layout, see
+            ``proxsparse.model.published``.
+        model: the model that the mask is for, with or without values; needed for an npz file only.
 
     Raises:
-        UsageError: there is no such file, or it is not a mask file.
+        UsageError: there is no such file, it is not a mask file, or an npz file does not fit the model.
         RunError: the file is damaged.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / MASK_FILE
-    if not path.is_file():
-        raise UsageError(f"There is no file {path}; give a mask file, or the folder of a run.", "mask")
+    path = mask_file(path)
+    if path.suffix.lower() == ".npz":
+        if model is None:
+            raise UsageError(
+                f"{path} does not say how its weights lie: pass the model, load_mask(path, model).", "mask"
+            )
+        found = read_npz(path, model)
+        return Mask(found.tensors, found.pattern, found.base_model, found.info)
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
@@ -197,6 +203,21 @@ def load_mask(path: Path | str) -> Mask:
         tensors[name] = torch.from_numpy(unpacked)
         pattern.check(tensors[name], name)
     return Mask(tensors, pattern, base_model, info, order)
+
+
+def mask_file(path: Path | str) -> Path:
+    """The file of a mask: itself, or the one in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        published = [path / name for name in FILES if (path / name).is_file()]
+        path = published[0] if published and not (path / MASK_FILE).is_file() else path / MASK_FILE
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}; give a mask file, or the folder of a run.", "mask")
+    return path
 
 
 def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
@@ -234,6 +255,7 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         UsageError: the mask belongs to a model with other weights; names what differs.
     """
     targets = fit_mask(model, mask)
+    recall_order(model)
     put_into_order(model, mask.order)
     with torch.no_grad():
         for name, target in targets.items():

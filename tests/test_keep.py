@@ -264,3 +264,11 @@ def test_a_pruned_checkpoint_whose_channels_were_moved_keeps_its_order(checkpoin
     proxsparse.keep_mask(model, mask, torch.optim.SGD(model.parameters(), lr=0.1))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert proxsparse.mask_of_pruned(model).order == mask.order
+    assert apply_mask(model, mask)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    proxsparse.save_pruned(str(tmp_path / "pruned"), mask, tmp_path / "streamed")
+    proxsparse.save_pruned(proxsparse.load_model(str(tmp_path / "pruned")), mask, tmp_path / "again")
+    for folder in ("streamed", "again"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+        assert check_sparsity(str(tmp_path / folder), checkpoint)[1] == []

@@ -31,9 +31,9 @@ from proxsparse.commands.groups import (
     RunParser,
     add_mask_argument,
     add_model_arguments,
+    given_mask,
     model_of,
     options_of,
-    require,
     say_coverage,
 )
 from proxsparse.deploy.card import model_card
@@ -42,7 +42,7 @@ from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.deploy.quantise import KINDS, check_quantisation
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.mask import fit_mask, load_mask
+from proxsparse.mask import fit_mask
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.loading import empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
@@ -78,8 +78,7 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    require(args, "mask")
-    mask, to = load_mask(args.mask), Path(args.to)
+    mask, to = given_mask(args), Path(args.to)
     if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():

@@ -53,7 +53,8 @@ model = proxsparse.load(folder, sparse=True)     # compact weights: faster decod
 MASK = """This is the mask alone, one bit per weight; the weights are those of the base model.
 
 ```bash
-proxsparse export --model {base} --mask {mask} --to pruned
+hf download {name} {mask} --local-dir mask         # not needed where the folder lies on your disk
+proxsparse export --model {base} --mask mask/{mask} --to pruned
 ```"""
 NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
 mask_compressed.npz`."""

@@ -21,7 +21,7 @@ from proxsparse.deploy.card import model_card
 from proxsparse.deploy.quantise import Quantiser, check_base, check_quantisation
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, save_order
+from proxsparse.model.channels import ORDER_FILE, load_order, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import FORMAT, packed
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
@@ -73,8 +73,6 @@ def save_pruned(
         RunError: the base's files are missing or damaged, or compressed-tensors is not installed.
     """
     folder = Path(folder)
-    if not isinstance(model, str) and order_of(model) != mask.order:
-        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
     _check_form(form, mask, quantize)
     refuse_to_overwrite(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -83,6 +81,7 @@ def save_pruned(
         if base is None and quantize is None:
             shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
     else:
+        _check_order(model, mask)
         base, shape = _files_of(model), model
     if quantize is not None:
         check_base(base, model if isinstance(model, str) else "the model")
@@ -107,6 +106,12 @@ def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
         raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
     if quantize is not None:
         check_quantisation(quantize, form)
+
+
+def _check_order(model: PreTrainedModel, mask: Mask) -> None:
+    recall_order(model)
+    if order_of(model) != mask.order:
+        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
 
 
 def _write_from_files(
@@ -184,7 +189,8 @@ class _Changes:
         self.mask = mask
         self.layout = Layout(base.tensors, model)
         self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
-        self.moved = {move.name for move in mask.order.moves}
+        in_order = bool(mask.order) and load_order(base.folder / ORDER_FILE) == mask.order  # a pruned checkpoint
+        self.moved = set() if in_order else {move.name for move in mask.order.moves}
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
