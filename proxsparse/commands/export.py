@@ -16,6 +16,9 @@
 --quantize writes the dense form with 8-bit weights and exact zeros, as a compressed-tensors checkpoint, which
 transformers and vLLM read: int8 or fp8 weights with one scale per output; activations are quantised per token while the
 model runs.
+
+--runtime vllm-torchao writes the dense form, and next to it the configuration with which vLLM quantises it to float8
+2:4 while it loads (torchao's kernel, on H100 and H200), and notes on serving.
 """
 
 import argparse
@@ -40,6 +43,7 @@ from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.deploy.quantise import KINDS, check_quantisation
+from proxsparse.deploy.runtimes import RUNTIMES, check_runtime, write_runtime
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.mask import fit_mask
@@ -58,6 +62,12 @@ def arguments() -> Parser:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
     parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
     parser.add_argument("--quantize", default=None, choices=list(KINDS), help="8-bit weights; needs compressed-tensors")
+    parser.add_argument(
+        "--runtime",
+        default=None,
+        choices=list(RUNTIMES),
+        help="also write what this server needs; see SERVING.md there",
+    )
     parser.add_argument(
         "--results", default=None, metavar="FILE", help="JSON that eval_mask_ppl.py wrote, for the model card"
     )
@@ -96,6 +106,8 @@ def main(args: argparse.Namespace) -> None:
     title = args.push_to_hub or to.name
     model = empty_model(args.model, **options_of(args))
     say_coverage(model)
+    if args.runtime:
+        check_runtime(args.runtime, model, mask, args.form, args.quantize)
     if args.form == "mask":
         save_hashed(mask, to)
     elif args.form == "npz":
@@ -103,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         made = {"form": args.form, "quantize": args.quantize, "title": title, "results": results}
         save_pruned(args.model, mask, to, **made, **options_of(args))
+    if args.runtime:
+        write_runtime(to)
     if args.form in MASKS:
         (to / "README.md").write_text(model_card(title, mask, results, form=args.form), encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
