@@ -99,9 +99,11 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
     non-zeros, and the first of its zeros.
 
     Raises:
-        UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only.
+        UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only; or the model is sharded.
     """
     name, tensors = model.config._name_or_path or "the model", {}
+    if any(local(p) is not p for p in model.parameters()):
+        raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
     for target in find_prunable(model, multiple=1):
         rows = target.rows(target.weight.detach())

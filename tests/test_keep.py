@@ -231,6 +231,8 @@ def test_sharded_weights_train_as_whole_ones_do(family, one_process):
     fully_shard(sharded)
     train(whole, mask)
     train(sharded, mask)
+    with pytest.raises(UsageError, match="is sharded: take the mask from its zeros before that"):
+        proxsparse.mask_of_pruned(sharded)
     for (name, wanted), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert isinstance(found, DTensor)
         torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-5, atol=1e-6, msg=name)

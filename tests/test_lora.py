@@ -190,6 +190,32 @@ def test_other_adapters_and_experts_are_refused_in_a_sentence(model):
         proxsparse.masked_lora(mixture, Mask(magnitudes(mixture)), config)
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]},
+                                     {"target_modules": ["q_proj", "embed_tokens"]}])  # fmt: skip
+def test_a_weight_that_two_layers_share_is_not_trained(changes):
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(UsageError, match="whose weight the embedding and the LM head share: leave both out"):
+        proxsparse.masked_lora(model, Mask(magnitudes(model)), settings(**changes))
+
+
+def test_modules_that_are_trained_whole_are_merged_too(pruned, mask, tmp_path):
+    config = settings(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped = filled(proxsparse.masked_lora(proxsparse.load_model(pruned), load_mask(mask), config))
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    flags = ["--model", pruned, "--adapter", str(tmp_path / "adapter"), "--to", str(tmp_path / "merged")]
+    assert console(["merge", *flags]) == 0
+    merged = proxsparse.load_model(str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), logits(wrapped), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_adapters_takes_no_second_one(pruned, mask):
+    wrapped = proxsparse.masked_lora(proxsparse.load_model(pruned), load_mask(mask), settings())
+    with pytest.raises(UsageError, match="has adapters already"):
+        proxsparse.masked_lora(wrapped, load_mask(mask), settings())
+
+
 def test_a_kept_mask_on_a_model_with_adapters_points_to_masked_adapters(pruned, mask):
     wrapped = proxsparse.masked_lora(proxsparse.load_model(pruned), load_mask(mask), settings())
     with pytest.raises(UsageError, match="make them with masked_lora"):

@@ -66,6 +66,9 @@ def masked_lora(
     if not isinstance(config, LoraConfig):
         raise UsageError(f"`adapter` must be a LoRA adapter of peft; got {type(config).__name__}.", "adapter")
     _refuse_other_forms(config)
+    if hasattr(model, "peft_config"):
+        raise UsageError("The model has adapters already: give the model without them.", "model")
+    ends = _tied_ends(model)
     recall_order(model)
     targets = apply_mask(model, mask)
     with doing("adding the adapter to the model"):
@@ -73,7 +76,7 @@ def masked_lora(
             found: Any = get_peft_model(model, config)
         else:
             found = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    _mask_adapters(found, mask, targets)
+    _mask_adapters(found, mask, targets, ends)
     return found
 
 
@@ -172,8 +175,19 @@ def _refuse_other_forms(config: "LoraConfig") -> None:
         )
 
 
-def _mask_adapters(wrapped: Any, mask: Mask, targets: list[Prunable]) -> None:
-    """Mask the adapters on pruned weights; those on other weights stay as they are."""
+def _tied_ends(model: PreTrainedModel) -> set[int]:
+    """Identities of the embedding and the LM head, where they share their weight."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    tied = len({id(getattr(end, "weight", None)) for end in ends}) < len(ends)
+    return {id(end) for end in ends} if tied else set()
+
+
+def _mask_adapters(wrapped: Any, mask: Mask, targets: list[Prunable], ends: set[int]) -> None:
+    """Mask the adapters on pruned weights; those on other weights stay as they are.
+
+    Args:
+        ends: modules that share one weight, which a merge would change for all of them.
+    """
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     from proxsparse.deploy.masked_adapter import MaskedAdapter
@@ -183,6 +197,12 @@ def _mask_adapters(wrapped: Any, mask: Mask, targets: list[Prunable]) -> None:
         original = getattr(module, "original_module", None)
         if original is not None and any(id(part) in of_module for part in original.modules()):
             raise UsageError(f"modules_to_save trains all of {path}, which is pruned: leave it out.", "adapter")
+        touched = original if original is not None else getattr(module, "base_layer", None)
+        if id(touched) in ends:
+            raise UsageError(
+                f"The adapter trains {path}, whose weight the embedding and the LM head share: leave both out.",
+                "adapter",
+            )
         if not isinstance(module, LoraLayer):
             continue
         target = of_module.get(id(module.get_base_layer()))
