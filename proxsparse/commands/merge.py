@@ -1,6 +1,7 @@
 """Merge a LoRA adapter into a pruned model, so that the model stays pruned.
 
-    python -m proxsparse merge --model runs/mine/pruned --adapter my-adapter --to tuned
+    python -m proxsparse merge --model runs/mine/pruned \\
+        --adapter my-adapter --to tuned
     python -m proxsparse merge --model meta-llama/Llama-3.1-8B \\
         --mask runs/mine --adapter my-adapter --to tuned
 
