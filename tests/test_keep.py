@@ -13,6 +13,7 @@ from kept_worker import train
 from safetensors.torch import load_file
 from test_compact import magnitudes
 from test_prunable import build
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Adafactor, Trainer, TrainingArguments
@@ -236,6 +237,19 @@ def test_sharded_weights_train_as_whole_ones_do(family, one_process):
     for (name, wanted), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert isinstance(found, DTensor)
         torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("wrapper", [checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager")])
+def test_layers_in_wrappers_are_the_same_layers(wrapper, model):
+    mask = mask_of(model)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = wrapper(layer)
+    assert all(name.split(".")[3].startswith("_") for name, _ in model.named_parameters() if "layers" in name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    proxsparse.keep_mask(model, mask, optimizer)
+    step(model, optimizer)
+    assert not pruned_bits(model, mask).any()
+    assert proxsparse.mask_of_pruned(model).tensors.keys() == mask.tensors.keys()
 
 
 @pytest.mark.slow
