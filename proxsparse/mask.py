@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model.channels import ChannelOrder, put_into_order
+from proxsparse.model.channels import ChannelOrder, order_of, put_into_order, recall_order
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
@@ -95,6 +96,37 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
+def mask_of_pruned(model: PreTrainedModel) -> Mask:
+    """The 2:4 mask of a model that is pruned already, taken from its zeros.
+
+    A weight that has dense blocks everywhere counts as left out. A block with fewer than two non-zeros keeps its
+    non-zeros, and the first of its zeros.
+
+    Raises:
+        UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only; or the model is sharded.
+    """
+    name, tensors = model.config._name_or_path or "the model", {}
+    if any(local(p) is not p for p in model.parameters()):
+        raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
+    recall_order(model)
+    for target in find_prunable(model, multiple=1):
+        rows = target.rows(target.weight.detach())
+        if rows.shape[-1] % TWO_OF_FOUR.m:
+            continue
+        wrong = TWO_OF_FOUR.violations(rows)
+        if not wrong.any():
+            tensors[target.name] = top2_mask(rows.float()).cpu()
+        elif wrong.sum() < 0.5 * wrong.numel():
+            raise UsageError(
+                f"{name} is not 2:4: {int(wrong.sum())} of {wrong.numel()} blocks of {target.name} have more than two "
+                "non-zeros. Give its mask.",
+                "mask",
+            )
+    if not tensors:
+        raise UsageError(f"{name} is dense: none of its weights is 2:4. Give a pruned model, or a mask.", "mask")
+    return Mask(tensors, base_model=model.config._name_or_path, order=order_of(model))
+
+
 def save_mask(mask: Mask, path: Path | str) -> None:
     """Write a mask file. It appears whole or not at all.
 
@@ -125,21 +157,26 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         save_file(packed, str(scratch), metadata={"proxsparse": json.dumps(metadata, default=str)})
 
 
-def load_mask(path: Path | str) -> Mask:
+def load_mask(path: Path | str, model: PreTrainedModel | None = None) -> Mask:
     """Read a mask file, and check that it is complete, packed as its shapes say, and of the pattern it claims.
 
     Args:
-        path: the file, or the folder that it lies in.
+        path: the file, or the folder that it lies in. Also an npz file in MaskLLM's or PATCH's layout, see
+            ``proxsparse.model.published``.
+        model: the model that the mask is for, with or without values; needed for an npz file only.
 
     Raises:
-        UsageError: there is no such file, or it is not a mask file.
+        UsageError: there is no such file, it is not a mask file, or an npz file does not fit the model.
         RunError: the file is damaged.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / MASK_FILE
-    if not path.is_file():
-        raise UsageError(f"There is no file {path}; give a mask file, or the folder of a run.", "mask")
+    path = mask_file(path)
+    if path.suffix.lower() == ".npz":
+        if model is None:
+            raise UsageError(
+                f"{path} does not say how its weights lie: pass the model, load_mask(path, model).", "mask"
+            )
+        found = read_npz(path, model)
+        return Mask(found.tensors, found.pattern, found.base_model, found.info)
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("proxsparse", "{}"))
@@ -172,6 +209,21 @@ def load_mask(path: Path | str) -> Mask:
         tensors[name] = torch.from_numpy(unpacked)
         pattern.check(tensors[name], name)
     return Mask(tensors, pattern, base_model, info, order)
+
+
+def mask_file(path: Path | str) -> Path:
+    """The file of a mask: itself, or the one in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        published = [path / name for name in FILES if (path / name).is_file()]
+        path = published[0] if published and not (path / MASK_FILE).is_file() else path / MASK_FILE
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}; give a mask file, or the folder of a run.", "mask")
+    return path
 
 
 def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
@@ -209,6 +261,7 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         UsageError: the mask belongs to a model with other weights; names what differs.
     """
     targets = fit_mask(model, mask)
+    recall_order(model)
     put_into_order(model, mask.order)
     with torch.no_grad():
         for name, target in targets.items():

@@ -26,7 +26,8 @@ WRONG_TEXT = {
     "sparsity_type": "4:2", "rows": "no-equals-sign", "only": "gpt5", "eval_zero_shot": "/none.yaml", "score": "luck",
     "rounding": "up", "lambda_value": "big", "method": "magic", "checkpoint": "/none", "run": "/none",
     "compare": "no-equals-sign", "base": "/none", "results": "/none",
-    "baseline": "nothing", "lr_scheduler_type": "zigzag", "keep_base": "disk", "permute": "often", "pattern": "4:2",
+    "baseline": "nothing", "adapter": "/none", "lr_scheduler_type": "zigzag", "keep_base": "disk", "permute": "often",
+    "pattern": "4:2",
 }  # fmt: skip
 
 
@@ -49,6 +50,13 @@ def wrong_value(action):
     return "no-such-value"
 
 
+def adapter(folder):
+    """A folder that passes for an adapter until it is read."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("")
+    return str(folder)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_value_for_any_flag_is_one_sentence(command, checkpoint, mask, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -59,7 +67,8 @@ def test_a_wrong_value_for_any_flag_is_one_sentence(command, checkpoint, mask, c
     given = {"model": checkpoint, "dataset": corpus, "ctx_len": "32"} if command != "report" else {}
     given |= {"prune_method": "wanda", "save": "out", "nsamples": "2"} if command == "prune" else {}
     given |= {"mask": str(mask)} if command in ("apply", "export") else {}
-    given |= {"to": "out"} if command == "export" else {}
+    given |= {"to": "out"} if command in ("export", "merge") else {}
+    given |= {"adapter": adapter(tmp_path)} if command == "merge" else {}
     given |= {"output_dir": "out", "bf16": "false", "use_cpu": "true", "samples": "2"} if learning else {}
     given |= {"run": str(tmp_path)} if command == "report" else {}
     given = {name: value for name, value in given.items() if name in known}

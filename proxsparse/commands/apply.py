@@ -23,17 +23,16 @@ from proxsparse.commands.groups import (
     done_already,
     evaluate,
     evaluation_of,
+    given_mask,
     load,
     options_of,
     put_mask,
-    require,
     windows_of,
     write_result,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.mask import load_mask
 from proxsparse.model.loading import EMBEDDED, load_tokenizer
 from proxsparse.record import OWN, refuse_to_overwrite
 
@@ -62,12 +61,11 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    require(args, "mask")
     if args.baseline and not args.run:
         raise UsageError("--baseline needs the run that the baseline was pruned for: give --run FOLDER.")
     if args.no_eval and not args.save:
         raise UsageError("--no_eval without --save leaves nothing to do; give --save FOLDER.")
-    mask = load_mask(args.mask)
+    mask = given_mask(args)
     own_folder = args.run and args.save and Path(args.save) == Run(args.run).pruned_folder
     saved = not args.save or (own_folder and (Path(args.save) / OWN).is_file())
     if saved and not args.no_eval and done_already(args, "pruned perplexity", decisive_of(args)):

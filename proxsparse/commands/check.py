@@ -6,16 +6,20 @@
 
 Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros. With --base, the kept
 weights must be those of the base bit for bit, and everything else must be unchanged. If not, the first findings are
-named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too.
+named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too. It
+also reads what --quantize wrote, but compares that with no base, because its weights are rounded.
+
+--target lists the weights that a 2:4 kernel could not take, with the reason: torchao (float8 2:4 on H100, in vLLM),
+cusparselt or cutlass (torch's semi-structured tensors). They would stay dense there; the exit code does not change.
 """
 
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import say_coverage
-from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity
+from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model
+from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError
-from proxsparse.model.loading import empty_model
 
 
 def arguments() -> Parser:
@@ -24,6 +28,7 @@ def arguments() -> Parser:
     parser.add_argument(
         "--base", default=None, metavar="MODEL", help="original model: folder, Hub id in the cache, or GGUF file"
     )
+    parser.add_argument("--target", default=None, choices=list(TARGETS), help="list what stays dense with this kernel")
     parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
@@ -31,7 +36,7 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    say_coverage(empty_model(args.model, trust_remote_code=args.trust_remote_code))
+    say_coverage(checked_model(args.model, trust_remote_code=args.trust_remote_code))
     counts, offenders = check_sparsity(
         args.model, args.base, revision=args.revision, trust_remote_code=args.trust_remote_code
     )
@@ -40,4 +45,10 @@ def main(args: argparse.Namespace) -> None:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
         raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.")
+    if args.target:
+        sparse, dense = dense_weights(args.model, args.target, trust_remote_code=args.trust_remote_code)
+        print(f"{args.target} can take {sparse} of {sparse + len(dense)} weights")
+        for sentence in dense:
+            print(f"  {sentence}")
+        counts |= {"sparse_weights": sparse, "dense_weights": len(dense)}
     print_json({"model": args.model, "base": args.base, **counts})

@@ -12,6 +12,13 @@
   compact  two values and their positions per block, 9/16 of a 16-bit weight;
            proxsparse.load reads it
   npz      the mask as MaskLLM's programs read it
+
+--quantize writes the dense form with 8-bit weights and exact zeros, as a compressed-tensors checkpoint, which
+transformers and vLLM read: int8 or fp8 weights with one scale per output; activations are quantised per token while the
+model runs.
+
+--runtime vllm-torchao writes the dense form, and next to it the configuration with which vLLM quantises it to float8
+2:4 while it loads (torchao's kernel, on H100 and H200), and notes on serving.
 """
 
 import argparse
@@ -27,17 +34,19 @@ from proxsparse.commands.groups import (
     RunParser,
     add_mask_argument,
     add_model_arguments,
+    given_mask,
     model_of,
     options_of,
-    require,
     say_coverage,
 )
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
+from proxsparse.deploy.quantise import KINDS, check_quantisation
+from proxsparse.deploy.runtimes import RUNTIMES, check_runtime, write_runtime
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.mask import fit_mask, load_mask
+from proxsparse.mask import fit_mask
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.loading import empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
@@ -52,6 +61,13 @@ def arguments() -> Parser:
     add_mask_argument(parser)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
     parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
+    parser.add_argument("--quantize", default=None, choices=list(KINDS), help="8-bit weights; needs compressed-tensors")
+    parser.add_argument(
+        "--runtime",
+        default=None,
+        choices=list(RUNTIMES),
+        help="also write what this server needs; see SERVING.md there",
+    )
     parser.add_argument(
         "--results", default=None, metavar="FILE", help="JSON that eval_mask_ppl.py wrote, for the model card"
     )
@@ -72,14 +88,15 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    require(args, "mask")
-    mask, to = load_mask(args.mask), Path(args.to)
+    mask, to = given_mask(args), Path(args.to)
     if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():
         raise UsageError(f"--results: there is no file {args.results}.")
     if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
         raise UsageError(f"--push_to_hub takes a repository organisation/name; got {args.push_to_hub!r}.")
+    if args.quantize:
+        check_quantisation(args.quantize, args.form)
     refuse_to_overwrite(to)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
@@ -89,19 +106,24 @@ def main(args: argparse.Namespace) -> None:
     title = args.push_to_hub or to.name
     model = empty_model(args.model, **options_of(args))
     say_coverage(model)
+    if args.runtime:
+        check_runtime(args.runtime, model, mask, args.form, args.quantize)
     if args.form == "mask":
         save_hashed(mask, to)
     elif args.form == "npz":
         save_npz(mask, fit_mask(model, mask), to)
     else:
-        save_pruned(args.model, mask, to, form=args.form, title=title, results=results, **options_of(args))
+        made = {"form": args.form, "quantize": args.quantize, "title": title, "results": results}
+        save_pruned(args.model, mask, to, **made, **options_of(args))
+    if args.runtime:
+        write_runtime(to)
     if args.form in MASKS:
         (to / "README.md").write_text(model_card(title, mask, results, form=args.form), encoding="utf-8")
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
-    print(f"{args.form} export written to {to} ({size / 1e6:,.1f} MB)")
+    print(f"{args.quantize or args.form} export written to {to} ({size / 1e6:,.1f} MB)")
     if args.push_to_hub:
         push(to, args.push_to_hub)
-    print_json({"form": args.form, "to": str(to), "bytes": size})
+    print_json({"form": args.form, "quantize": args.quantize, "to": str(to), "bytes": size})
 
 
 def push(folder: Path, repository: str) -> None:

@@ -14,10 +14,11 @@ from proxsparse.commands.cli import Parser
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
-from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask
+from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file
 from proxsparse.model.loading import (
     DTYPES,
     EMBEDDED,
+    empty_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -108,9 +109,10 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def mask_digest(mask: str | Path) -> str:
     """SHA-256 of a mask file."""
-    path = Path(mask)
-    path = path / MASK_FILE if path.is_dir() else path
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    try:
+        return hashlib.sha256(mask_file(mask).read_bytes()).hexdigest()
+    except UsageError:  # there is none
+        return ""
 
 
 def positive_int(text: str) -> int:
@@ -142,7 +144,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) 
 
 
 def add_mask_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mask", default=None, metavar="FILE", help=f"{MASK_FILE}, or the folder it lies in")
+    parser.add_argument(
+        "--mask",
+        default=None,
+        metavar="FILE",
+        help=f"{MASK_FILE}, or the folder it lies in; also an .npz file that MaskLLM or PATCH published",
+    )
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
@@ -158,7 +165,18 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 def read_mask(args: argparse.Namespace) -> Mask | None:
     """The mask the arguments name, or None. Before the model is loaded, so that a wrong file costs no wait."""
-    return None if args.mask is None else load_mask(args.mask)
+    if args.mask is None:
+        return None
+    npz = mask_file(args.mask).suffix.lower() == ".npz"
+    return load_mask(args.mask, empty_model(args.model, **options_of(args)) if npz else None)
+
+
+def given_mask(args: argparse.Namespace) -> Mask:
+    """The mask of a command that needs one."""
+    require(args, "mask")
+    found = read_mask(args)
+    assert found is not None
+    return found
 
 
 def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace) -> None:

@@ -40,6 +40,8 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```"""
+CODED = """
+transformers needs the package `compressed-tensors` to read it; vLLM reads it by itself."""
 COMPACT = """```python
 import proxsparse
 from huggingface_hub import snapshot_download
@@ -51,7 +53,8 @@ model = proxsparse.load(folder, sparse=True)     # compact weights: faster decod
 MASK = """This is the mask alone, one bit per weight; the weights are those of the base model.
 
 ```bash
-proxsparse export --model {base} --mask {mask} --to pruned
+hf download {name} {mask} --local-dir mask         # not needed where the folder lies on your disk
+proxsparse export --model {base} --mask mask/{mask} --to pruned
 ```"""
 NPZ = """This is the mask alone, packed as MaskLLM's programs read it: `eval_llama_ppl.py --model {base} --mask
 mask_compressed.npz`."""
@@ -61,6 +64,8 @@ ORIGINAL = {
     "memory": "The base has no files to copy from: configuration, tokenizer and all tensors were written anew with "
     "transformers {version}. The kept weights are those that it loads;",
 }
+QUANTISED = "The weights of the layers are quantised to {kind}, one scale per output, from the original ones;"
+ORIGINAL |= {kind: QUANTISED.format(kind=kind) for kind in ("int8", "fp8")}
 UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
 
@@ -80,8 +85,9 @@ def model_card(
     info = dict(mask.info)
     method = str(info.pop("method", "an unnamed method"))
     said = [ORIGINAL[origin].format(version=transformers.__version__)]
-    if info.get("weights_updated"):
-        updated = UPDATED.format(method=method)
+    by = info.get("weights_updated")
+    if by:
+        updated = UPDATED.format(method=by if isinstance(by, str) else method)
         said = [updated] if origin == "files" else [*said, updated]
     data = ModelCardData(
         base_model=mask.base_model if mask.base_model.count("/") == 1 else None,
@@ -93,6 +99,7 @@ def model_card(
         (text, f"{found['perplexity']:.2f}", f"{found['standard_error']:.2f}", found["ctx_len"])
         for text, found in (results or {}).items()
     ]
+    loading = LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -105,6 +112,6 @@ def model_card(
         moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=LOADING[form].format(name=name, base=mask.base_model, mask=MASK_FILE),
+        loading=loading + CODED if origin in ("int8", "fp8") else loading,
     )
     return str(card)

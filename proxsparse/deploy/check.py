@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
 from proxsparse.model.channels import ORDER_FILE, ChannelOrder, load_order
 from proxsparse.model.checkpoint import Checkpoint
+from proxsparse.model.coded import coded_tensors, is_coded
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
@@ -28,6 +30,7 @@ def check_sparsity(
     Args:
         name: checkpoint folder of any form, or a Hub id that is in the cache.
         base: the original model: a folder, a Hub id in the cache, or a GGUF file; None: only the blocks are checked.
+            Not for a quantised checkpoint, whose weights are rounded.
         revision: revision of the base.
         trust_remote_code: run code that comes with the model.
 
@@ -37,10 +40,17 @@ def check_sparsity(
     Raises:
         UsageError: no checkpoint, or one that lacks weights of its model.
     """
-    model = empty_model(name, trust_remote_code=trust_remote_code)
+    model = checked_model(name, trust_remote_code=trust_remote_code)
     targets = {target.name: target for target in find_prunable(model, multiple=1)}
     found = _checkpoint(name, None, "model")
-    layout = Layout(found.tensors, model)
+    coded = is_coded(found.config)
+    if coded and base is not None:
+        raise UsageError(
+            f"`base` compares bit for bit, and the weights of {name} are quantised: check the checkpoint that it was "
+            "made from, or leave `base` out.",
+            "base",
+        )
+    layout = Layout(coded_tensors(found) if coded else found.tensors, model)
     missing = sorted(set(targets) - set(layout.of_parameter))
     if missing:
         raise UsageError(f"{name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
@@ -64,6 +74,13 @@ def check_sparsity(
         gone = sorted(key for key in set(original) - seen if key not in tied)
         offenders += [f"{key}: is in the base and not in the model" for key in gone]
     return counts, offenders
+
+
+def checked_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint, without values; also where its weights are quantised to 8 bits by ``export``."""
+    found = Checkpoint.find(name)
+    coded = found is not None and is_coded(found.config)
+    return empty_model(name, trust_remote_code=trust_remote_code, evaluating=coded)
 
 
 def _checkpoint(name: str, revision: str | None, argument: str) -> Checkpoint:

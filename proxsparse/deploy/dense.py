@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.deploy.card import model_card
+from proxsparse.deploy.quantise import Quantiser, check_base, check_quantisation
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, save_order
+from proxsparse.model.channels import ORDER_FILE, load_order, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import FORMAT, packed
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
@@ -31,7 +32,7 @@ from proxsparse.model.prunable import Prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import atomic_path, refuse_to_overwrite, versions, write_json
+from proxsparse.record import atomic_path, read_json, refuse_to_overwrite, versions, write_json
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
@@ -44,6 +45,7 @@ def save_pruned(
     folder: Path | str,
     *,
     form: str = "dense",
+    quantize: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -58,6 +60,7 @@ def save_pruned(
         mask: which weights to keep; the others are +0.0.
         folder: the new folder.
         form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
+        quantize: int8 or fp8: 8-bit weights in a compressed-tensors checkpoint (``proxsparse.deploy.quantise``).
         tokenizer: written only where the model has no files to copy one from.
         revision: revision of a Hub model that is given by name.
         trust_remote_code: run code that comes with the model.
@@ -65,38 +68,62 @@ def save_pruned(
         results: results for the card, see ``proxsparse.deploy.card.model_card``.
 
     Raises:
-        UsageError: the mask does not fit the model, or has no compact form; the folder holds something else.
-        RunError: the base's files are missing or damaged.
+        UsageError: the mask does not fit the model, or has no compact form; the model can't be quantised; the folder
+            holds something else.
+        RunError: the base's files are missing or damaged, or compressed-tensors is not installed.
     """
     folder = Path(folder)
-    if not isinstance(model, str) and order_of(model) != mask.order:
-        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
-    if form not in FORMS:
-        raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
-    if form == "compact" and mask.pattern != TWO_OF_FOUR:
-        raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
+    _check_form(form, mask, quantize)
     refuse_to_overwrite(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(model, str):
         base, shape = _named(model, mask, hub)
-        if base is None:
+        if base is None and quantize is None:
             shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
     else:
+        _check_order(model, mask)
         base, shape = _files_of(model), model
+    if quantize is not None:
+        check_base(base, model if isinstance(model, str) else "the model")
     with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
         if base is not None:
-            changes = _Changes(base, shape, mask)
-            _copy_small_files(base, scratch, renamed=form != "dense" or not base.is_plain)
-            _stream(base, changes, scratch, form)
+            _write_from_files(base, shape, mask, scratch, form, quantize)
         else:
             put_into_order(shape, mask.order)
             _save_from_memory(shape, mask, tokenizer, scratch, form)
         if mask.order:
             save_order(mask.order, scratch / ORDER_FILE)
-        origin = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
-        card = model_card(title or folder.name, mask, results, form=form, origin=origin)
+        read = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
+        card = model_card(title or folder.name, mask, results, form=form, origin=quantize or read)
         (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
+    if form not in FORMS:
+        raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
+    if form == "compact" and mask.pattern != TWO_OF_FOUR:
+        raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
+    if quantize is not None:
+        check_quantisation(quantize, form)
+
+
+def _check_order(model: PreTrainedModel, mask: Mask) -> None:
+    recall_order(model)
+    if order_of(model) != mask.order:
+        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
+
+
+def _write_from_files(
+    base: Checkpoint, model: PreTrainedModel, mask: Mask, folder: Path, form: str, quantize: str | None
+) -> None:
+    changes = _Changes(base, model, mask)
+    quantiser = Quantiser(quantize, model, changes.layout) if quantize else None
+    _copy_small_files(base, folder, renamed=form != "dense" or not base.is_plain or quantiser is not None)
+    _stream(base, changes, folder, form, quantiser)
+    if quantiser is not None:
+        config = dict(read_json(folder / "config.json"))
+        write_json(folder / "config.json", config | {"quantization_config": quantiser.configuration()})
 
 
 def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | None, PreTrainedModel]:
@@ -162,7 +189,8 @@ class _Changes:
         self.mask = mask
         self.layout = Layout(base.tensors, model)
         self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
-        self.moved = {move.name for move in mask.order.moves}
+        in_order = bool(mask.order) and load_order(base.folder / ORDER_FILE) == mask.order  # a pruned checkpoint
+        self.moved = set() if in_order else {move.name for move in mask.order.moves}
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
@@ -200,9 +228,9 @@ class _Changes:
             self._new |= group.stored(values, 0.0)
 
 
-def _stream(base: Checkpoint, changes: _Changes, folder: Path, form: str) -> None:
+def _stream(base: Checkpoint, changes: _Changes, folder: Path, form: str, quantiser: Quantiser | None) -> None:
     """Write the tensors file by file, in files of the same division: one is in memory at a time."""
-    as_it_is = form == "dense" and base.is_plain
+    as_it_is = form == "dense" and base.is_plain and quantiser is None
     written: dict[str, str] = {}
     compact: dict[str, dict[str, Any]] = {}
     size = 0
@@ -213,7 +241,7 @@ def _stream(base: Checkpoint, changes: _Changes, folder: Path, form: str) -> Non
             tensor, kept = changes.of(key, stored.read())
             found = _packed(key, tensor, kept) if form == "compact" and kept is not None else None
             if found is None:
-                tensors[key] = tensor.contiguous()
+                tensors |= quantiser.parts(key, tensor) if quantiser else {key: tensor.contiguous()}
             else:
                 parts, compact[key] = found
                 tensors |= parts

@@ -161,6 +161,13 @@ def mark(model: nn.Module, order: ChannelOrder) -> None:
     setattr(model, MARK, order)
 
 
+def recall_order(model: PreTrainedModel) -> None:
+    """Remember the order that a pruned checkpoint was written in, where the model was loaded from such a folder."""
+    path = Path(model.config._name_or_path or "") / ORDER_FILE
+    if not order_of(model) and path.is_file():
+        mark(model, load_order(path))
+
+
 def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None = None) -> None:
     """Write an order to a file of its own.
 

@@ -150,14 +150,22 @@ class Checkpoint:
             UsageError: quantised in a way that is not read here.
             RunError: a file is damaged.
         """
-        with self._reading():
-            raw = {key: self._raw(path, key) for path, file in self._open.items() for key in file.keys()}  # noqa: SIM118
         if self.is_compact:
-            return dict(self._decompressed(raw))
+            return dict(self._decompressed(self.raw))
         if refuse_quantised(self.name, self.config):
-            return dict(self._dequantised(raw))
+            return dict(self._dequantised(self.raw))
         self.refuse_codes()
-        return raw
+        return self.raw
+
+    @cached_property
+    def raw(self) -> dict[str, Stored]:
+        """Name in the files -> tensor, as it is stored.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        with self._reading():
+            return {key: self._raw(path, key) for path, file in self._open.items() for key in file.keys()}  # noqa: SIM118
 
     def refuse_codes(self) -> None:
         """Refuse files of quantised weights whose config.json does not say so: codes would be taken for weights.

@@ -202,9 +202,11 @@ def _refuse_other_models(name: str, config: PreTrainedConfig) -> None:
     raise UsageError(f"The model {name} ({kind}) is no causal language model: give one that continues text.", "model")
 
 
-def empty_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, evaluating: bool = False
+) -> PreTrainedModel:
     """A model without values (on torch's meta device), from its configuration alone: no weights are read."""
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code, evaluating=evaluating)
     with doing(f"building the model {name}"), clear_errors(name):
         model = empty_of(config, trust_remote_code)
     model.config._name_or_path = name

@@ -17,6 +17,8 @@ from proxsparse.errors import UsageError
 from proxsparse.model.linears import CONVOLUTION, Weight, expert_counts, weights_of
 from proxsparse.model.sharding import local
 
+# What activation checkpointing (FSDP's) and regional compilation put into the names of parameters.
+WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 ODD = "input width no multiple of 4"
 
 
@@ -157,7 +159,7 @@ def find_prunable(
 
 def layer_weights(model: PreTrainedModel) -> Iterator[tuple[str, Weight, int]]:
     """Name, weight and index of the layer, of every matrix in the layers; shared ones once."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): WRAPPERS.sub("", name) for name, p in model.named_parameters()}
     counts = expert_counts(model)
     for index, block in enumerate(decoder_blocks(model)):
         for weight in weights_of(block, counts):

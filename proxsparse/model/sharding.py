@@ -60,6 +60,14 @@ def matching_part(scale: Tensor, weight: Tensor) -> Tensor:
     return distribute_tensor(scale.to(weight.device), weight.device_mesh, weight.placements).to_local()
 
 
+def part_of(whole: Tensor, weight: Tensor) -> Tensor:
+    """The part of a tensor shaped like a weight that belongs to what is stored here. Every process has the whole."""
+    if not isinstance(weight, DTensor):
+        return whole
+    placed = (weight.device_mesh, weight.placements)
+    return distribute_tensor(whole.to(weight.device_mesh.device_type), *placed, src_data_rank=None).to_local()
+
+
 def gather(part: Tensor, weight: Tensor) -> Tensor | None:
     """Whole tensor of which every process has the rows of its shard: on the first process, None on the others.
 

@@ -1,0 +1,233 @@
+"""8-bit exports: stock transformers reads them, zeros are where the mask says, and other weights are rounded little."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from conftest import byte_tokenizer, tiny_llama
+from safetensors.torch import load_file, save_file
+from test_checkpoint import mixture
+from test_prunable import build
+
+from proxsparse.__main__ import main as console
+from proxsparse.deploy import quantise
+from proxsparse.deploy.check import check_sparsity
+from proxsparse.deploy.dense import save_pruned
+from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import Mask, load_mask
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import top2_mask
+
+pytest.importorskip("loguru", reason="compressed-tensors needs it")
+pytest.importorskip("compressed_tensors", reason="an extra: pip install 'proxsparse[quantize]'")
+
+IDS = torch.arange(1, 30)[None]
+# Half a step of int8 codes; half a step of float8's three bits, or of its smallest numbers.
+STEPS = {"int8": lambda w, s: 0.51 * s, "fp8": lambda w, s: (w.abs() / 16).clamp(min=s * 2.0**-10) * 1.02}
+CLOSE = {"int8": 0.1, "fp8": 0.2}  # relative error of logits; wrong scales or zeros give about 1
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def masked(model):
+    return Mask({t.name: top2_mask(t.rows(t.weight.detach().float())) for t in find_prunable(model, multiple=1)})
+
+
+def error(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama in bfloat16, in several files."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def kept(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    assert console(["prune", "--model", base, "--prune_method", "magnitude", "--save", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(base, kept, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "pruned"
+    save_pruned(base, load_mask(kept), folder)
+    return str(folder)
+
+
+def export(kind, base, kept, folder, *more):
+    flags = ["--model", base, "--mask", str(kept), "--quantize", kind, "--to", str(folder), *more]
+    return console(["export", *flags])
+
+
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def coded(kind, base, kept, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coded") / kind
+    assert export(kind, base, kept, folder) == 0
+    return folder
+
+
+def tensors_of(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_the_files_hold_codes_with_zeros_and_one_scale_per_output(kind, coded, base, kept):
+    found, mask = tensors_of(coded), load_mask(kept).tensors
+    original = hf.AutoModelForCausalLM.from_pretrained(base).state_dict()
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    assert found.keys() == original.keys() | {f"{name}_scale" for name in mask}
+    for name, weight in original.items():
+        if name not in mask:
+            assert torch.equal(found[name], weight)
+            continue
+        codes, scale = found[name], found[f"{name}_scale"]
+        assert codes.dtype == dtype
+        assert scale.dtype == weight.dtype
+        assert scale.shape == (len(weight), 1)
+        assert not codes.view(torch.uint8)[~mask[name]].any()
+        assert kind == "int8" or not (codes.view(torch.uint8) == 0x80).any()  # no -0.0
+        wanted = weight.float() * mask[name]
+        off = (codes.float() * scale.float() - wanted).abs()
+        assert (off <= STEPS[kind](wanted, scale.float())).all()
+
+
+def test_transformers_loads_it_and_computes_nearly_the_same(kind, coded, dense, kept):
+    pruned = hf.AutoModelForCausalLM.from_pretrained(dense)
+    wanted, model = logits(pruned), hf.AutoModelForCausalLM.from_pretrained(coded)
+    assert error(logits(model), wanted) < CLOSE[kind]
+    whole = hf.CompressedTensorsConfig(dequantize=True)
+    plain = hf.AutoModelForCausalLM.from_pretrained(coded, quantization_config=whole)
+    mask = load_mask(kept).tensors
+    for name, weight in plain.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        if name in mask:
+            assert not weight[~mask[name]].view(torch.int16).any()
+            torch.testing.assert_close(weight, pruned.get_parameter(name), rtol=0.1, atol=0.02)
+    assert error(logits(plain), wanted) < CLOSE[kind]
+
+
+def test_the_configuration_is_the_standard_one(kind, coded, base):
+    entry = json.loads((coded / "config.json").read_text())["quantization_config"]
+    number = {"num_bits": 8, "type": {"int8": "int", "fp8": "float"}[kind], "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": number | {"strategy": "channel", "dynamic": False},
+        "input_activations": number | {"strategy": "token", "dynamic": True},
+    }
+    assert entry == {
+        "config_groups": {"group_0": group},
+        "quant_method": "compressed-tensors",
+        "format": {"int8": "int-quantized", "fp8": "float-quantized"}[kind],
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+    }
+    card = (coded / "README.md").read_text()
+    assert f"quantised to {kind}, one scale per output" in card
+    assert "vLLM reads it by itself" in card
+
+
+def test_check_reads_it_and_finds_a_code_too_many(coded, base, tmp_path, capsys):
+    assert console(["check", "--model", str(coded)]) == 0
+    assert '"wrong_blocks": 0' in capsys.readouterr().out
+    assert console(["check", "--model", str(coded), "--base", base]) == 2
+    assert "--base compares bit for bit, and the weights of" in capsys.readouterr().err
+    shutil.copytree(coded, tmp_path / "broken")
+    (file,) = [f for f in (tmp_path / "broken").glob("*.safetensors") if UP in load_file(f)]
+    tensors = load_file(file)
+    tensors[UP][2, 4:8] = 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    counts, offenders = check_sparsity(str(tmp_path / "broken"))
+    assert counts["wrong_blocks"] == 1
+    assert offenders == [f"{UP}: 1 blocks are not 2:4, the first is row 2, block 1"]
+    del tensors[f"{UP}_scale"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunError, match="lacks the scales of"):
+        check_sparsity(str(tmp_path / "broken"))
+
+
+def test_it_is_measured_but_neither_pruned_nor_quantised_again(coded, kept, corpus, tmp_path, capsys):
+    text = ["--dataset", corpus, "--ctx_len", "32", "--max_windows", "2"]
+    assert console(["eval", "--model", str(coded), *text]) == 0
+    for flags in ([], ["--quantize", "int8"]):
+        capsys.readouterr()
+        folder = str(tmp_path / "out")
+        assert console(["export", "--model", str(coded), "--mask", str(kept), "--to", folder, *flags]) == 2
+        assert capsys.readouterr().err.count("is quantised with compressed-tensors: ") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_dequantised_is_not_quantised_again(base, kept, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    entry = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    assert export("fp8", str(tmp_path / "fp8"), kept, tmp_path / "out") == 2
+    assert "is quantised already (fp8)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "opt", "gemma2"])
+def test_other_architectures_load_and_keep_their_zeros(family, kind, tokenizer, tmp_path):
+    model = build(family, vocab_size=257)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    mask = masked(model)
+    save_pruned(str(tmp_path / "base"), mask, tmp_path / "dense")
+    save_pruned(str(tmp_path / "base"), mask, tmp_path / "out", quantize=kind)
+    wanted = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    found = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert error(found, wanted) < CLOSE[kind]
+    assert check_sparsity(str(tmp_path / "out"))[1] == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_weights_that_the_format_has_no_place_for_are_refused(family, tokenizer, tmp_path):
+    if family == "gpt2":
+        build("gpt2", vocab_size=257).save_pretrained(tmp_path / "base")
+    else:
+        mixture(family, tmp_path / "base")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="is no plain linear layer"):
+        save_pruned(str(tmp_path / "base"), masked(model), tmp_path / "out", quantize="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_zeros_has_a_scale_that_divides(base, kept, kind, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    (file,) = [f for f in (tmp_path / "base").glob("*.safetensors") if UP in load_file(f)]
+    tensors = load_file(file)
+    tensors[UP][3] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert export(kind, str(tmp_path / "base"), kept, tmp_path / "out") == 0
+    found = tensors_of(tmp_path / "out")
+    assert found[f"{UP}_scale"].float().gt(0).all()
+    assert logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")).isfinite().all()
+
+
+def test_what_can_t_be_quantised_is_refused_in_a_sentence(base, kept, tmp_path, capsys, monkeypatch):
+    assert export("int8", base, kept, tmp_path / "out", "--form", "compact") == 2
+    assert "--quantize needs the dense form; got --form compact" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="`quantize` must be one of int8, fp8; got 'int4'"):
+        save_pruned(base, load_mask(kept), tmp_path / "out", quantize="int4")
+    model = tiny_llama()
+    with pytest.raises(UsageError, match="reads a checkpoint's own files, and the model has none"):
+        save_pruned(model, masked(model), tmp_path / "out", quantize="int8")
+    monkeypatch.setattr(quantise, "installed", lambda module: False)
+    assert export("int8", base, kept, tmp_path / "out") == 1
+    assert "needs the package compressed-tensors: pip install 'compressed-tensors>=0.20'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
