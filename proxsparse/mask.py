@@ -115,7 +115,7 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
             continue
         wrong = TWO_OF_FOUR.violations(rows)
         if not wrong.any():
-            tensors[target.name] = top2_mask(rows.float()).cpu()
+            tensors[target.name] = learned_mask(rows, TWO_OF_FOUR).cpu()
         elif wrong.sum() < 0.5 * wrong.numel():
             raise UsageError(
                 f"{name} is not 2:4: {int(wrong.sum())} of {wrong.numel()} blocks of {target.name} have more than two "

@@ -52,7 +52,11 @@ def built(kernel, dtype: str, constants: dict, gpu: GPUTarget):
     types = {n: "constexpr" if n in constants else (OTHERS | weights).get(n, "i32") for n in names}
     divisible = [n for n in names if n not in constants and n not in NOT_SPECIALISED]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-    options = {"enable_fp_fusion": kernel not in (adafactor._squares, adafactor._size, adafactor._apply)}
+    home = next(module for module in (operator, products, adafactor) if kernel in vars(module).values())
+    options = {
+        "num_warps": home.WARPS,
+        "enable_fp_fusion": kernel not in (adafactor._squares, adafactor._size, adafactor._apply),
+    }
     return compile(
         ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes), target=gpu, options=options
     )

@@ -31,7 +31,7 @@ def last_word_accuracy(
     """
     right = words = 0
     for window in windows:
-        ids, spans = last_words(tokenizer, tokenizer.decode(window, skip_special_tokens=True))
+        ids, spans = last_words(tokenizer, str(tokenizer.decode(window, skip_special_tokens=True)))
         if not spans:
             continue
         best = model(input_ids=ids[None].to(model.device)).logits[0].argmax(-1).cpu()
