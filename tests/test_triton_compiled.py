@@ -1,4 +1,4 @@
-"""The Triton kernels compile for today's GPUs, without one: no spilled registers, 16-byte loads and stores."""
+"""The Triton kernels compile for today's GPUs, without one: no spilled registers, wide loads and stores."""
 
 import json
 import os

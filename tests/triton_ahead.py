@@ -53,10 +53,8 @@ def built(kernel, dtype: str, constants: dict, gpu: GPUTarget):
     divisible = [n for n in names if n not in constants and n not in NOT_SPECIALISED]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     home = next(module for module in (operator, products, adafactor) if kernel in vars(module).values())
-    options = {
-        "num_warps": home.WARPS,
-        "enable_fp_fusion": kernel not in (adafactor._squares, adafactor._size, adafactor._apply),
-    }
+    exact = (adafactor._squares, adafactor._size, adafactor._apply)
+    options = {"num_warps": home.WARPS, "enable_fp_fusion": kernel not in exact}
     return compile(
         ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes), target=gpu, options=options
     )
@@ -77,7 +75,8 @@ def of_nvidia(assembly) -> dict:
 def of_amd(assembly) -> dict:
     text = assembly["amdgcn"]
     number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
-    wide = {kind: len(re.findall(rf"(?:global|buffer)_{word}_dwordx4", text)) for kind, word in
+    # 8 bytes are wide for 64 lanes that access memory together.
+    wide = {kind: len(re.findall(rf"(?:global|buffer)_{word}_dwordx[24]", text)) for kind, word in
             (("ld", "load"), ("st", "store"))}  # fmt: skip
     return {"registers": number["vgpr_count"], "spilled": number["vgpr_spill_count"], "wide": wide}
 
