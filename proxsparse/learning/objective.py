@@ -90,6 +90,11 @@ class Objective:
         learned = swaps and TakingTurns.on_device(args.offload_learned, on_cpu)
         return learned + ((swaps or bool(args.project_lambda2)) and OriginalWeights.on_device(args.keep_base, on_cpu))
 
+    @classmethod
+    def masks_on_device(cls, args: Any, on_cpu: bool) -> bool:
+        """Whether the mask stays on the device, a bit per pruned weight, while the learned weights wait elsewhere."""
+        return bool(args.masked_forward) and not TakingTurns.on_device(args.offload_learned, on_cpu)
+
     @staticmethod
     def logits_copies(args: Any, batch_size: int) -> int:
         """Buffers of the size of the logits that the loss makes at its worst moment, next to the logits."""

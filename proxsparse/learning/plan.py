@@ -6,13 +6,14 @@ up. So the plan is right for every architecture, and takes seconds for any size.
 """
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import (
@@ -34,6 +35,9 @@ from proxsparse.model.prunable import decoder_blocks, find_prunable
 logger = logging.getLogger(__name__)
 UNCOUNTED = "activations are not counted: the forward pass of {} can't be run on tensors without values"
 PROCESS_BYTES = 64 * 2**20  # what the libraries allocate while they train, measured on tiny models
+# A GPU's context, the workspaces of its libraries, and what the allocator holds in pieces. On an H100 the allocator
+# held 0.5 to 1.4 GiB more than the tensors of three runs of a 7B model; the context is not among that.
+GPU_BYTES = 1.5 * 2**30
 
 # Dimensions of the models that the recipes name, from their published config.json files: a plan needs no network.
 _LLAMA: dict = {"max_position_embeddings": 4096, "dtype": torch.bfloat16}
@@ -128,14 +132,15 @@ def plan_learning(
     wide, parts_of = dtype.itemsize, devices if sharded else 1
     cost = cost_of(config, dtype, sharded)
     frozen = (sizes.parameters - sizes.trainable) * (low if low == torch.bfloat16 else dtype).itemsize
-    copies = Objective.copies_on_device(config, on_cpu)
+    copies, masks = Objective.copies_on_device(config, on_cpu), Objective.masks_on_device(config, on_cpu)
     gradients = (sizes.largest if config.optim_in_backward else sizes.trainable) * wide / parts_of
+    in_pieces = sizes.plain and bool(config.distill) and not on_cpu and not sharded  # as the trainer decides
     parts = {
         "weights": (sizes.trainable * wide + frozen) / parts_of,
         "optimizer states": sizes.trainable * cost.states / parts_of,
-        "copies of W0 and of learned weights": sizes.prunable * wide * copies / parts_of,
-        "gradients or activations": _worst(gradients, sizes, config, batch_size),
-        "working memory": PROCESS_BYTES + 4 * sizes.largest * cost.copies / parts_of,
+        "copies of W0 and of learned weights": sizes.prunable * (wide * copies + masks / 8) / parts_of,
+        "gradients or activations": _worst(gradients, sizes, config, batch_size, in_pieces),
+        "working memory": PROCESS_BYTES + 4 * sizes.largest * cost.copies / parts_of + (0 if on_cpu else GPU_BYTES),
     }
     if sharded:
         # The block at work, the next one, and the gradient of one; what is not in blocks stays gathered.
@@ -155,6 +160,10 @@ class _Sizes:
         largest: entries of the largest trained weight.
         block: weights of the largest layer.
         ends: embeddings and LM head.
+        activations: bytes between forward and backward pass.
+        recomputed: bytes of one layer that the backward pass computes again, and of the gradients that pass through it.
+        logits: bytes.
+        plain: logits are what the LM head returns, and nothing else happens to them.
     """
 
     parameters: int
@@ -164,7 +173,9 @@ class _Sizes:
     block: int
     ends: int
     activations: float = 0.0
+    recomputed: float = 0.0
     logits: float = 0.0
+    plain: bool = False
     note: str = ""
 
 
@@ -183,7 +194,8 @@ def _sizes(
             found = _counts(model, config)
             try:
                 checkpointing = bool(config.activation_checkpointing)
-                found.activations, found.logits = _activations(model, batch, compute, checkpointing)
+                found.activations, found.recomputed, found.logits = _activations(model, batch, compute, checkpointing)
+                found.plain = _head_is_all(model)
             except Exception as error:  # whatever a model's code does with tensors that have no values
                 logger.debug("the forward pass on fake tensors failed", exc_info=error)
                 found.note = UNCOUNTED.format(type(model).__name__)
@@ -203,6 +215,18 @@ def _model(dimensions: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel 
             return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
         except DataDependentOutputException:
             return None
+
+
+def _head_is_all(model: PreTrainedModel) -> bool:
+    """Whether the logits are the LM head's output itself, so that learning can make them in pieces."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    made: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, arguments, out: made.append(out))
+    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+    handle.remove()
+    return len(made) == 1 and logits is made[0]
 
 
 @contextlib.contextmanager
@@ -238,28 +262,30 @@ def _ends(model: PreTrainedModel) -> list:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 
 
-def _worst(gradients: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int) -> float:
-    """Bytes of gradients and activations where they are most together."""
-    logits = sizes.logits
+def _worst(gradients: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int, in_pieces: bool) -> float:
+    """Bytes of gradients and activations where they are most together; ``in_pieces``: logits never exist as a whole."""
+    logits = 0.0 if in_pieces else sizes.logits
     if config.bf16 or config.fp16:
         logits *= 2  # accelerate hands the model's outputs on in float32
     activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
     if config.gradient_accumulation_steps > 1:
         return gradients + activations + logits
-    # Activations are freed while gradients appear, so the worst moment has the larger of the two.
-    return max(gradients, activations + logits)
+    # Activations are freed while gradients appear, so the worst moment has the larger of the two: at the end of the
+    # backward pass, all gradients and the layer that was computed again.
+    return max(gradients + sizes.recomputed, activations + logits)
 
 
 def _activations(
     model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype, checkpointing: bool
-) -> tuple[float, float]:
-    """Bytes that autograd keeps between forward and backward pass, and bytes of the logits."""
+) -> tuple[float, float, float]:
+    """Bytes that autograd keeps between forward and backward pass, of a layer computed again, and of the logits."""
     kept, logits = _saved(model, batch, compute)
+    of_a_block = 0.0  # what one layer leaves
     if checkpointing:
-        of_a_block = kept / len(decoder_blocks(model))  # recomputed one at a time in the backward pass
+        of_a_block = kept / len(decoder_blocks(model))
         model.activation_checkpointing_enable()
-        kept = _saved(model, batch, compute)[0] + of_a_block
-    return kept, logits
+        kept = _saved(model, batch, compute)[0] + 2 * of_a_block
+    return kept, 2 * of_a_block, logits
 
 
 def _saved(model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype) -> tuple[float, float]:
