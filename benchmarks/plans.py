@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py
 
-Nothing is loaded or downloaded. BENCHMARKS.md compares three of these settings with a GPU's own count.
+Nothing is loaded or downloaded. BENCHMARKS.md compares three such runs with a GPU's own count.
 """
 
 import sys
@@ -19,7 +19,6 @@ LLAMA_2_7B, LLAMA_2_13B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf
 # (GPUs, GB of each, settings, tokens per window, model)
 ROWS = [
     (1, 24, SMALLEST, 4096, LLAMA_2_7B),
-    (1, 24, SMALLEST, 2048, "meta-llama/Llama-3.1-8B"),
     (1, 24, SMALLEST, 4096, "meta-llama/Llama-3.1-8B"),
     (1, 48, SMALL, 4096, LLAMA_2_7B),
     (1, 48, SMALLEST, 4096, LLAMA_2_13B),

@@ -85,6 +85,7 @@ def test_a_recipe_holds_the_published_settings(script, capsys):
     assert (float(flags["epsilon"]) if "epsilon" in flags else None) == epsilon
 
 
+@pytest.mark.slow  # processes of its own
 def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(tmp_path):
     done = shell(EMBEDDED, "--dry-run", cwd=tmp_path, samples=7)
     assert done.returncode == 0, done.stderr

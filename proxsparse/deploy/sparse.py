@@ -223,13 +223,15 @@ def semi_structured_fits(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def _semi_structured(target: Prunable) -> Tensor:
-    """A pruned weight for sparse tensor cores: by cuSPARSELt, and by CUTLASS where torch was built without it."""
+    """A pruned weight for sparse tensor cores: by cuSPARSELt; where torch was built without it by CUTLASS, whose product
+    torch has for compute capability 8.x alone.
+    """
     weight = target.weight.detach()
     try:
         try:
             return to_sparse_semi_structured(weight)
         except RuntimeError:
-            if SparseSemiStructuredTensor._FORCE_CUTLASS:
+            if SparseSemiStructuredTensor._FORCE_CUTLASS or torch.cuda.get_device_capability(weight.device)[0] != 8:
                 raise
             SparseSemiStructuredTensor._FORCE_CUTLASS = True
             return to_sparse_semi_structured(weight)
