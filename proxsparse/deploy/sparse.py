@@ -223,8 +223,9 @@ def semi_structured_fits(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def _semi_structured(target: Prunable) -> Tensor:
-    """A pruned weight for sparse tensor cores: by cuSPARSELt; where torch was built without it by CUTLASS, whose product
-    torch has for compute capability 8.x alone.
+    """A pruned weight for sparse tensor cores, by cuSPARSELt.
+
+    Where torch was built without it, CUTLASS serves; torch has its product for compute capability 8.x alone.
     """
     weight = target.weight.detach()
     try:
