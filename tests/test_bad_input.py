@@ -205,8 +205,9 @@ TEXTS = [
     ("broken.parquet", b"PAR1....", "is not a readable parquet file"),
     ("list.jsonl", b'{"text": ["a"]}\n', "is a list in row 1; give a string"),
     ("empty.parquet", b"", "is not a readable parquet file"),
-    ("table.csv", b"x", "has no .txt, .jsonl, .json, .parquet or .arrow file"),
-    ("text.pdf", b"%PDF-1.4", "has no .txt, .jsonl, .json, .parquet or .arrow file"),
+    ("table.csv", b"x", "is no .txt, .jsonl, .json, .ndjson, .parquet or .arrow file"),
+    ("text.jsonl.zst", b"\x28\xb5\x2f\xfd", "convert or rename it"),
+    ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "is not UTF-8 text (byte 0)"),
     ("short.txt", b"only a few words", "enough for"),
 ]
 

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import importlib
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +120,15 @@ def test_the_console_program_is_installed_and_forwards():
     assert '"prox": [4.0, 3.0, 0.0, 0.0]' in done.stdout
     done = subprocess.run([program, "operator", "--help"], capture_output=True, text=True, timeout=100)
     assert "usage: proxsparse operator" in done.stdout
+
+
+@pytest.mark.slow  # two processes
+def test_a_terminal_that_knows_ascii_only_and_a_reader_that_has_enough_get_no_traceback(tmp_path):
+    flags = [sys.executable, "-m", "proxsparse", "plan", "--model", "meta-llama/Llama-2-7b-hf", "--gpus", "1"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(flags, capture_output=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    command = " ".join(map(shlex.quote, flags)) + " | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, cwd=tmp_path, env=env)
+    assert b"Traceback" not in done.stderr
+    assert b"pipe" not in done.stderr.lower()

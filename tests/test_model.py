@@ -9,6 +9,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import PreTrainedConfig
 
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 
 
@@ -27,11 +28,28 @@ def test_a_folder_loads_with_its_dtype_and_name(checkpoint):
         ("missing.gguf", UsageError, "There is no file missing.gguf"),
         ("nobody/nothing", RunError, "neither a local folder nor in the cache, and"),
         ("bad name!", UsageError, "neither a folder here nor a Hub id"),
+        ("https://huggingface.co/some/model/tree/main", UsageError, "is an address: give the Hub id, some/model,"),
     ],
 )
 def test_a_missing_model_is_named(name, kind, message):
     with pytest.raises(kind, match=message):
         load_model(name)
+
+
+def test_weights_under_another_name_are_named(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "other")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(RunError, match=r"has consolidated\.safetensors, which transformers does not open: name it"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("named", ["parts/a.safetensors", "../a.safetensors"])
+def test_an_index_names_files_next_to_it(checkpoint, tmp_path, named):
+    folder = shutil.copytree(checkpoint, tmp_path / "other")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": named}}))
+    with pytest.raises(RunError, match="a folder below" if named[0] == "p" else "do not trust it"):
+        list(Checkpoint(folder).files)
 
 
 @pytest.mark.parametrize(

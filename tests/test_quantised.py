@@ -317,6 +317,38 @@ def test_codes_without_their_scales_are_not_taken_for_weights(fp8):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("scale", ["tensor", "row"])
+def test_float8_with_a_scale_per_tensor_or_row_is_read_and_leaves_plain_weights_alone(fp8, scale, mask, tmp_path):
+    folder, plain = fp8
+    tensors = load_file(folder / "model.safetensors")
+    want = dict(plain)
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        codes = tensors[name.removesuffix("_scale_inv")]
+        factors = torch.linspace(0.001, 0.002, len(codes))[:, None] if scale == "row" else torch.tensor(0.0015)
+        del tensors[name]
+        base = name.removesuffix(".weight_scale_inv")
+        tensors |= {f"{base}.weight_scale": factors, f"{base}.input_scale": torch.tensor(2.0)}
+        want[f"{base}.weight"] = (codes.float() * factors).to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["weight_block_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    read = dict(load_model(str(folder)).state_dict())
+    assert all(torch.equal(read[name], want[name]) for name in want)
+    export = ["export", "--model", str(folder), "--mask", str(mask), "--to", str(tmp_path / "out")]
+    assert console(export) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == want.keys()
+
+
+@pytest.mark.parametrize("entry", ["fp8", ["fp8"], 8])
+def test_a_quantisation_that_is_no_mapping_is_said(fp8, entry, capsys):
+    folder, _ = fp8
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    assert console(["eval", "--model", str(folder), "--dataset", "wiki"]) == 2
+    assert "it must be a mapping" in capsys.readouterr().err
+
+
 def test_codes_are_noticed_where_the_configuration_says_nothing(fp8, tmp_path, mask):
     folder, _ = fp8
     config = json.loads((folder / "config.json").read_text())

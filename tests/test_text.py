@@ -91,7 +91,7 @@ def test_a_half_character_in_json_becomes_a_replacement_mark(tmp_path):
         ("number.jsonl", lines_of({"text": 5}), "'text' of .* is a number in row 1"),
         ("rows.jsonl", lines_of({"text": "a"}, 5), "row 2 is a number"),
         ("cut.jsonl", lines_of({"text": "a"}) + '{"text', "is not a readable json file .line 2"),
-        ("wide.jsonl", b"\xff\xfe{\x00", "is not a readable json file"),
+        ("wide.jsonl", b"\xff\xfe{\x00", "is not UTF-8 text"),
         ("none.parquet", b"", "is not a readable parquet file"),
         ("none.arrow", b"", "is not a readable arrow file"),
         ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "is not a readable gzip file"),
@@ -407,3 +407,15 @@ def test_a_mixture_shares_out_the_samples(corpus, tokenizer, tmp_path):
         calibration_windows("self", tokenizer, 16, 12, 0)
     with pytest.raises(UsageError, match="got 'nothing'"):
         calibration_windows("nothing:1,self:1", tokenizer, 16, 12, 0, tiny_llama())
+
+
+def test_folders_that_are_links_are_read_once_and_hidden_names_are_not(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.ndjson").write_text('{"text": "linked"}\n')
+    texts = tmp_path / "texts"
+    (texts / ".hidden").mkdir(parents=True)
+    (texts / ".hidden" / "b.txt").write_text("hidden")
+    (texts / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(texts)
+    assert list(load_documents(str(texts))) == ["linked"]

@@ -9,6 +9,7 @@ A command is two functions: ``arguments()`` builds its parser, and ``main``, wra
 import argparse
 import errno
 import functools
+import io
 import json
 import logging
 import os
@@ -73,6 +74,9 @@ def command(arguments: Callable[[], Any]) -> Callable[[Callable[[Any], int | Non
         def program(argv: Sequence[str] | None = None) -> int:
             logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
             logging.getLogger("proxsparse").setLevel(logging.INFO)
+            for stream in (sys.stdout, sys.stderr):  # a terminal that knows no such letter shows another
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="replace")
             words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
             parser = None
             try:
@@ -105,6 +109,9 @@ def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bo
     """Print one sentence for an error, the traceback before it with --debug, and give the exit code."""
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):  # whoever read the output has enough of it, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     if isinstance(error, KeyboardInterrupt):
         print("interrupted. The same command again goes on where it can.", file=sys.stderr)
         return 130

@@ -252,9 +252,7 @@ class Checkpoint:
         for name, stored in raw.items():
             if name.endswith("_blocks") and (scales := raw.get(name.removesuffix("_blocks") + "_scales")):
                 yield name.removesuffix("_blocks"), of_mxfp4(stored, scales)
-            elif (
-                scale := raw.get(f"{name}_scale_inv") or raw.get(f"{name.removesuffix('.weight')}.scale")
-            ) is not None:
+            elif (scale := next((raw[own] for own in _scales_of(name) if own in raw), None)) is not None:
                 yield name, of_fp8(stored, scale)
             elif not name.endswith(SCALES) and not self._is_scale(name, raw):
                 if self._open[stored.file].get_slice(name).get_dtype() in CODES:
@@ -268,7 +266,15 @@ class Checkpoint:
     def _is_scale(name: str, raw: dict[str, Stored]) -> bool:
         if name.endswith("_scales"):
             return name.removesuffix("_scales") + "_blocks" in raw
-        return name.endswith(".scale") and name.removesuffix(".scale") + ".weight" in raw
+        for ending, weight in ((".scale", ".weight"), ("_scale", "")):
+            if name.endswith(ending) and name.removesuffix(ending) + weight in raw:
+                return True
+        return False
+
+
+def _scales_of(name: str) -> tuple[str, ...]:
+    """Names that the scales of a float8 weight may have."""
+    return f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('.weight')}.scale"
 
 
 class _naming:
@@ -293,6 +299,11 @@ def index_files(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"The index {index} is damaged ({error}); download the model again.") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise RunError(f"The index {index} names a file outside of its folder, {file!r}; do not trust it.")
+        if Path(file).name != file:
+            raise RunError(
+                f"The index {index} names a file in a folder below, {file!r}: move its files next to the index, and "
+                "take the folder out of the names in it."
+            )
     return sorted(index.parent / file for file in files)

@@ -13,6 +13,7 @@ import gzip
 import json
 import logging
 import mmap
+import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from proxsparse.errors import UsageError
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 # What the package datasets and clones of data sets write next to the rows.
 METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -99,15 +100,30 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
 
 def _readable(path: Path) -> list[Path]:
     if path.is_dir():
-        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         # The package datasets leaves results of its own between the rows that it saved.
-        files = sorted(p for p in inside if p.is_file() and not (p.suffix == ".arrow" and p.name.startswith("cache-")))
+        files = sorted(p for p in _below(path) if not (p.suffix == ".arrow" and p.name.startswith("cache-")))
     else:
         files = [path]
     found = [p for p in files if p.name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))]
     if not found:
-        raise UsageError(f"{path} has no .txt, .jsonl, .json, .parquet or .arrow file.", "dataset")
+        what = "has no" if path.is_dir() else "is no"
+        raise UsageError(
+            f"{path} {what} .txt, .jsonl, .json, .ndjson, .parquet or .arrow file (the first four may end in .gz too): "
+            "convert or rename it.",
+            "dataset",
+        )
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and the folders below it, linked ones too; no name that begins with a dot."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file())
+        seen.add(real)
 
 
 def _sources(path: Path, in_pieces: bool) -> list[Sequence[str]]:
@@ -239,7 +255,11 @@ def _unzipping(path: Path, kind: str) -> Iterator[None]:
     """Turn what a damaged file raises into a sentence."""
     try:
         yield
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv.", "dataset"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(f"{path} is not a readable {kind} file ({error}).", "dataset") from error
 
 

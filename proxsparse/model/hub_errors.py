@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import re
+from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -88,6 +89,11 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     if HFValidationError in kinds:
         return UsageError(f"{name!r} is neither a folder here nor a Hub id of the form organisation/name.", "model")
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        if other := sorted(path.name for path in Path(name).glob("*.safetensors")):
+            return RunError(
+                f"The folder {name} has {other[0]}, which transformers does not open: name it model.safetensors, where "
+                "its tensors have transformers' names."
+            )
         return RunError(
             f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
             "Convert it with https://huggingface.co/spaces/safetensors/convert."

@@ -2,7 +2,8 @@
 
 Two kinds hold plain numbers in blocks with a scale each, and are dequantised wherever their weights are read:
 
-    fp8      float8 blocks with ``NAME_scale_inv``: DeepSeek-V3 (arXiv:2412.19437, section 3.3), Qwen3-FP8
+    fp8      float8 with ``NAME_scale_inv`` per block: DeepSeek-V3 (arXiv:2412.19437, section 3.3), Qwen3-FP8; or
+             with ``NAME_scale`` per tensor or row, as AutoFP8 writes it
     mxfp4    4-bit blocks of 32 with a shared exponent, ``NAME_blocks`` and ``NAME_scales``: gpt-oss (OCP MX formats)
 
 Every other kind needs a package of its own, and has rounded the weights that pruning compares.
@@ -41,13 +42,24 @@ PACKAGES = {
     "mxfp4": ("MXFP4", "kernels", "kernels"),
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("_scale_inv", "activation_scale")  # endings of what a dequantised checkpoint no longer has
+# Endings of what a dequantised checkpoint no longer has.
+SCALES = ("_scale_inv", "activation_scale", "input_scale", "k_scale", "v_scale")
 
 
 def quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantisation's entry of a config.json, also where it is nested (text_config); None: plain weights."""
+    """The quantisation's entry of a config.json, also where it is nested (text_config); None: plain weights.
+
+    Raises:
+        UsageError: the entry is no mapping.
+    """
     for key in KEYS:
         if config.get(key):
+            if not isinstance(config[key], Mapping):
+                raise UsageError(
+                    f"The config.json of the model has {key} {str(config[key])[:80]!r}, and it must be a mapping such "
+                    'as {"quant_method": "fp8"}: get the file again.',
+                    "model",
+                )
             return dict(config[key])
     nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
     return next((found for part in nested if (found := quantisation(part)) is not None), None)

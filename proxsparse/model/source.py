@@ -31,6 +31,10 @@ def model_source(name: str) -> tuple[str, dict]:
         return str(embedded_checkpoint()), {}
     if not name.strip():
         raise UsageError("The name of the model is empty: give a folder, a .gguf file or a Hub id.", "model")
+    if name.startswith(("https://", "http://")):
+        parts = name.partition("://")[2].split("/")[1:3]
+        given = f", {'/'.join(parts)}" if len(parts) == 2 else ""
+        raise UsageError(f"{name} is an address: give the Hub id{given}, or a folder.", "model")
     path = Path(name)
     ending = path.suffix.lower()
     if path.is_dir():
