@@ -74,6 +74,11 @@ class OriginalWeights:
         # What is pinned never changes, so the host need not wait until it has been copied.
         target.stored.copy_(self._stored(target), non_blocking=True)
 
+    def here(self, target: Prunable) -> Tensor | None:
+        """W0 itself where it is kept on the weight's device in its dtype, to be read only; None: it is elsewhere."""
+        kept, stored = self._kept.get(target.name), target.stored
+        return kept if kept is not None and (kept.device, kept.dtype) == (stored.device, stored.dtype) else None
+
     def _stored(self, target: Prunable) -> Tensor:
         read = self._read.get(target.name)
         return read() if read else self._kept[target.name]
@@ -112,8 +117,10 @@ class TakingTurns:
             turns.put_masked()
             ...  # compute with them
 
-    Offloaded weights cross the bus once per direction and step: what put_masked needs of them, the mask, stays behind;
-    and those that step in the backward pass stay where they stepped.
+    Nothing is copied where a parameter can be given other memory (``Tensor.data``): it holds the learned weight, W0
+    itself, or room for the masked one. Shards and offloaded weights keep their memory, and values are copied. Offloaded
+    weights cross the bus once per direction and step: what put_masked needs of them, the mask, stays behind; and those
+    that step in the backward pass stay where they stepped.
 
     Args:
         model: the model whose weights they are.
@@ -123,6 +130,7 @@ class TakingTurns:
         offload: learned weights wait on the CPU.
         masked: ``put_masked`` will be called while they wait.
         pattern: of the mask.
+        exchange: give parameters other memory where that is possible; compiled code may remember where they lay.
     """
 
     def __init__(
@@ -134,6 +142,7 @@ class TakingTurns:
         offload: bool = False,
         masked: bool = True,
         pattern: Pattern = TWO_OF_FOUR,
+        exchange: bool = True,
     ):
         self.model = model
         self.targets = targets
@@ -143,7 +152,10 @@ class TakingTurns:
         device = targets[0].stored.device
         self._departures = Departures(device) if offload and device.type != "cpu" else None
         self._keeps_masks = masked and self._departures is not None
+        sharded = any(isinstance(target.weight, DTensor) for target in targets)
+        self._exchange = exchange and self._departures is None and not sharded
         self._learned: dict[str, Tensor] = {}
+        self._rooms: dict[str, Tensor] = {}  # where parameters are given other memory: for what is not kept elsewhere
         self._masks: dict[str, Tensor] = {}  # of offloaded weights, a bit per entry
         self._waiting: set[str] = set()  # whose parameter holds something else than its learned weight
         self._holds_original = False
@@ -157,7 +169,7 @@ class TakingTurns:
     def away(self) -> Iterator[None]:
         """Learned weights wait inside the block, and are back after it; what parameters hold is to be put there."""
         reshard(self.model)
-        if not self._learned:
+        if not self._learned and not self._exchange:
             stored = {target.name: target.stored for target in self.targets}
             offloaded = self._departures is not None
             self._learned = pinned_rooms(stored) if offloaded else {n: torch.empty_like(w) for n, w in stored.items()}
@@ -172,10 +184,10 @@ class TakingTurns:
         """Parameters hold W0 under the mask of the learned scores from here on."""
         self._free()
         for target in self.targets:
-            out = target.stored
             if not self._holds_original:
                 self._arrive(target)
-            base = out if self._holds_original else self.original.of(target)
+            base = target.stored if self._holds_original else self.original.of(target)
+            out = self._room(target)
             if self._keeps_masks:
                 kept = unpacked(self._masks[target.name], target.rows(out))
                 torch.mul(target.rows(base), kept, out=target.rows(out))
@@ -190,7 +202,12 @@ class TakingTurns:
         self._free()
         for target in self.targets:
             self._arrive(target)
-            self.original.put(target)
+            base = self.original.here(target) if self._exchange else None
+            if base is None:
+                self._room(target)
+                self.original.put(target)
+            else:
+                target.weight.data = base
         self._holds_original, self._waiting = True, set(self._learned)
 
     def put_learned(self) -> None:
@@ -199,24 +216,40 @@ class TakingTurns:
         for target in self.targets:
             if target.name in self._waiting:
                 self._arrive(target)
-                target.stored.copy_(self._learned[target.name], non_blocking=True)
+                self._put_back(target)
         self._holds_original = False
         self._waiting.clear()
 
     @contextlib.contextmanager
     def learned(self, parameter: nn.Parameter) -> Iterator[None]:
         """Once the backward pass is through with a parameter: it holds its learned weight from here on, to be moved."""
-        name = next((t.name for t in self.targets if t.weight is parameter), None)
-        if name in self._waiting:
-            parameter.detach().copy_(self._learned[name], non_blocking=True)
-            self._waiting.discard(name)
+        target = next((t for t in self.targets if t.weight is parameter), None)
+        if target is not None and target.name in self._waiting:
+            self._put_back(target)
+            self._waiting.discard(target.name)
         yield
+
+    def _put_back(self, target: Prunable) -> None:
+        if self._exchange:
+            target.weight.data = self._learned[target.name]
+        else:
+            target.stored.copy_(self._learned[target.name], non_blocking=True)
+
+    def _room(self, target: Prunable) -> Tensor:
+        """Memory that the parameter holds from here on, to write into; W0 and the learned weight lie elsewhere."""
+        if self._exchange:
+            if target.name not in self._rooms:
+                self._rooms[target.name] = torch.empty_like(target.stored)
+            target.weight.data = self._rooms[target.name]
+        return target.stored
 
     def _leave(self, target: Prunable) -> None:
         weight = target.stored
         if self._keeps_masks:
             self._masks[target.name] = packed(learned_mask(target.rows(weight), self.pattern, self._scale(target)))
-        if self._departures is None:
+        if self._exchange:
+            self._learned[target.name] = weight
+        elif self._departures is None:
             self._learned[target.name].copy_(weight)
         else:
             self._departures.send(target.name, weight, self._learned[target.name])

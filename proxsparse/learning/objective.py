@@ -127,6 +127,7 @@ class Objective:
                 self.args.offload_learned,
                 self.args.masked_forward,
                 self.args.wanted,
+                exchange=not self.args.torch_compile,
             )
 
     @contextlib.contextmanager
