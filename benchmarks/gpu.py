@@ -1,7 +1,7 @@
-"""What a GPU takes: the kernels, a step of Llama-2-7B with its memory next to the plan, and sparse products.
+"""Time and memory on a GPU: the kernels, a step of Llama-2-7B compared with its plan, sparse products, decoding.
 
     python benchmarks/gpu.py kernels     operator, optimizer and masked product on 4096 x 11008 weights (half a minute)
-    python benchmarks/gpu.py step        seconds of three steps of a 7B model with random weights, and memory (minutes)
+    python benchmarks/gpu.py step        time and memory of three steps of a 7B model with random weights (minutes)
     python benchmarks/gpu.py products    dense and 2:4 products at the shapes of a 7B model, 1 to 4096 rows
     python benchmarks/gpu.py generate    decoding of a 7B model with random weights, dense compared with 2:4
 
@@ -167,7 +167,7 @@ def random_model(name: str = MODEL) -> PreTrainedModel:
 
 
 def step(name: str, ctx_len: int, steps: int = 4) -> dict:
-    """One setting: seconds of a step, by kernel, and peak memory next to the plan."""
+    """One setting: seconds of a step, by kernel, and peak memory compared with the plan."""
     model = random_model()
     shapes = dict(dimensions(MODEL)[0].to_dict())
     with tempfile.TemporaryDirectory() as folder:

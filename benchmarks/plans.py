@@ -1,8 +1,8 @@
-"""The README's table of settings and GPUs, by ``proxsparse plan``: windows of 4,096 tokens, bfloat16, recomputation.
+"""The README's table of settings and GPUs, by ``proxsparse plan``: 4,096 tokens, bfloat16, activation checkpointing.
 
     python benchmarks/plans.py
 
-Nothing is loaded or downloaded. BENCHMARKS.md compares three such runs with a GPU's own count.
+No weights are loaded or downloaded. BENCHMARKS.md compares the plan of three settings with what an H100 measured.
 """
 
 import sys

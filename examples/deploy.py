@@ -1,11 +1,12 @@
-"""From a mask to a model that is deployed: prune SmolLM2-135M, fine-tune it, quantise it, and let it write.
+"""From a mask to a model that is deployed: prune SmolLM2-135M, fine-tune it, quantise it, and generate.
 
     python examples/deploy.py                     (after bash script/setup.sh; needs pip install compressed-tensors)
     python examples/deploy.py my/folder           writes into another folder than runs/deploy
 
-About five minutes on a CPU. No network is needed. The folder gets three checkpoints: pruned, tuned and int8. The pruned
-weights are exact zeros in all of them. So little text only shows the steps: one run printed the perplexities 25.77
-(dense), 88.58 (pruned), 85.07 (tuned) and 88.11 (int8), and 538 MB became 220 MB. Give ``main`` more samples for more.
+It takes about five minutes on a CPU, and no network. The folder gets three checkpoints: pruned, tuned and int8. The
+pruned weights are exact zeros in all of them. The example learns from very little text, to show the steps. One run
+printed the perplexities 25.77 (dense), 88.58 (pruned), 85.07 (tuned) and 88.11 (int8), and 538 MB became 220 MB. For a
+better model, pass more samples to ``main``.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ def main(
     folder: str = "runs/deploy", model: str = "smollm2-135m", text: str = "wiki", samples: int = 8, ctx_len: int = 256
 ) -> dict[str, float]:
     """Perplexity of every stage, on text that was not learned from."""
-    check_quantisation("int8", "dense")  # before the work, that compressed-tensors is there
+    check_quantisation("int8", "dense")  # fails early if compressed-tensors is missing
     out = Path(folder)
     tokenizer = proxsparse.load_tokenizer(model)
     held_out = proxsparse.evaluation_windows(text, tokenizer, ctx_len, "heldout", 8)

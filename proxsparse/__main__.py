@@ -15,7 +15,7 @@ COMMANDS = {
     "prune": ("prune", "prune with a baseline (baseline/main.py)"),
     "export": ("export", "write the pruned checkpoint, the mask alone, or the compact form"),
     "merge": ("merge", "merge a LoRA adapter into a pruned model, which stays pruned"),
-    "check": ("check", "is a checkpoint 2:4, and nothing but pruned?"),
+    "check": ("check", "is a checkpoint 2:4, and is everything else unchanged?"),
     "bench": ("bench", "what 2:4 gains on this machine: tokens per second, dense compared with sparse"),
     "report": ("report", "table, pictures and report.html of a run (eval/report.py)"),
     "download": ("download", "the authors' pruned models (proxsparse_pruned_model_download.py)"),

@@ -155,7 +155,7 @@ def test_the_command_needs_a_configuration_only(checkpoint, tmp_path, capsys):
     flags = ["--model", str(tmp_path / "bare"), "--ctx_len", "64", "--output_dir", str(tmp_path / "out")]
     assert plan_command(flags) == 0
     shown = capsys.readouterr().out
-    assert "memory a device, computed" in shown
+    assert "memory per device, computed" in shown
     assert json.loads(shown.splitlines()[-1])["steps"] == 400
     assert not (tmp_path / "out").exists()
 

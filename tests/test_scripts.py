@@ -105,7 +105,7 @@ def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(
 def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
     done = shell("learn_mask_llama2_13b_full.sh", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "memory a device, computed" in done.stdout
+    assert "memory per device, computed" in done.stdout
     assert flags_of(next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line))["epsilon"] == "0.5"
     measured = [line for line in done.stdout.splitlines() if "eval/" in line and "report" not in line]
     assert all("--dataset wikitext2 c4 " in line for line in measured)

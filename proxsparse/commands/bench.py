@@ -5,7 +5,8 @@
         --tokens 64 --dtype bfloat16
 
 Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
-tensors, for those shapes where a quick measurement shows a gain. Both are measured in one process, on the same weights.
+tensors, for those shapes where a quick measurement shows a gain. Dense and sparse are measured in one process, on the
+same weights.
 """
 
 import argparse

@@ -1,16 +1,17 @@
-"""Check that a checkpoint is 2:4 and, compared with its base, nothing but pruned.
+"""Check that a checkpoint is 2:4 and, compared with its base, that only zeros were added.
 
     python -m proxsparse check --model runs/mine/pruned
     python -m proxsparse check --model runs/mine/pruned --base the/original
     python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
 Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros. With --base, the kept
-weights must be those of the base bit for bit, and everything else must be unchanged. If not, the first findings are
-named, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's cache too. It
-also reads what --quantize wrote, but compares that with no base, because its weights are rounded.
+weights must be those of the base bit for bit, and everything else must be unchanged. If something is wrong, the first
+findings are printed, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's
+cache. It also reads what export --quantize wrote, but not together with --base, because those weights are rounded.
 
---target lists the weights that a 2:4 kernel could not take, with the reason: torchao (float8 2:4 on H100, in vLLM),
-cusparselt or cutlass (torch's semi-structured tensors). They would stay dense there; the exit code does not change.
+--target lists the weights that a 2:4 kernel can't take, and why. The kernels are torchao (float8 2:4 in vLLM, on H100
+and H200), and cusparselt and cutlass (torch's semi-structured tensors). These weights stay dense there; the exit code
+does not change.
 """
 
 import argparse
@@ -28,7 +29,9 @@ def arguments() -> Parser:
     parser.add_argument(
         "--base", default=None, metavar="MODEL", help="original model: folder, Hub id in the cache, or GGUF file"
     )
-    parser.add_argument("--target", default=None, choices=list(TARGETS), help="list what stays dense with this kernel")
+    parser.add_argument(
+        "--target", default=None, choices=list(TARGETS), help="list the weights that stay dense with this kernel"
+    )
     parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser

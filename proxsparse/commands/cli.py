@@ -170,7 +170,7 @@ def describe_os_error(error: OSError) -> str:
         case _, errno.ENOSPC:
             return f"The disk is full{where}: free some space or choose another output folder, then start again."
         case "PermissionError", _:
-            return f"No right to read or write{where}: choose another folder or change its permissions."
+            return f"No permission to read or write{where}: choose another folder or change its permissions."
         case _, errno.EROFS:
             return f"The file system is read-only{where}: choose another output folder."
     return f"{' '.join(str(error.strerror or error).split()) or type(error).__name__}{where}."

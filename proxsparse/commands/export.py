@@ -7,18 +7,17 @@
 
   dense    an ordinary checkpoint with exact zeros, which transformers, vLLM
            and others load; written shard by shard
-  mask     one bit per weight, with a JSON file of what it belongs to: to
+  mask     one bit per weight, and a JSON file that names its model: to
            publish next to a gated base model
   compact  two values and their positions per block, 9/16 of a 16-bit weight;
            proxsparse.load reads it
   npz      the mask as MaskLLM's programs read it
 
---quantize writes the dense form with 8-bit weights and exact zeros, as a compressed-tensors checkpoint, which
-transformers and vLLM read: int8 or fp8 weights with one scale per output; activations are quantised per token while the
-model runs.
+--quantize writes the dense form with 8-bit weights (int8 or fp8) and exact zeros. transformers and vLLM read it, in the
+layout of compressed-tensors. Each output has one scale; activations are quantised per token while the model runs.
 
---runtime vllm-torchao writes the dense form, and next to it the configuration with which vLLM quantises it to float8
-2:4 while it loads (torchao's kernel, on H100 and H200), and notes on serving.
+--runtime vllm-torchao writes the dense form, a configuration for vLLM, and SERVING.md, which says how to start it. vLLM
+then quantises the model to float8 2:4 while it loads (torchao's kernel, on H100 and H200).
 """
 
 import argparse
@@ -66,7 +65,7 @@ def arguments() -> Parser:
         "--runtime",
         default=None,
         choices=list(RUNTIMES),
-        help="also write what this server needs; see SERVING.md there",
+        help="also write what this server needs; see above",
     )
     parser.add_argument(
         "--results", default=None, metavar="FILE", help="JSON that eval_mask_ppl.py wrote, for the model card"
@@ -75,7 +74,7 @@ def arguments() -> Parser:
         "--push_to_hub",
         default=None,
         metavar="REPO",
-        help="upload the folder to this Hub repository, private if it is new",
+        help="upload the folder to this Hub repository; a new one is private",
     )
     return parser
 

@@ -31,7 +31,7 @@ from proxsparse.text import NAMED, SELF, SPLITS, adds_bos, check_ctx_len, check_
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
 TEXT_HELP = f"{', '.join(NAMED)}, or a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them"
-CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model writes, and wiki:2,self:1 mixes texts by parts"
+CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model generates, and wiki:2,self:1 mixes texts two to one"
 
 FROM_HUB = ("wikitext2", "c4", "c4_new")
 PRINTED = ("wikitext2", "c4")  # the texts on which papers print perplexities
@@ -201,7 +201,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         "heldout with --run",
     )
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
-    parser.add_argument("--bos", action="store_true", help="begin every window with BOS, which papers do not")
+    parser.add_argument("--bos", action="store_true", help="begin every window with BOS; papers do not do this")
     parser.add_argument(
         "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
     )

@@ -5,9 +5,9 @@
     python -m proxsparse merge --model meta-llama/Llama-3.1-8B \\
         --mask runs/mine --adapter my-adapter --to tuned
 
-The adapter is one that peft saved. mask * (B A) * scale is added to every weight that the mask prunes. An adapter that
-was trained with proxsparse.masked_lora loses nothing by that; of any other one, what lies at the zeros is left out.
-Without --mask the zeros of the model are the mask.
+The adapter is one that peft saved. The command adds mask * (B A) * scale to every weight matrix that the mask prunes.
+An adapter that was trained with proxsparse.masked_lora loses nothing by that. Any other adapter loses what it learned
+at the pruned weights. Without --mask, the zeros of the model are the mask.
 """
 
 import argparse

@@ -39,8 +39,8 @@ class PlanParser(LearnParser):
 
     def __init__(self) -> None:
         super().__init__(documentation=__doc__, planning=True)
-        self.own.add_argument("--gpus", type=int, default=None, help="GPUs to plan for; default: this machine")
-        self.own.add_argument("--sharded", action="store_true", help="FSDP2 over the GPUs")
+        self.own.add_argument("--gpus", type=int, default=None, help="how many GPUs to plan for; default: this machine")
+        self.own.add_argument("--sharded", action="store_true", help="plan for FSDP2: the GPUs share one model")
 
     def parse(self, argv: Sequence[str]) -> Parsed:
         if option([underscored(word) for word in argv], "gpus") is not None:
@@ -108,7 +108,7 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, pattern: str) 
     table.add_row("folder", folder, end_section=True)
     for name, size in plan.parts.items():
         table.add_row(name, f"{size / GIB:,.2f} GiB")
-    table.add_row("memory a device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
+    table.add_row("memory per device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
     table.add_row("  bytes per parameter", f"{plan.per_parameter():.1f}")
     Console().print(table)
 

@@ -110,7 +110,7 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
         "--cooling",
         default=None,
         choices=["linear", "exponential"],
-        help="how the temperature of maskllm and roi falls; default: as in their papers, linear for maskllm",
+        help="how the temperature of maskllm and roi falls; default: linear for maskllm, exponential for roi",
     )
 
 

@@ -77,7 +77,7 @@ class ProxSparseConfig(SFTConfig):
     seed: int = 42
     learning_rate: float = field(default=UNSET, metadata={"help": "the peak learning rate"})
     optim: OptimizerNames | str = field(
-        default=UNSET, metadata={"help": "the Trainer's optimizer, as adafactor or adamw_torch_fused"}
+        default=UNSET, metadata={"help": "the Trainer's optimizer, for example adafactor or adamw_torch_fused"}
     )
     adam_beta2: float = field(default=UNSET, metadata={"help": "AdamW's second decay"})
     warmup_steps: float = field(default=UNSET, metadata={"help": "steps of warm-up; below 1, a share of all steps"})
@@ -85,7 +85,7 @@ class ProxSparseConfig(SFTConfig):
     method: str = field(default="masked", metadata={"help": f"preset of the settings below: {', '.join(METHODS)}"})
     pattern: str = field(
         default=str(TWO_OF_FOUR),
-        metadata={"help": "N:M, what every block keeps; others than 2:4 are learned without lambda1"},
+        metadata={"help": "N:M: every block of M weights keeps N; patterns other than 2:4 are learned without lambda1"},
     )
     lambda_value: str = field(  # 'auto', or a number; text here because the flag's parser takes one type
         default=UNSET,

@@ -26,8 +26,8 @@ from proxsparse.record import atomic_path
 ORDER_FILE = "channel_order.npz"
 PERMUTE = ("none", "auto")
 PERMUTE_HELP = (
-    "auto: reorder channels first, so that important weights share no block, while the model computes the same; none: "
-    "keep the order"
+    "auto: reorder channels first, so that fewer important weights share a block; the model computes the same "
+    "function; none: keep the order"
 )
 DESCRIPTION, INDEX = "description", "index."  # names in that file
 MARK = "_proxsparse_order"  # on a model whose channels have been moved
