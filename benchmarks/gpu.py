@@ -5,8 +5,9 @@
     python benchmarks/gpu.py products    dense and 2:4 products at the shapes of a 7B model, 1 to 4096 rows
     python benchmarks/gpu.py generate    decoding of a 7B model with random weights, dense compared with 2:4
 
-Times are medians by the GPU's clock. A device copy of the same weights, read and written, is timed in the same run.
-Nothing is downloaded. Results go to benchmarks/results/gpu_*.json with the card's name.
+Times are medians by the GPU's clock; a step's is the least of several by the host's. A device copy of the same
+weights, read and written, is timed in the same run. Nothing is downloaded. Results go to
+benchmarks/results/gpu_*.json with the card's name.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def kernel_seconds(work: Callable[[], object], weight: Tensor, repeat: int) -> f
     """Median time of a piece of work that changes a weight, which is put back each time."""
     fresh, taken = weight.clone(), []
     for attempt in range(repeat + 3):
-        for _ in range(4):  # the GPU is busy until the work is queued, and its cache holds nothing of it
+        for _ in range(4):  # the GPU is busy until the work is queued
             weight.copy_(fresh)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

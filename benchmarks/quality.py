@@ -228,9 +228,10 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         if row in MASKLLM or row in ROI:
             if row in MASKLLM and pattern != TWO_OF_FOUR:
                 raise SystemExit(f"{row} is measured at 2:4 only; got --pattern {pattern}.")
-            prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), bf16=bf16)
+            prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), pattern, bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
                 settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | (MASKLLM | ROI)[row]
+                settings |= {"pattern": pattern} if row in ROI else {}
                 learner = roi if row in ROI else maskllm
                 apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:

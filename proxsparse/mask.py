@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model.channels import ChannelOrder, order_of, put_into_order, recall_order
+from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_order, recall_order
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
@@ -261,13 +261,46 @@ def apply_mask(model: PreTrainedModel, mask: Mask) -> list[Prunable]:
         UsageError: the mask belongs to a model with other weights; names what differs.
     """
     targets = fit_mask(model, mask)
-    recall_order(model)
-    put_into_order(model, mask.order)
+    take_order(model, mask, targets)
     with torch.no_grad():
         for name, target in targets.items():
             rows = target.rows(target.weight)
             rows.masked_fill_(~mask.tensors[name].to(rows.device), 0.0)
     return list(targets.values())
+
+
+def take_order(model: PreTrainedModel, mask: Mask, targets: Mapping[str, Prunable]) -> None:
+    """Put a model's channels into the order of a mask, where they do not stand in it already.
+
+    A model that is pruned by the mask was written in its order, whatever its files remember of that.
+
+    Args:
+        targets: of ``fit_mask``.
+
+    Raises:
+        UsageError: they stand in another order; or they are to be moved, and the model is sharded.
+    """
+    recall_order(model)
+    if order_of(model) == mask.order:
+        return
+    if any(local(p) is not p for p in model.parameters()):
+        raise UsageError(
+            "The mask is for another order of the model's channels: call apply_mask(model, mask) before the model is "
+            "sharded.",
+            "mask",
+        )
+    if not order_of(model) and _is_pruned_by(mask, targets):
+        mark(model, mask.order)
+    put_into_order(model, mask.order)
+
+
+@torch.no_grad()
+def _is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
+    for name, target in targets.items():
+        rows = target.rows(target.weight.detach())
+        if rows[~mask.tensors[name].to(rows.device)].any():
+            return False
+    return bool(targets)
 
 
 def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable], m: int = 4) -> dict[str, list[float]]:

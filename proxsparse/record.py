@@ -47,8 +47,11 @@ def refuse_to_overwrite(path: Path) -> None:
     """Refuse a folder that holds anything, unless ``atomic_path`` wrote it.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else, or is to be made below a file.
     """
+    below = next((parent for parent in path.parents if parent.is_file()), None)
+    if below is not None:
+        raise UsageError(f"{path} can't be written, because {below} is a file; choose another folder.")
     if path.is_dir() and any(path.iterdir()) and not (path / OWN).is_file():
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.deploy.dense import save_pruned
+from proxsparse.deploy.keep import Kept
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import Mask, apply_mask, load_mask, save_mask
+from proxsparse.mask import Mask, apply_mask, load_mask, mask_of_pruned, save_mask
 from proxsparse.model.channels import ORDER_FILE, ChannelOrder, Move, load_order, order_of, put_into_order, reordered
+from proxsparse.model.loading import load_model
 from proxsparse.model.ordering import arrange, kept, order_channels
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
@@ -261,3 +264,48 @@ def test_a_pattern_without_blocks_keeps_its_order(base, tmp_path, capsys):
     ]
     assert console(["prune", "--model", str(base), *flags]) == 2
     assert "--permute auto is for N:M patterns" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """A tiny Llama on disk, and a mask of it whose channels were moved."""
+    folder = tmp_path / "base"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    model = load_model(str(folder))
+    order_channels(model, torch.randint(1, 257, (4, 32), generator=torch.Generator().manual_seed(0)))
+    assert order_of(model)
+    tensors = {t.name: top2_mask(t.rows(t.weight.detach())) for t in find_prunable(model)}
+    return folder, Mask(tensors, base_model=str(folder), order=order_of(model))
+
+
+def zeros_of(model):
+    return {t.name: (t.weight == 0).double().mean().item() for t in find_prunable(model)}
+
+
+def test_a_model_that_is_pruned_in_an_order_is_never_moved_again(moved, tmp_path):
+    folder, mask = moved
+    model = load_model(str(folder))
+    apply_mask(model, mask)
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "plain")  # as a Trainer's checkpoint: nothing remembers the order
+    for prune in (apply_mask, Kept):
+        again = load_model(str(tmp_path / "plain"))
+        prune(again, mask)
+        assert all(torch.equal(tensor, want[name]) for name, tensor in again.state_dict().items())
+    assert set(zeros_of(again).values()) == {0.5}
+
+
+def test_a_pruned_checkpoint_in_an_order_can_be_pruned_and_exported_again_but_not_by_another_order(moved, tmp_path):
+    folder, mask = moved
+    save_pruned(str(folder), mask, tmp_path / "pruned")
+    again = load_model(str(tmp_path / "pruned"))
+    assert order_of(again) == mask.order
+    assert mask_of_pruned(again).order == mask.order
+    save_pruned(again, mask, tmp_path / "twice")
+    for name in ("model.safetensors", "channel_order.npz"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
+    other = Mask(mask.tensors, base_model=str(folder))
+    with pytest.raises(UsageError, match="stand in another order than the mask's"):
+        save_pruned(str(tmp_path / "pruned"), other, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()

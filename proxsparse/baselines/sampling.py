@@ -27,6 +27,7 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.restoring import restored
 from proxsparse.model.trainable import clean_generation_config, window_collator
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.rounding import noise_seed
@@ -259,24 +260,21 @@ def learn_sampled(
         trainer_class.config_class.cooling
     )  # even if not given: `claim` passes over what a record lacks
     claim(output_dir, _record(model, windows, prior, made_by | settings))
-    accelerated, use_cache = model.device.type != "cpu", model.config.use_cache
-    generation_config = model.generation_config
-    clean_generation_config(model)
-    own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
+    accelerated = model.device.type != "cpu"
     settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
     config = trainer_class.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
     given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
-    trainer = trainer_class(model, config, prior=prior, pattern=pattern, **given)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-    mask = trainer.mask()
-    # Leave the model as it came: the trainer puts a forward of its own on it, and turns its cache off.
-    model.__dict__.pop("forward", None)
-    model.__dict__.update(own_forward)
-    model.config.use_cache, model.generation_config = use_cache, generation_config
-    for target in trainer.targets:
-        delattr(target.module, _attribute(target))
-    return mask
+    with restored(model, weights=False):
+        clean_generation_config(model)
+        try:
+            trainer = trainer_class(model, config, prior=prior, pattern=pattern, **given)
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+            return trainer.mask()
+        finally:
+            for target in find_prunable(model, multiple=pattern.m):
+                if hasattr(target.module, _attribute(target)):
+                    delattr(target.module, _attribute(target))
 
 
 def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict) -> dict:

@@ -47,7 +47,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.mask import fit_mask
 from proxsparse.model.hub_errors import UNREACHABLE
-from proxsparse.model.loading import empty_model
+from proxsparse.model.loading import EMBEDDED, empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_json, refuse_to_overwrite
 
@@ -82,7 +82,8 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     measured = run.result_file(PRUNED)
     found = model_of(run) | {"mask": str(run.mask_file)}
-    return found | ({"results": str(measured)} if measured.is_file() else {})
+    own = not (args.mask or args.quantize or args.model != EMBEDDED)  # what was measured is what is exported
+    return found | ({"results": str(measured)} if own and measured.is_file() else {})
 
 
 @command(arguments)

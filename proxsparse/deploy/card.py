@@ -1,6 +1,7 @@
 """The model card of a pruned checkpoint."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -89,9 +90,11 @@ def model_card(
     if by:
         updated = UPDATED.format(method=by if isinstance(by, str) else method)
         said = [updated] if origin == "files" else [*said, updated]
+    on_hub = mask.base_model.count("/") == 1 and not Path(mask.base_model).exists()
+    structured = ["semi-structured-sparsity"] if mask.pattern.m > 1 else []
     data = ModelCardData(
-        base_model=mask.base_model if mask.base_model.count("/") == 1 else None,
-        tags=["2:4", "semi-structured-sparsity", "pruning", "proxsparse"],
+        base_model=mask.base_model if on_hub else None,
+        tags=[str(mask.pattern), *structured, "pruning", "proxsparse"],
         library_name="transformers" if form == "dense" else None,
         pipeline_tag="text-generation",
     )

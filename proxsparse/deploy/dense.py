@@ -36,7 +36,8 @@ from proxsparse.record import atomic_path, read_json, refuse_to_overwrite, versi
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
-ANEW = (".index.json", "README.md", COMPACT_INDEX)  # lists of weights and the card are not copied but written
+# Lists of weights, the card and what a server is told are not copied but written.
+ANEW = (".index.json", "README.md", COMPACT_INDEX, "torchao_config.json", "SERVING.md")
 
 
 def save_pruned(
@@ -75,6 +76,8 @@ def save_pruned(
     folder = Path(folder)
     _check_form(form, mask, quantize)
     refuse_to_overwrite(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; name a new folder.")
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(model, str):
         base, shape = _named(model, mask, hub)
@@ -189,8 +192,14 @@ class _Changes:
         self.mask = mask
         self.layout = Layout(base.tensors, model)
         self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
-        in_order = bool(mask.order) and load_order(base.folder / ORDER_FILE) == mask.order  # a pruned checkpoint
-        self.moved = set() if in_order else {move.name for move in mask.order.moves}
+        own = load_order(base.folder / ORDER_FILE)  # of a pruned checkpoint
+        if own and own != mask.order:
+            raise UsageError(
+                f"The channels of {base.name} stand in another order than the mask's: give the model that it was made "
+                "from.",
+                "model",
+            )
+        self.moved = set() if own else {move.name for move in mask.order.moves}
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")

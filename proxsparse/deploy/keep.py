@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 
 from proxsparse.errors import UsageError
-from proxsparse.mask import Mask, fit_mask
+from proxsparse.mask import Mask, fit_mask, take_order
 from proxsparse.model.bits import pack_bits, unpack_bits
-from proxsparse.model.channels import order_of, put_into_order, recall_order
-from proxsparse.model.sharding import local, part_of, reshard
+from proxsparse.model.sharding import part_of, reshard
 
 
 class Kept:
@@ -36,7 +35,7 @@ class Kept:
     def __init__(self, model: nn.Module, mask: Mask):
         self.model = _plain_model(model)
         self.targets = fit_mask(self.model, mask)
-        _order_channels(self.model, mask)
+        take_order(self.model, mask, self.targets)
         self._packed: dict[str, Tensor] = {}
         for name, target in self.targets.items():
             own_layout = mask.tensors[name].movedim(-1, target.in_dim)
@@ -136,20 +135,6 @@ def _plain_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise UsageError(f"`model` must be a model of transformers; got {type(inner).__name__}.", "model")
     return inner
-
-
-def _order_channels(model: PreTrainedModel, mask: Mask) -> None:
-    """Put the channels into the mask's order, where they are not: a pruned checkpoint was written in it."""
-    recall_order(model)
-    if order_of(model) == mask.order:
-        return
-    if any(local(p) is not p for p in model.parameters()):
-        raise UsageError(
-            "The mask is for another order of the model's channels: call apply_mask(model, mask) before the model is "
-            "sharded.",
-            "mask",
-        )
-    put_into_order(model, mask.order)
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:

@@ -64,7 +64,8 @@ class Quantiser:
         least, most = exact.aminmax(dim=1, keepdim=True)
         # Rounded to the weight's dtype first, so that the codes are those of the scale that is stored.
         scale = calculate_qparams(least, most, self._scheme.weights)[0].to(weight.dtype)
-        scale = scale.clamp(min=torch.finfo(weight.dtype).tiny)  # of rows that are all zeros
+        # Of rows that are all zeros. float16's smallest normal number would be too large for rows of small weights.
+        scale = scale.clamp(min=2.0**-18 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny)
         found = self._compressor.compress({"weight": exact, "weight_scale": scale.float()}, self._scheme)
         codes = found["weight"].contiguous()
         if codes.dtype.is_floating_point:  # small negative weights round to -0.0

@@ -97,7 +97,8 @@ def _host_rooms(targets: list[Prunable]) -> dict[str, Tensor]:
     """Room on the CPU: pinned where an accelerator computes with weights of its own memory."""
     if not targets or targets[0].stored.device.type == "cpu":
         return {}
-    return pinned_rooms({target.name: target.stored for target in targets})
+    # Only shapes and dtypes are read.
+    return pinned_rooms({target.name: torch.empty_like(_narrow(target), device="meta") for target in targets})
 
 
 def _readers(model: str, revision: str | None) -> dict[str, Callable[[], Tensor]]:
@@ -183,6 +184,7 @@ class TakingTurns:
     def put_masked(self) -> None:
         """Parameters hold W0 under the mask of the learned scores from here on."""
         self._free()
+        self._waiting = set(self._learned)  # before anything can fail
         for target in self.targets:
             if not self._holds_original:
                 self._arrive(target)
@@ -195,11 +197,12 @@ class TakingTurns:
                 learned = self._learned[target.name].to(out.device)
                 rows = target.rows(out), target.rows(base), target.rows(learned)
                 masked_product_(*rows, self.pattern, self._scale(target))
-        self._holds_original, self._waiting = False, set(self._learned)
+        self._holds_original = False
 
     def put_original(self) -> None:
         """Parameters hold W0 from here on."""
         self._free()
+        self._waiting = set(self._learned)
         for target in self.targets:
             self._arrive(target)
             base = self.original.here(target) if self._exchange else None
@@ -208,7 +211,7 @@ class TakingTurns:
                 self.original.put(target)
             else:
                 target.weight.data = base
-        self._holds_original, self._waiting = True, set(self._learned)
+        self._holds_original = True
 
     def put_learned(self) -> None:
         """Parameters hold the learned weights from here on."""

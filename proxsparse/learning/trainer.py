@@ -9,6 +9,7 @@ in ``training_step`` the objective puts the weights in place with which the loss
 for the loss.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
-from proxsparse.model.channels import ORDER_FILE, order_of
+from proxsparse.model.channels import ORDER_FILE, order_of, save_order
 from proxsparse.model.inputs import NORMS_FILE, digest, stored_norms
 from proxsparse.model.loading import load_model
 from proxsparse.model.ordering import stored_order
@@ -119,6 +120,8 @@ class ProxSparseTrainer(SFTTrainer):
             with args.main_process_first(local=False):  # the first process writes the order, the others read it
                 windows = torch.tensor(kwargs["train_dataset"][: args.norm_samples]["input_ids"])
                 stored_order(Path(str(args.output_dir)) / ORDER_FILE, model, windows, args.wanted)
+        elif order_of(model) and args.process_index == 0:  # of a pruned checkpoint; extraction needs it
+            save_order(order_of(model), Path(str(args.output_dir)) / ORDER_FILE)
         self.norms = norms
         self.objective = Objective(args, self.targets, self._record)
         self._measured = self._scaled = self._inputs_need_grad = False
@@ -172,7 +175,10 @@ class ProxSparseTrainer(SFTTrainer):
         else:
             head = self.objective.head if self.objective.teacher is not None else None
             outputs = self._outputs(model, inputs, head)
-            loss = self.objective.loss(outputs if head else outputs.logits, inputs["labels"], share)
+            # The head in pieces is outside of the model's forward pass, which accelerate puts under autocast.
+            lower = self.accelerator.autocast() if head is not None and self.args.bf16 else contextlib.nullcontext()
+            with lower:
+                loss = self.objective.loss(outputs if head else outputs.logits, inputs["labels"], share)
         if self.model.training:
             if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
                 self._inputs_need_grad = True

@@ -161,9 +161,13 @@ def mark(model: nn.Module, order: ChannelOrder) -> None:
     setattr(model, MARK, order)
 
 
-def recall_order(model: PreTrainedModel) -> None:
-    """Remember the order that a pruned checkpoint was written in, where the model was loaded from such a folder."""
-    path = Path(model.config._name_or_path or "") / ORDER_FILE
+def recall_order(model: PreTrainedModel, folder: Path | str | None = None) -> None:
+    """Remember the order that a pruned checkpoint was written in, where the model was loaded from such a folder.
+
+    Args:
+        folder: the checkpoint's; None: the model's name, where that is a folder.
+    """
+    path = Path(folder or model.config._name_or_path or "") / ORDER_FILE
     if not order_of(model) and path.is_file():
         mark(model, load_order(path))
 

@@ -25,8 +25,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.model.channels import ORDER_FILE, recall_order
 from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files
 from proxsparse.model.compact import is_compact
 from proxsparse.model.embedded import EMBEDDED as EMBEDDED
@@ -131,7 +133,15 @@ def load_model(
             "its config.json and its weights do not belong together, or it is no causal language model."
         )
     model.config._name_or_path = name  # GGUF files carry a title here that nobody can load
+    recall_order(model, source if Path(source).is_dir() else _hub_folder(source, revision))
     return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def _hub_folder(name: str, revision: str | None) -> Path | None:
+    """Folder in the cache of a Hub model whose channels stand in an order of their own; None: of any other model."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(name, ORDER_FILE, revision=revision, **missing)
+    return Path(found).parent if found else None
 
 
 def _from_tensors(
@@ -244,15 +254,18 @@ def fetch(name: str, revision: str | None = None) -> Checkpoint:
     """
     found = Checkpoint.find(name, revision)
     source, extra = model_source(name)
+    folder = Path(source)
     if found is None and not extra and not Path(source).is_dir():
         with doing(f"downloading {name}"), clear_errors(name):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, SINGLE]))
+            folder = Path(
+                snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, ORDER_FILE, SINGLE])
+            )
             if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
                 shards = [path.name for path in index_files(folder / INDEX)]
                 snapshot_download(source, revision=revision, allow_patterns=shards)
             found = Checkpoint.find(name, revision)
     if found is None:
-        absent = [file.name for file in Checkpoint(source).files if not file.is_file()]
+        absent = [file.name for file in Checkpoint(folder).files if not file.is_file()]
         what = f"lacks {len(absent)} of its files, as {absent[0]}" if absent else "has no safetensors weights"
         raise RunError(f"The model {name} {what}: get it again (pickle files can run code, so they are not loaded).")
     return found

@@ -51,7 +51,11 @@ def order_channels(
         UsageError: the channels have been put into another order before.
     """
     if order_of(model):
-        raise UsageError("The channels of the model have been put into another order: load the model again.", "model")
+        raise UsageError(
+            "The channels of the model stand in an order of their own already: use `permute=none`, or load the model "
+            "again.",
+            "model",
+        )
     targets = find_prunable(model)
     norms = None if windows is None else input_norms(model, targets, windows[:norm_samples], progress="channels")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,8 +1,9 @@
 """The mask of learned weights for any N:M pattern, the original weights under it, and how much of it changes.
 
-2:4 goes through the fused kernels of ``proxsparse.operator.prox``. Other patterns are ranked some rows at a time: by
-numba on the CPU, and by a stable sort elsewhere. Nothing of a weight's size but the mask itself is made, and nothing
-waits for a device. The same scores give the same mask everywhere: among equals the earlier entry is kept.
+The product and the survey of 2:4 go through the fused kernels of ``proxsparse.operator.prox``. Everything else is
+ranked some rows at a time: by numba on the CPU, and by comparisons (2:4) or a stable sort elsewhere. Nothing of a
+weight's size but the mask itself is made, and nothing waits for a device. The same scores give the same mask
+everywhere: among equals the earlier entry is kept.
 
 Shapes: (..., I) with I a multiple of m: linear weights (O, I), stacked experts (E, O, I).
 """
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern, nm_mask
-from proxsparse.operator.prox import expand_scale, survey_, top2_mask, top2_product_
+from proxsparse.operator.prox import survey_, top2_mask, top2_product_
+from proxsparse.operator.rounding import widest
 
 try:
     from proxsparse.operator.kernels.cpu_nm import largest
@@ -36,22 +38,27 @@ def learned_mask(learned: Tensor, pattern: Pattern, scale: Tensor | None = None)
     Raises:
         ValueError: I is no multiple of m, or the pattern is mixed or unstructured.
     """
-    if pattern == TWO_OF_FOUR:
-        return top2_mask(learned if scale is None else learned.float() * expand_scale(scale, learned))
     if not pattern.n or not pattern.structured or learned.shape[-1] % pattern.m:
         raise ValueError(f"{pattern} has no blocks in a weight of shape {tuple(learned.shape)}.")
+    if learned.dim() == 1:
+        return learned_mask(learned[None], pattern, scale)[0]
     mask = torch.empty(learned.shape, dtype=torch.bool, device=learned.device)
     stacks = [(mask, learned, scale)] if learned.dim() < 3 else [
         (mask[e], learned[e], scale if scale is None or scale.dim() == 1 else scale[e]) for e in range(len(learned))
     ]  # fmt: skip
     on_cpu = learned.device.type == "cpu"
-    select = largest if on_cpu and pattern.m <= LONGEST else nm_mask
+    select = _top2 if pattern == TWO_OF_FOUR else largest if on_cpu and pattern.m <= LONGEST else nm_mask
     step = max(1, (ENTRIES if on_cpu else ENTRIES_OF_A_GPU) // max(1, learned.shape[-1]))
     for out, rows, own in stacks:
         for written, part in zip(out.split(step), rows.split(step), strict=True):
-            scores = part.float() if own is None else part.float() * own.to(part.device)
+            scores = part if own is None and pattern == TWO_OF_FOUR else part.float()
+            scores = scores if own is None else scores * own.to(part.device)
             written.copy_(select(scores.contiguous(), pattern.n, pattern.m))
     return mask
+
+
+def _top2(scores: Tensor, n: int, m: int) -> Tensor:
+    return top2_mask(scores)
 
 
 @torch.no_grad()
@@ -89,7 +96,8 @@ def survey_mask_(learned: Tensor, codes: Tensor, pattern: Pattern, scale: Tensor
     now = packed(learned_mask(learned, pattern, scale))
     changed = sum(((now ^ codes) >> bit & 1).sum() for bit in range(8))
     codes.copy_(now)
-    return torch.stack((torch.as_tensor(changed, device=learned.device).double(), codes.new_zeros(()).double()))
+    dtype = widest(learned.device)
+    return torch.stack((torch.as_tensor(changed, device=learned.device).to(dtype), codes.new_zeros((), dtype=dtype)))
 
 
 def code_bytes(entries: int, pattern: Pattern) -> int:

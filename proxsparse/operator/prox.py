@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from proxsparse.operator.kernels import eager
-from proxsparse.operator.rounding import Noise
+from proxsparse.operator.rounding import Noise, widest
 
 logger = logging.getLogger(__name__)
 _KERNELS: dict[str, ModuleType | None] = {"eager": eager, "cpu": None, "triton": None}
@@ -238,6 +238,8 @@ def top2_product_(
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
         kernel: as in ``prox_op_``.
     """
+    if not out.numel():  # an empty shard
+        return
     name, module = _product_kernel(kernel, out, base, learned)
     for (written, own, _), kept, scored in zip(
         _parts(out, scale, name), _tensors(base, scale, name), _tensors(learned, scale, name), strict=True
@@ -256,10 +258,10 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None = None, kernel: 
         kernel: as in ``prox_op_``.
 
     Returns:
-        (2,) float64 on the weight's device: mask entries that changed, sum of R(weight * scale).
+        (2,) float64 (see ``widest``) on the weight's device: mask entries that changed, sum of R(weight * scale).
     """
     name, module = _product_kernel(kernel, weight)
-    found = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    found = torch.zeros(2, dtype=widest(weight.device), device=weight.device)
     for part, own, after in _parts(weight, scale, name):
         found += module.survey_(part, codes[after // 4 : (after + part.numel()) // 4], own)
     return found

@@ -75,3 +75,12 @@ def round_stochastically(values: Tensor, noise: Noise) -> Tensor:
         sums = noise.after(start).values(len(part), values.device).add_(part).bitwise_and_(-65536)
         flat[start : start + CHUNK] = sums.view(torch.float32)
     return rounded
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none: Apple's GPUs, and some of Intel's."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not getattr(torch.xpu.get_device_properties(device), "has_fp64", True):
+        return torch.float32
+    return torch.float64

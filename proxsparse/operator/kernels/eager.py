@@ -7,7 +7,7 @@ Shapes: G = blocks of four; magnitudes are stored as four columns of G values ea
 import torch
 from torch import Tensor
 
-from proxsparse.operator.rounding import Noise, round_stochastically
+from proxsparse.operator.rounding import Noise, round_stochastically, widest
 
 # Blocks at a time. About 300 live temporaries at worst: 64 MiB on a CPU. Elsewhere small ones would be all launches.
 CHUNK_BLOCKS, CHUNK_BLOCKS_OF_A_GPU = 1 << 15, 1 << 22
@@ -217,7 +217,7 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
         scale: (I,), or None for ones.
 
     Returns:
-        (2,) float64: entries of the mask that changed, sum of R(weight * scale).
+        (2,) float64 (see ``widest``): entries of the mask that changed, sum of R(weight * scale).
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
     scored = wide if scale is None else wide * scale.to(weight.device)
@@ -226,7 +226,8 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
     before = codes.view(now.shape)
     changed = torch.stack([((now ^ before) >> k & 1).sum() for k in range(4)]).sum()
     before.copy_(now)
-    return torch.stack((changed.double(), penalty(scored).double()))
+    dtype = widest(weight.device)
+    return torch.stack((changed.to(dtype), penalty(scored).to(dtype)))
 
 
 def penalty(weight: Tensor) -> Tensor:

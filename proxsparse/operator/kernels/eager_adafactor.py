@@ -8,25 +8,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from proxsparse.operator.rounding import Noise, round_stochastically
+from proxsparse.operator.rounding import Noise, round_stochastically, widest
 
-CHUNK = 1 << 20  # entries at a time
+CHUNK, CHUNK_OF_A_GPU = 1 << 20, 1 << 24  # entries at a time
 
 
 def _rows(gradient: Tensor) -> Iterator[tuple[int, slice]]:
     """Matrix and rows of every chunk."""
     matrices, height, width = gradient.shape
-    step = max(1, CHUNK // width)
+    step = max(1, (CHUNK if gradient.device.type == "cpu" else CHUNK_OF_A_GPU) // width)
     for matrix in range(matrices):
         for start in range(0, height, step):
             yield matrix, slice(start, min(height, start + step))
 
 
 def square_sums(gradient: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    rows = torch.empty(gradient.shape[:2], dtype=torch.float64, device=gradient.device)
-    columns = torch.zeros(gradient.shape[0], gradient.shape[2], dtype=torch.float64, device=gradient.device)
+    options: dict = {"dtype": widest(gradient.device), "device": gradient.device}
+    rows = torch.empty(gradient.shape[:2], **options)
+    columns = torch.zeros(gradient.shape[0], gradient.shape[2], **options)
     for matrix, part in _rows(gradient):
-        squares = gradient[matrix, part].float().square().add_(epsilon).double()
+        squares = gradient[matrix, part].float().square().add_(epsilon).to(rows.dtype)
         rows[matrix, part] = squares.sum(1)
         columns[matrix] += squares.sum(0)
     return rows, columns
@@ -39,7 +40,9 @@ def _update(gradient: Tensor, row: Tensor, column: Tensor, matrix: int, part: sl
 
 
 def update_square_sum(gradient: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    sums = [_update(gradient, row, column, *chunk).square_().double().sum() for chunk in _rows(gradient)]
+    sums = [
+        _update(gradient, row, column, *chunk).square_().to(widest(gradient.device)).sum() for chunk in _rows(gradient)
+    ]
     return torch.stack(sums).sum()
 
 
