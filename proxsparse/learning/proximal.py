@@ -124,7 +124,8 @@ class ProximalStep:
         kernel = f"kernel '{kernel_for(self.targets[0].stored)}', {len(self.targets)} weights"
         none = f"it is for 2:4, so lambda is 0 and {pattern} is learned without it"
         logger.info("proximal operator: %s", kernel if pattern == TWO_OF_FOUR else none)
-        kinds = {(t.rows(t.stored).shape[-1], t.stored.dtype, t.stored.device): t for t in self.targets}
+        here = [target for target in self.targets if target.stored.numel()]  # not a shard without rows
+        kinds = {(t.rows(t.stored).shape[-1], t.stored.dtype, t.stored.device): t for t in here}
         for (width, dtype, device), target in kinds.items():
             scale = self._scale(target)
             own = None if scale is None else scale.view(-1, width)[0]
