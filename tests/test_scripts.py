@@ -113,7 +113,7 @@ def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["learn_mask_llama2_13b_full.sh", "learn_mask_qwen_2.5_14b_prox.sh"])
+@pytest.mark.parametrize("script", ["learn_mask_qwen_2.5_14b_prox.sh"])  # the others differ in numbers, tested above
 def test_a_recipe_runs_to_its_end(script, models, corpus, tmp_path):
     family = next(f for f in models if f.lower() in PUBLISHED[script][0].lower())
     setting = {"model_dir": models[family], "dataset": corpus, "samples": 6, "ctx_len": 32, "split": "heldout"}
