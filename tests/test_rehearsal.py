@@ -12,6 +12,7 @@ from pretended import Card, OnCard
 from transformers import TrainerCallback
 
 from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.trainer import ProxSparseTrainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing runs")
@@ -103,6 +104,12 @@ def test_bfloat16_weights_learn_on_a_gpu(tmp_path, changes):
         runs.train()
         assert len(runs.mask().tensors) == 2
     assert not card.count.faults
+
+
+def test_a_gpu_that_only_emulates_bfloat16_does_without_it_by_default():
+    for native, defaults in ((True, {}), (False, {"bf16": False})):
+        with Card(native_bf16=native):
+            assert defaults_on("cuda") == defaults
 
 
 class Counting(TrainerCallback):

@@ -26,6 +26,7 @@ from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
+from proxsparse.model.loading import native_bf16
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.restoring import restored
 from proxsparse.model.trainable import clean_generation_config, window_collator
@@ -261,7 +262,8 @@ def learn_sampled(
     )  # even if not given: `claim` passes over what a record lacks
     claim(output_dir, _record(model, windows, prior, made_by | settings))
     accelerated = model.device.type != "cpu"
-    settings = {"use_cpu": not accelerated, "bf16": accelerated, "activation_checkpointing": accelerated} | settings
+    bf16 = accelerated and native_bf16(str(model.device))
+    settings = {"use_cpu": not accelerated, "bf16": bf16, "activation_checkpointing": accelerated} | settings
     config = trainer_class.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
     data = Dataset.from_dict({"input_ids": windows.tolist()})
     given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}

@@ -166,9 +166,9 @@ def is_sharded(config: ProxSparseConfig) -> bool:
 
 
 def defaults_on(device: str) -> dict[str, Any]:
-    """Defaults for a kind of device. Those of the Trainer assume a GPU."""
+    """Defaults for a kind of device. Those of the Trainer assume a GPU with bfloat16, as all since Ampere have."""
     if device != "cpu":
-        return {}
+        return {} if native_bf16(device) else {"bf16": False}
     return {"use_cpu": True, "activation_checkpointing": False, "bf16": native_bf16("cpu")}
 
 
