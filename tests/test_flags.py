@@ -113,6 +113,7 @@ def test_the_console_program_lists_its_commands(capsys):
     assert "there is no command 'prun'; the commands are learn, " in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_console_program_is_installed_and_forwards():
     program = Path(sys.executable).with_name("proxsparse")
     done = subprocess.run([program, "operator", "4", "3", "2", "1"], capture_output=True, text=True, timeout=100)

@@ -167,6 +167,7 @@ def test_masks_agree_with_themselves_and_by_half_with_chance():
     assert agreement_by_kind(ours, other)["all"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_operator_as_a_program(tmp_path):
     printed = last_json(started("end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
     assert printed["prox"] == [4.0, 3.0, 0.0, 0.0]

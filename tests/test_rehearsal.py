@@ -34,6 +34,7 @@ SETTINGS = {
     "paper, lambda2": (PAPER | {"project_lambda2": 1, "lambda2_value": 0.25}, [{}, {"keep_base": "cpu"}]),
 }
 CASES = [(name, places) for name, (_, variants) in SETTINGS.items() for places in variants]
+COSTLY = [case if case[0] == "masked" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 def small_model(**changes):
@@ -81,7 +82,7 @@ def on_cpu(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "places"), CASES, ids=lambda value: str(value) if isinstance(value, str) else "-".join(value)
+    ("name", "places"), COSTLY, ids=lambda value: str(value) if isinstance(value, str) else "-".join(value)
 )
 def test_a_gpu_learns_the_mask_of_the_cpu(tmp_path, on_cpu, saved, name, places):
     want = on_cpu(name)
@@ -97,6 +98,7 @@ def test_a_gpu_learns_the_mask_of_the_cpu(tmp_path, on_cpu, saved, name, places)
     assert all(torch.equal(found[weight], want[weight]) for weight in want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, ADAMW, PAPER, OFFLOADED, {"eval_strategy": "steps", "eval_steps": 2}], ids=str)
 def test_bfloat16_weights_learn_on_a_gpu(tmp_path, changes):
     with Card() as card:
@@ -165,6 +167,7 @@ def test_an_offloaded_weight_crosses_once_per_direction_and_step_and_nobody_wait
     assert sum(waits.values()) <= 10, waits
 
 
+@pytest.mark.slow
 def test_the_whole_logits_never_exist_where_the_head_is_plain(tmp_path, monkeypatch):
     monkeypatch.setattr("proxsparse.learning.losses.HEAD_POSITIONS", 4)
     logits = 16 * 2048 * 4
