@@ -269,3 +269,19 @@ def test_semi_structured_tensors_give_the_same_logits(tokenizer, tmp_path, monke
     with torch.no_grad():
         want = model(input_ids=ids).logits.float()
         assert (sparse(input_ids=ids).logits.float() - want).norm() < 0.01 * want.norm()
+
+
+def test_layers_left_out_of_the_pruning_stay_dense_when_a_model_runs_sparse(tmp_path, tokenizer):
+    from conftest import tiny_llama
+
+    model = tiny_llama()
+    kept = {name: mask for name, mask in magnitudes(model).items() if "down_proj" not in name}
+    save_pruned(model, Mask(kept), tmp_path / "pruned", tokenizer=tokenizer)
+    sparse = proxsparse.load(str(tmp_path / "pruned"), sparse=True)
+    kinds = {type(m).__name__ for name, m in sparse.named_modules() if name.endswith("down_proj")}
+    assert kinds == {"Linear"}
+    assert type(sparse.model.layers[0].mlp.up_proj).__name__ == "CompactLinear"
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        dense = proxsparse.load(str(tmp_path / "pruned"))(input_ids=ids).logits
+        torch.testing.assert_close(sparse(input_ids=ids).logits, dense)

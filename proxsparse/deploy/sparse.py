@@ -116,13 +116,14 @@ def use_compact(model: PreTrainedModel) -> int:
     """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, in place.
 
     Returns:
-        how many were replaced. Conv1D, stacked experts, and layers whose weight the model's code reads stay dense.
+        how many were replaced. Conv1D, stacked experts, layers that were left out of the pruning, and layers whose
+        weight the model's code reads stay dense.
 
     Raises:
-        UsageError: a weight is not 2:4.
+        UsageError: no weight is 2:4.
     """
     replaced: list[tuple[Prunable, CompactLinear]] = []
-    for target in find_prunable(model):
+    for target in _pruned(model, "compact"):
         if type(target.module) is not nn.Linear:
             continue
         try:
@@ -171,16 +172,13 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
         {"sparse": number converted, "dense": number left dense}.
 
     Raises:
-        UsageError: a weight is not 2:4.
+        UsageError: no weight is 2:4.
         RunError: no CUDA device, or torch refuses the conversion.
     """
     if model.device.type != "cuda":
         raise RunError(f"Semi-structured tensors need a CUDA device; the model is on {model.device}.")
     use_dense(model)
-    targets = find_prunable(model)
-    for target in targets:  # torch would drop the smaller weights of other blocks without a word
-        if TWO_OF_FOUR.violations(target.rows(target.weight.detach())).any():
-            raise UsageError(f"{target.name} can't be made sparse: a block has more than two non-zeros.")
+    targets = _pruned(model, "sparse")  # torch would drop the smaller weights of other blocks without a word
     shapes: dict[tuple[int, ...], list[Prunable]] = {}
     for target in targets:
         if type(target.module) is nn.Linear and semi_structured_fits(tuple(target.weight.shape), target.weight.dtype):
@@ -205,6 +203,19 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
             target.module.weight = nn.Parameter(target.module.weight.detach().to_dense(), requires_grad=False)  # type: ignore[operator]
     count = sum(map(len, converted.values()))
     return {"sparse": count, "dense": len(targets) - count}
+
+
+def _pruned(model: PreTrainedModel, form: str) -> list[Prunable]:
+    """The 2:4 weights of a model; others were left out of the pruning, and stay dense.
+
+    Raises:
+        UsageError: there are none.
+    """
+    blocks = [t for t in find_prunable(model, multiple=1) if t.rows(t.weight).shape[-1] % 4 == 0]
+    found = [t for t in blocks if not TWO_OF_FOUR.violations(t.rows(t.weight.detach())).any()]
+    if blocks and not found:
+        raise UsageError(f"{blocks[0].name} can't be made {form}: a block has more than two non-zeros.")
+    return found
 
 
 @torch.no_grad()
