@@ -285,3 +285,14 @@ def test_layers_left_out_of_the_pruning_stay_dense_when_a_model_runs_sparse(tmp_
     with torch.no_grad():
         dense = proxsparse.load(str(tmp_path / "pruned"))(input_ids=ids).logits
         torch.testing.assert_close(sparse(input_ids=ids).logits, dense)
+
+
+def test_a_model_without_a_tokenizer_is_saved_pruned(tmp_path):
+    from conftest import tiny_llama
+
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    save_mask(Mask(magnitudes(model), base_model=str(tmp_path / "base")), tmp_path / "mask.safetensors")
+    flags = ["--model", str(tmp_path / "base"), "--mask", str(tmp_path / "mask.safetensors"), "--no_eval"]
+    assert console(["apply", *flags, "--save", str(tmp_path / "pruned")]) == 0
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()

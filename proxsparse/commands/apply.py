@@ -25,15 +25,15 @@ from proxsparse.commands.groups import (
     evaluation_of,
     given_mask,
     load,
-    options_of,
     put_mask,
+    tokenizer_to_save,
     windows_of,
     write_result,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.model.loading import EMBEDDED, load_tokenizer
+from proxsparse.model.loading import EMBEDDED
 from proxsparse.record import OWN, refuse_to_overwrite
 
 
@@ -73,10 +73,10 @@ def main(args: argparse.Namespace) -> None:
     if args.save:
         refuse_to_overwrite(Path(args.save))
     windows = {} if args.no_eval else windows_of(args)
+    tokenizer = tokenizer_to_save(args) if args.save else None
     model = load(args)
     put_mask(model, mask, args)
     if args.save:
-        tokenizer = load_tokenizer(args.model, **options_of(args))
         save_pruned(model, mask, args.save, tokenizer=tokenizer)
         print(f"pruned checkpoint written to {args.save}")
     results = evaluate(model, windows, args)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.commands.cli import Parser
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file
+from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import (
     DTYPES,
     EMBEDDED,
@@ -63,6 +65,13 @@ class RunParser(Parser):
             self.set_defaults(**{name: value for name, value in found.items() if name in known})
             args = self.parse_args(argv)
         return args
+
+
+def tokenizer_to_save(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
+    """What a pruned checkpoint needs of the tokenizer; None: the model's own files of it are copied."""
+    if Checkpoint.find(args.model, args.revision) is not None:
+        return None
+    return load_tokenizer(args.model, **options_of(args))
 
 
 def model_of(run: Run) -> dict[str, Any]:

@@ -15,11 +15,10 @@ import dataclasses
 from pathlib import Path
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import add_mask_argument, add_model_arguments, load, options_of, read_mask
+from proxsparse.commands.groups import add_mask_argument, add_model_arguments, load, read_mask, tokenizer_to_save
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.lora import adapter_folder, merge_lora
 from proxsparse.mask import mask_of_pruned
-from proxsparse.model.loading import load_tokenizer
 from proxsparse.record import refuse_to_overwrite
 
 
@@ -37,11 +36,12 @@ def main(args: argparse.Namespace) -> None:
     given, to = read_mask(args), Path(args.to)
     refuse_to_overwrite(to)
     folder = adapter_folder(args.adapter)  # before the model is loaded, so that a wrong name costs no wait
+    tokenizer = tokenizer_to_save(args)
     model = load(args)
     mask = mask_of_pruned(model) if given is None else given
     merged = merge_lora(model, folder, mask)
     info = mask.info | {"adapter": args.adapter, "weights_updated": f"the adapter {args.adapter}"}
     mask = dataclasses.replace(mask, base_model=mask.base_model or args.model, info=info)
-    save_pruned(merged, mask, to, tokenizer=load_tokenizer(args.model, **options_of(args)))
+    save_pruned(merged, mask, to, tokenizer=tokenizer)
     print(f"{args.adapter} merged into {args.model}; the checkpoint in {to} is {mask.pattern}")
     print_json({"model": args.model, "adapter": args.adapter, "mask": args.mask, "to": str(to)})
