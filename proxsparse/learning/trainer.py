@@ -28,8 +28,9 @@ from proxsparse.learning.folder import ZEROS_FILE
 from proxsparse.learning.head import last_states, plain_head
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import own_optimizer, scale_learning_rates, step_in_backward
+from proxsparse.learning.processes import REFUSALS as OF_PROCESSES
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
-from proxsparse.learning.refusals import Refusal, refuse
+from proxsparse.learning.refusals import refuse
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
 from proxsparse.model.channels import ORDER_FILE, order_of, save_order
 from proxsparse.model.inputs import NORMS_FILE, digest, stored_norms
@@ -44,41 +45,6 @@ from proxsparse.resume import complete_checkpoints, resume_hint
 logger = logging.getLogger(__name__)
 TEXT_FILE = "text.json"  # in checkpoints: of the windows that were learned from
 OF_THE_TRAINER = ("labels", "use_cache", "output_router_logits")  # inputs that a plain forward pass goes without
-
-
-def _plugin(trainer: Any) -> Any:
-    return trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-
-
-# How processes share a model, and what that excludes.
-REFUSALS = (
-    Refusal(
-        lambda t: t.is_deepspeed_enabled,
-        "Learning under DeepSpeed is not supported: ZeRO keeps weights in flat pieces that cut through blocks "
-        "of four. Use FSDP2, as script/accelerate/fsdp2.yaml sets it up.",
-    ),
-    Refusal(
-        lambda t: _plugin(t) and getattr(_plugin(t), "fsdp_version", 1) != 2,
-        "FSDP1 flattens weights, so that rows are cut through; set fsdp_version: 2, as in "
-        "script/accelerate/fsdp2.yaml.",
-    ),
-    Refusal(
-        lambda t: t.is_fsdp_enabled and t.args.keep_base == "checkpoint",
-        "`keep_base=checkpoint` reads whole weights; under FSDP use device or cpu.",
-    ),
-    Refusal(
-        lambda t: t.args.optim_in_backward and (t.args.world_size > 1 or t.is_fsdp_enabled),
-        "`optim_in_backward` steps before gradients of several processes are averaged; use one process, and no FSDP.",
-    ),
-    Refusal(
-        lambda t: t.is_fsdp_enabled and t.args.permute != "none",
-        "`permute=auto` needs the whole model in every process, which FSDP does not have: use `permute=none`.",
-    ),
-    Refusal(
-        lambda t: _plugin(t) and t.args.project_lambda2 and not _plugin(t).reshard_after_forward,
-        "`project_lambda2=1` needs the shards while the loss is computed: set fsdp_reshard_after_forward: true.",
-    ),
-)
 
 
 class ProxSparseTrainer(SFTTrainer):
@@ -129,7 +95,7 @@ class ProxSparseTrainer(SFTTrainer):
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         with settings_at_fault():
             super().__init__(model, args, **kwargs)
-        refuse(REFUSALS, self)
+        refuse(OF_PROCESSES, self)
         if not self.is_fsdp_enabled:  # sharded weights are there only later, see create_scheduler
             self._measure_original()
         complete_checkpoints(self, self._add_to_checkpoint)
