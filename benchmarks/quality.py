@@ -39,7 +39,6 @@ from proxsparse.mask import apply_mask
 from proxsparse.model.channels import PERMUTE, PERMUTE_HELP
 from proxsparse.model.loading import EMBEDDED, load_model, load_tokenizer
 from proxsparse.model.ordering import order_channels
-from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
 from proxsparse.text import calibration_windows, evaluation_windows
 
@@ -226,12 +225,10 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
         if args.permute == "auto":
             order_channels(model, windows if row != "magnitude" else None, pattern=pattern)
         if row in MASKLLM or row in ROI:
-            if row in MASKLLM and pattern != TWO_OF_FOUR:
-                raise SystemExit(f"{row} is measured at 2:4 only; got --pattern {pattern}.")
             prior = one_shot_prior(model, windows, METHODS["sparsegpt"](), pattern, bf16=bf16)
             with tempfile.TemporaryDirectory() as folder:
                 settings = {"seed": seed, "bf16": bf16, "save_strategy": "no", "prior": prior} | (MASKLLM | ROI)[row]
-                settings |= {"pattern": pattern} if row in ROI else {}
+                settings |= {"pattern": pattern}
                 learner = roi if row in ROI else maskllm
                 apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:

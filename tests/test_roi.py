@@ -8,6 +8,7 @@ from conftest import byte_tokenizer, tiny_llama
 from datasets import Dataset
 from test_maskllm import windows
 
+from proxsparse.baselines import maskllm
 from proxsparse.baselines.roi import RoIConfig, RoITrainer, learn_mask, relaxed_top, top_mask
 from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.baselines.wanda import Wanda
@@ -134,3 +135,9 @@ def test_a_run_gives_the_same_mask_twice_and_a_lower_loss_than_its_start(tmp_pat
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
     start = learn(make(), output_dir=tmp_path / "c", max_steps=1, kappa=(1e-9, 1e-9))
     assert loss_under(first) < loss_under(start) - 0.05
+
+
+def test_maskllm_takes_no_other_pattern_than_its_own(tmp_path):
+    with pytest.raises(UsageError, match="maskllm learns 2:4 masks only; got `pattern=4:8`"):
+        maskllm.learn_mask(tiny_llama(), byte_tokenizer(), torch.ones(2, 8, dtype=torch.long), tmp_path,
+                           pattern=Pattern.parse("4:8"))  # fmt: skip

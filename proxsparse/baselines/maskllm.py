@@ -11,16 +11,12 @@ The trainer is that of ``sampling``. Shapes are its, too, with six logits per bl
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.baselines.sampling import INITIAL_STD, SampledConfig, SampledTrainer, learn_sampled
-from proxsparse.mask import Mask
+from proxsparse.baselines.sampling import INITIAL_STD, SampledConfig, SampledTrainer
+from proxsparse.operator.pattern import TWO_OF_FOUR
 
 # The six ways to keep two of four.
 MASKS = torch.tensor(
@@ -38,6 +34,7 @@ class MaskLLMTrainer(SampledTrainer):
 
     method = "maskllm"
     config_class = MaskLLMConfig
+    only = TWO_OF_FOUR
 
     def initial_logits(self, shape: tuple[int, ...], prior: Tensor | None, generator: torch.Generator) -> Tensor:
         return initial_logits(shape, prior, self.args.prior_strength, generator)
@@ -55,27 +52,7 @@ class MaskLLMTrainer(SampledTrainer):
         return hard_mask(logits)
 
 
-def learn_mask(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Tensor,
-    output_dir: Path | str,
-    *,
-    prior: dict[str, Tensor] | None = None,
-    **settings: Any,
-) -> Mask:
-    """Learn a 2:4 mask on calibration windows, with one optimizer step per window.
-
-    Args:
-        windows: (N, T) token ids.
-        output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
-        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
-        settings: fields of ``MaskLLMConfig``.
-
-    Returns:
-        The mask; the model's weights are as they were.
-    """
-    return learn_sampled(MaskLLMTrainer, model, tokenizer, windows, output_dir, prior=prior, **settings)
+learn_mask = MaskLLMTrainer.learn_mask
 
 
 def initial_logits(shape: tuple[int, ...], prior: Tensor | None, strength: float, generator: torch.Generator) -> Tensor:

@@ -134,7 +134,7 @@ class Learned:
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
     ) -> Mask:
-        from proxsparse.baselines.sampling import learn_sampled, one_shot_prior
+        from proxsparse.baselines.sampling import one_shot_prior
 
         assert wanted.folder is not None
         options: dict[str, Any] = {"hidden_device": wanted.hidden_device, "bf16": bool(wanted.bf16)}
@@ -146,7 +146,7 @@ class Learned:
         settings: dict[str, Any] = {"seed": wanted.seed}
         settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
         settings |= {"prior": prior, "pattern": wanted.pattern}
-        mask = learn_sampled(self.trainer(), model, tokenizer, windows, wanted.folder, **settings)
+        mask = self.trainer().learn_mask(model, tokenizer, windows, wanted.folder, **settings)
         apply_mask(model, mask)
         return mask
 

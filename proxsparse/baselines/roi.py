@@ -14,17 +14,11 @@ is that of ``sampling``. Shapes are its, too, with M logits per block.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.baselines.sampling import INITIAL_STD, SampledConfig, SampledTrainer, learn_sampled
-from proxsparse.mask import Mask
-from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.baselines.sampling import INITIAL_STD, SampledConfig, SampledTrainer
 
 
 @dataclass
@@ -75,32 +69,7 @@ class RoITrainer(SampledTrainer):
         return rows.unflatten(-1, (-1, self.pattern.m)).movedim(-1, 0).contiguous()
 
 
-def learn_mask(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Tensor,
-    output_dir: Path | str,
-    *,
-    prior: dict[str, Tensor] | None = None,
-    pattern: Pattern = TWO_OF_FOUR,
-    **settings: Any,
-) -> Mask:
-    """Learn an N:M mask on calibration windows, with one optimizer step per window.
-
-    Args:
-        windows: (N, T) token ids.
-        output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
-        prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
-        pattern: N:M of the mask.
-        settings: fields of ``RoIConfig``.
-
-    Returns:
-        The mask; the model's weights are as they were.
-
-    Raises:
-        UsageError: the width of a weight is no multiple of M.
-    """
-    return learn_sampled(RoITrainer, model, tokenizer, windows, output_dir, prior=prior, pattern=pattern, **settings)
+learn_mask = RoITrainer.learn_mask
 
 
 def relaxed_top(scaled: Tensor, n: int, tau: float) -> Tensor:

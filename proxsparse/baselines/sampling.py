@@ -96,6 +96,7 @@ class SampledTrainer(SFTTrainer):
 
     method: ClassVar[str]
     config_class: ClassVar[type[SampledConfig]] = SampledConfig
+    only: ClassVar[Pattern | None] = None  # the one pattern that the method learns
     args: SampledConfig
     model: PreTrainedModel
 
@@ -131,6 +132,8 @@ class SampledTrainer(SFTTrainer):
         pattern: Pattern = TWO_OF_FOUR,
         **kwargs,
     ):
+        if self.only is not None and pattern != self.only:
+            raise UsageError(f"{self.method} learns {self.only} masks only; got `pattern={pattern}`.", "pattern")
         self.pattern, self.args = pattern, args
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -151,6 +154,53 @@ class SampledTrainer(SFTTrainer):
         self.base = {t.name: t.weight.detach().clone() for t in self.targets}
         self._kept: dict[str, Tensor] = {}  # of this step, from the forward to the backward pass
         complete_checkpoints(self, self._save_logits)
+
+    @classmethod
+    def learn_mask(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        windows: Tensor,
+        output_dir: Path | str,
+        *,
+        prior: dict[str, Tensor] | None = None,
+        pattern: Pattern = TWO_OF_FOUR,
+        **settings: Any,
+    ) -> Mask:
+        """Learn a mask on calibration windows, with one optimizer step per window.
+
+        Args:
+            windows: (N, T) token ids.
+            output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
+            prior: name -> bool mask with the input dimension last, which the logits start from; None for no prior.
+            pattern: N:M of the mask.
+            settings: fields of the method's ``config_class``.
+
+        Returns:
+            The mask; the model is as it was.
+
+        Raises:
+            UsageError: the width of a weight is no multiple of M, or the method does not learn this pattern.
+        """
+        made_by = {"prune_method": cls.method, "sparsity_type": str(pattern)}
+        made_by["cooling"] = cls.config_class.cooling  # even if not given: `claim` passes over what a record lacks
+        claim(output_dir, _record(model, windows, prior, made_by | settings))
+        accelerated = model.device.type != "cpu"
+        bf16 = accelerated and native_bf16(str(model.device))
+        settings = {"use_cpu": not accelerated, "bf16": bf16, "activation_checkpointing": accelerated} | settings
+        config = cls.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
+        data = Dataset.from_dict({"input_ids": windows.tolist()})
+        given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
+        with restored(model, weights=False):
+            clean_generation_config(model)
+            try:
+                trainer = cls(model, config, prior=prior, pattern=pattern, **given)
+                trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
+                return trainer.mask()
+            finally:
+                for target in find_prunable(model, multiple=pattern.m):
+                    if hasattr(target.module, _attribute(target)):
+                        delattr(target.module, _attribute(target))
 
     def logits(self, target: Prunable) -> nn.Parameter:
         """(K, O, I / M) float32 logits of one weight."""
@@ -231,52 +281,6 @@ class SampledTrainer(SFTTrainer):
         noise = torch.empty_like(logits).uniform_(generator=generator).log_().neg_().log_().neg_()
         scaled = noise.add_(logits, alpha=kappa)
         return scaled.div_(tau)
-
-
-def learn_sampled(
-    trainer_class: type[SampledTrainer],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Tensor,
-    output_dir: Path | str,
-    *,
-    prior: dict[str, Tensor] | None = None,
-    pattern: Pattern = TWO_OF_FOUR,
-    **settings: Any,
-) -> Mask:
-    """Learn a mask on calibration windows, with one optimizer step per window.
-
-    Args:
-        trainer_class: of the method.
-        windows: (N, T) token ids.
-        output_dir: folder for checkpoints; a run that was stopped goes on from the last complete one.
-        prior, pattern: see SampledTrainer.
-        settings: fields of the method's config.
-
-    Returns:
-        The mask; the model's weights are as they were.
-    """
-    made_by = {"prune_method": trainer_class.method, "sparsity_type": str(pattern)}
-    made_by["cooling"] = (
-        trainer_class.config_class.cooling
-    )  # even if not given: `claim` passes over what a record lacks
-    claim(output_dir, _record(model, windows, prior, made_by | settings))
-    accelerated = model.device.type != "cpu"
-    bf16 = accelerated and native_bf16(str(model.device))
-    settings = {"use_cpu": not accelerated, "bf16": bf16, "activation_checkpointing": accelerated} | settings
-    config = trainer_class.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
-    data = Dataset.from_dict({"input_ids": windows.tolist()})
-    given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
-    with restored(model, weights=False):
-        clean_generation_config(model)
-        try:
-            trainer = trainer_class(model, config, prior=prior, pattern=pattern, **given)
-            trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
-            return trainer.mask()
-        finally:
-            for target in find_prunable(model, multiple=pattern.m):
-                if hasattr(target.module, _attribute(target)):
-                    delattr(target.module, _attribute(target))
 
 
 def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | None, settings: dict) -> dict:
