@@ -17,11 +17,11 @@ from proxsparse.operator.kernels.triton_tiles import (
     bits,
     join4,
     on_device,
-    place_of,
     ranks,
     read,
     scales,
     split4,
+    tile_of,
     write,
 )
 from proxsparse.operator.rounding import Noise, signed
@@ -226,16 +226,13 @@ def _prox(
     STOCHASTIC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, first, count, start = place_of(blocks, width, TILE)
-    lane = tl.arange(0, 4 * TILE)
-    inside = lane < 4 * count
-    wa, wb, wc, wd = split4(read(weights, start + lane, inside, BFLOAT16), TILE)
+    _, count, place, column, inside = tile_of(blocks, width, group, TILE)
+    wa, wb, wc, wd = split4(read(weights, place, inside, BFLOAT16), TILE)
     fa, fb, fc, fd = 1.0, 1.0, 1.0, 1.0
     if SCALED:
-        factors = scale + (row // group).to(tl.int64) * width + 4 * first
-        fa, fb, fc, fd = split4(tl.load(factors + lane, mask=inside, other=1.0), TILE)
+        fa, fb, fc, fd = split4(tl.load(scale + column, mask=inside, other=1.0), TILE)
     na, nb, nc, nd, finite, sparse = solve(wa, wb, wc, wd, fa, fb, fc, fd, lam, SCALED)
-    write(weights, start + lane, join4(na, nb, nc, nd, TILE), inside, seed, origin, BFLOAT16, STOCHASTIC)
+    write(weights, place, join4(na, nb, nc, nd, TILE), inside, seed, origin, BFLOAT16, STOCHASTIC)
     here = tl.arange(0, TILE) < count
     tally(counts, here & sparse, here & (finite == 0))
 

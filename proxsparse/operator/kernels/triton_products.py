@@ -11,11 +11,11 @@ from proxsparse.operator.kernels.triton_tiles import (
     bits,
     join4,
     on_device,
-    place_of,
     ranks,
     read,
     scales,
     split4,
+    tile_of,
 )
 
 TILE, WARPS = 1024, 4  # blocks of four per program, and its warps
@@ -43,15 +43,12 @@ def _product(
     BFLOAT16: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, first, count, start = place_of(blocks, width, TILE)
-    lane = tl.arange(0, 4 * TILE)
-    inside = lane < 4 * count
-    column = (row // group).to(tl.int64) * width + 4 * first + lane
-    a, b, c, d = scores(learned, scale, start + lane, column, inside, BFLOAT16, SCALED, TILE)
+    _, _, place, column, inside = tile_of(blocks, width, group, TILE)
+    a, b, c, d = scores(learned, scale, place, column, inside, BFLOAT16, SCALED, TILE)
     ra, rb, rc, rd = ranks(a, b, c, d)
     rank = join4(ra, rb, rc, rd, TILE)
-    value = tl.load(base + start + lane, mask=inside, other=0)
-    tl.store(out + start + lane, tl.where(rank < 2, value, tl.zeros_like(value)), mask=inside)
+    value = tl.load(base + place, mask=inside, other=0)
+    tl.store(out + place, tl.where(rank < 2, value, tl.zeros_like(value)), mask=inside)
 
 
 @triton.jit
@@ -68,18 +65,15 @@ def _survey(
     BFLOAT16: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, first, count, start = place_of(blocks, width, TILE)
-    lane = tl.arange(0, 4 * TILE)
-    inside = lane < 4 * count
-    column = (row // group).to(tl.int64) * width + 4 * first + lane
-    a, b, c, d = scores(weights, scale, start + lane, column, inside, BFLOAT16, SCALED, TILE)
+    start, count, place, column, inside = tile_of(blocks, width, group, TILE)
+    a, b, c, d = scores(weights, scale, place, column, inside, BFLOAT16, SCALED, TILE)
     ra, rb, rc, rd = ranks(a, b, c, d)
     code = (ra < 2).to(tl.int32) + 2 * (rb < 2).to(tl.int32) + 4 * (rc < 2).to(tl.int32) + 8 * (rd < 2).to(tl.int32)
     block = tl.arange(0, TILE)
     here = block < count
-    place = codes + row.to(tl.int64) * blocks + first + block
-    before = tl.load(place, mask=here, other=0).to(tl.int32)
-    tl.store(place, code.to(tl.uint8), mask=here)
+    own = codes + start + block
+    before = tl.load(own, mask=here, other=0).to(tl.int32)
+    tl.store(own, code.to(tl.uint8), mask=here)
     changed = code ^ before
     entries = (changed & 1) + (changed >> 1 & 1) + (changed >> 2 & 1) + (changed >> 3 & 1)
     # One sum per program, added up by torch: the same result every time, which atomic sums of floats would not give.

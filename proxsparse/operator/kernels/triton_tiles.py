@@ -15,15 +15,19 @@ from torch import Tensor
 
 
 @triton.jit
-def place_of(blocks, width, TILE: tl.constexpr):
-    """Of this program: its row, its first block in the row, its blocks, and its first entry in the weight.
+def tile_of(blocks, width, group, TILE: tl.constexpr):
+    """Of this program: its first block in the weight, its blocks, and of its 4 * TILE entries the places in the weight
+    and in the scale, and which are there.
 
-    ``blocks`` is the number of blocks of a row, ``width`` of entries.
+    ``blocks`` is the number of blocks of a row, ``width`` of entries; ``group`` rows share a row of the scale.
     """
     tiles = tl.cdiv(blocks, TILE)
     row = tl.program_id(0) // tiles
     first = (tl.program_id(0) - row * tiles) * TILE
-    return row, first, tl.minimum(blocks - first, TILE), row.to(tl.int64) * width + 4 * first.to(tl.int64)
+    count = tl.minimum(blocks - first, TILE)
+    lane = 4 * first.to(tl.int64) + tl.arange(0, 4 * TILE)
+    place, column = row.to(tl.int64) * width + lane, (row // group).to(tl.int64) * width + lane
+    return row.to(tl.int64) * blocks + first, count, place, column, tl.arange(0, 4 * TILE) < 4 * count
 
 
 @triton.jit
