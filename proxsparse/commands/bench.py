@@ -11,6 +11,7 @@ same weights.
 
 import argparse
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,33 +71,36 @@ def main(args: argparse.Namespace) -> None:
 
 def measure_semi_structured(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
     """Prefill and decoding on a GPU, with the weights that gain at their number of rows."""
-    found = {}
-    for name, tokens in (("prefill", args.prompt), ("decoding", 1)):
+    found: dict[str, float] = {}
+    for part, tokens in (("prefill", args.prompt), ("decode", 1)):
         converted = use_semi_structured(model, tokens)
         counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
-        print(f"{name}: {counts} (they gain nothing, or do not fit)")
-        found[name] = measure(model, ids, args)
-    key = "prefill_tokens_per_second"
-    return found["decoding"] | {key: found["prefill"][key]}
+        print(f"{part}: {counts} (they gain nothing, or do not fit)")
+        found |= measure(model, ids, args, (part,))
+    return found
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+def measure(
+    model: PreTrainedModel, ids: Tensor, args: argparse.Namespace, parts: Sequence[str] = ("prefill", "decode")
+) -> dict[str, float]:
     """Tokens per second of prefill and of decoding, and bytes of the weights."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    prefill = seconds(lambda: model(input_ids=ids, use_cache=False, **last), model.device, args.repeat)
-    taken = seconds(lambda: decode(model, ids[:, :1], args.tokens + 1), model.device, args.repeat)
+    works: dict[str, tuple[int, Callable[[], object]]] = {
+        "prefill": (args.prompt, lambda: model(input_ids=ids, use_cache=False, **last)),
+        "decode": (args.tokens + 1, lambda: decode(model, ids[:, :1], args.tokens + 1)),
+    }
+    found: dict[str, float] = {}
+    for part in parts:
+        tokens, work = works[part]
+        found[f"{part}_tokens_per_second"] = tokens / seconds(work, model.device, args.repeat)
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
     size = sum(module.nbytes for module in compact)
     for parameter in model.parameters():
         packed = getattr(parameter, "packed", None)  # semi-structured tensors hold values and positions
         inner = [t for t in (packed, getattr(parameter, "meta", None)) if t is not None] or [parameter]
         size += sum(t.numel() * t.element_size() for t in inner)
-    return {
-        "prefill_tokens_per_second": args.prompt / prefill,
-        "decode_tokens_per_second": (args.tokens + 1) / taken,
-        "weight_bytes": size,
-    }
+    return found | {"weight_bytes": size}
 
 
 @torch.no_grad()

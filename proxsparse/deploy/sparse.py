@@ -29,7 +29,7 @@ from proxsparse.operator.pattern import TWO_OF_FOUR
 logger = logging.getLogger(__name__)
 
 WORTHWHILE = 1.05  # a sparse product must be so many times faster than the dense one
-MEASURED = 8  # weights of a shape, together more than a GPU's cache
+MEASURED = 8  # weights of a shape: of a large model, together more than a GPU's cache
 
 
 def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedModel:
@@ -252,8 +252,10 @@ def _semi_structured(target: Prunable) -> Tensor:
 
 
 def device_seconds(works: Sequence[Callable[[], object]], repeat: int = 20) -> float:
-    """Median time per piece of work on a GPU. They follow each other without waiting, so that none of them finds its
-    weight in the cache, and the host's time counts only where the GPU waits for it.
+    """Median seconds per piece of work on a GPU, by its clock.
+
+    The pieces follow one another without waiting, as the layers of a model do. The host's time counts only where the
+    GPU waits for it.
     """
     taken = []
     for attempt in range(repeat + 3):

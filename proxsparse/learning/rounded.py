@@ -31,7 +31,7 @@ class _Rounded(torch.optim.Optimizer):
     Args:
         params, defaults: as in torch.optim.Optimizer.
         seed: of the rounding noise. The noise of a step depends on the seed, the step and the weight's place only, so
-            that a resumed run repeats it, on any device and in any number of shards.
+            that a resumed run repeats it, on any kind of device. FSDP2 replaces the weights, and numbers them anew.
         stochastic: False rounds to nearest.
     """
 

@@ -27,9 +27,11 @@ def sample_tokens(model: PreTrainedModel, first: Tensor, length: int, seed: int)
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0, use_cache=True)
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
     own, training = model.generation_config, model.training
-    devices = [model.device.index or 0] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    kind, index = model.device.type, model.device.index or 0
+    with torch.random.fork_rng([] if kind == "cpu" else [index], device_type="cuda" if kind == "cpu" else kind):
+        torch.default_generator.manual_seed(seed)  # not manual_seed, which seeds every device there is
+        if kind != "cpu":
+            torch.get_device_module(kind).manual_seed(seed)
         model.generation_config = settings
         model.eval()
         try:

@@ -29,7 +29,7 @@ def learned_mask(learned: Tensor, pattern: Pattern, scale: Tensor | None = None)
     """Mask of the largest |learned * scale| of every block.
 
     Args:
-        learned: (..., I), any float dtype, any strides.
+        learned: (..., I) finite, any float dtype, any strides.
         scale: (I,) positive, (E, I) for stacked experts, or None for ones.
 
     Returns:
