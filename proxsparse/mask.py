@@ -123,7 +123,7 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
                 "mask",
             )
     if not tensors:
-        raise UsageError(f"{name} is dense: none of its weights is 2:4. Give a pruned model, or a mask.", "mask")
+        raise UsageError(f"No weight of {name} is 2:4: give a pruned model, or a mask.", "mask")
     return Mask(tensors, base_model=model.config._name_or_path, order=order_of(model))
 
 
@@ -230,8 +230,10 @@ def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
     """The weights of a model that a mask prunes, by name.
 
     Raises:
-        UsageError: the mask belongs to a model with other weights; the message names what differs.
+        UsageError: the mask is no ``Mask``, or belongs to a model with other weights; the message names what differs.
     """
+    if not isinstance(mask, Mask):
+        raise UsageError(f"`mask` must be a Mask, as load_mask returns; got {type(mask).__name__}.", "mask")
     targets = {t.name: t for t in find_prunable(model, multiple=1) if t.name in mask.tensors}
     made_for, given = mask.base_model or "an unnamed model", model.config._name_or_path or "the model"
     refusal = f"The mask was made for {made_for} and does not fit {given}: "

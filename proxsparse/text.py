@@ -71,8 +71,10 @@ def _load(name: str, split: str) -> Sequence[str]:
         return _from_hub(C4[0], data_files=C4[1 if split == "calibration" else 2], split="train")
     path = Path(name)
     if not name.strip() or not path.exists():
+        mixture = " A mixture gives each text a share, as wiki:2,news:1." if "," in name else ""
         raise UsageError(
-            f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.", "dataset"
+            f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.{mixture}",
+            "dataset",
         )
     return _take(read_local(path, in_pieces=split != "all"), split)
 

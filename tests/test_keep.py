@@ -190,7 +190,7 @@ def test_the_zeros_of_a_pruned_model_are_a_mask(checkpoint, mask, tmp_path):
 
 
 def test_a_dense_model_and_a_damaged_one_have_no_mask(model):
-    with pytest.raises(UsageError, match="is dense: none of its weights is 2:4"):
+    with pytest.raises(UsageError, match="No weight of .* is 2:4: give a pruned model"):
         proxsparse.mask_of_pruned(model)
     apply_mask(model, mask_of(model))
     with torch.no_grad():
@@ -288,3 +288,9 @@ def test_a_pruned_checkpoint_whose_channels_were_moved_keeps_its_order(checkpoin
         found = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
         assert check_sparsity(str(tmp_path / folder), checkpoint)[1] == []
+
+
+@pytest.mark.parametrize("prune", [apply_mask, lambda model, mask: proxsparse.keep_mask(model, mask, None)])
+def test_something_else_than_a_mask_is_refused(prune):
+    with pytest.raises(UsageError, match="`mask` must be a Mask, as load_mask returns; got str"):
+        prune(tiny_llama(), "mask.safetensors")

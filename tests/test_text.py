@@ -419,3 +419,8 @@ def test_folders_that_are_links_are_read_once_and_hidden_names_are_not(tmp_path)
     (texts / "link").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(texts)
     assert list(load_documents(str(texts))) == ["linked"]
+
+
+def test_a_mixture_without_shares_is_told_what_one_looks_like():
+    with pytest.raises(UsageError, match=r"got 'wiki:2,self'\. A mixture gives each text a share, as wiki:2,news:1\."):
+        load_documents("wiki:2,self")
