@@ -150,3 +150,17 @@ def test_a_stopped_run_of_another_pattern_ends_with_the_same_mask(tokenizer, tmp
 def test_what_a_pattern_can_not_be(settings, message, tokenizer):
     with pytest.raises(UsageError, match=message):
         learn_mask(tiny_llama(), tokenizer, torch.ones(2, 8, dtype=torch.long), **settings)
+
+
+def test_check_counts_the_blocks_of_the_pattern(checkpoint, corpus, tmp_path, capsys):
+    save = ["--save", str(tmp_path / "mask"), "--save_model", str(tmp_path / "pruned")]
+    assert (
+        console(["prune", "--model", checkpoint, "--prune_method", "magnitude", "--sparsity_type", "4:8", *save]) == 0
+    )
+    check = ["check", "--model", str(tmp_path / "pruned"), "--base", checkpoint]
+    assert console([*check, "--pattern", "4:8"]) == 0
+    assert " 0 not 4:8" in capsys.readouterr().out
+    assert console(check) == 1
+    assert "blocks are not 2:4" in capsys.readouterr().out
+    assert console([*check, "--pattern", "unstructured"]) == 2
+    assert "--pattern must be N:M, as 2:4 or 4:8" in capsys.readouterr().err

@@ -4,7 +4,8 @@
     python -m proxsparse check --model runs/mine/pruned --base the/original
     python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
-Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros. With --base, the kept
+Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros; with --pattern 4:8, at
+most four of eight. With --base, the kept
 weights must be those of the base bit for bit, and everything else must be unchanged. If something is wrong, the first
 findings are printed, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's
 cache. It also reads what export --quantize wrote, but not together with --base, because those weights are rounded.
@@ -20,7 +21,8 @@ from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import say_coverage
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
-from proxsparse.errors import RunError
+from proxsparse.errors import RunError, UsageError
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 
 def arguments() -> Parser:
@@ -32,6 +34,7 @@ def arguments() -> Parser:
     parser.add_argument(
         "--target", default=None, choices=list(TARGETS), help="list the weights that stay dense with this kernel"
     )
+    parser.add_argument("--pattern", default=str(TWO_OF_FOUR), help="N:M of the blocks; default: %(default)s")
     parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
@@ -39,11 +42,15 @@ def arguments() -> Parser:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
+    pattern = Pattern.of_blocks(args.pattern)
+    if args.target and pattern != TWO_OF_FOUR:
+        raise UsageError(f"--target is about kernels for 2:4 weights; got --pattern {pattern}.")
     say_coverage(checked_model(args.model, trust_remote_code=args.trust_remote_code))
-    counts, offenders = check_sparsity(
-        args.model, args.base, revision=args.revision, trust_remote_code=args.trust_remote_code
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **options)
+    print(
+        f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not {pattern}"
     )
-    print(f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not 2:4")
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")

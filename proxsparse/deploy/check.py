@@ -1,4 +1,4 @@
-"""Check a checkpoint of any form: 2:4, and compared with its base nothing but pruned."""
+"""Check a checkpoint of any form: 2:4 or another N:M, and compared with its base nothing but pruned."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,24 +13,30 @@ from proxsparse.model.coded import coded_tensors, is_coded
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 MOST_OFFENDERS = 5
 
 
 def check_sparsity(
-    name: str, base: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    base: str | None = None,
+    *,
+    pattern: Pattern = TWO_OF_FOUR,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, int], list[str]]:
-    """Whether a checkpoint is 2:4 and, compared with its base, nothing but pruned.
+    """Whether a checkpoint is N:M sparse and, compared with its base, nothing but pruned.
 
-    Every block of every prunable weight must have at most two non-zeros. With a base, kept weights must be equal to its
-    own bit for bit, and all other tensors unchanged, but for the order of channels that the checkpoint names. One
+    Every block of M of every prunable weight must have at most N non-zeros. With a base, kept weights must be equal to
+    its own bit for bit, and all other tensors unchanged, but for the order of channels that the checkpoint names. One
     tensor of each model is in memory at a time (of stacked experts, one layer's).
 
     Args:
         name: checkpoint folder of any form, or a Hub id that is in the cache.
         base: the original model: a folder, a Hub id in the cache, or a GGUF file; None: only the blocks are checked.
             Not for a quantised checkpoint, whose weights are rounded.
+        pattern: N:M of the blocks.
         revision: revision of the base.
         trust_remote_code: run code that comes with the model.
 
@@ -43,14 +49,7 @@ def check_sparsity(
     model = checked_model(name, trust_remote_code=trust_remote_code)
     targets = {target.name: target for target in find_prunable(model, multiple=1)}
     found = _checkpoint(name, None, "model")
-    coded = is_coded(found.config)
-    if coded and base is not None:
-        raise UsageError(
-            f"`base` compares bit for bit, and the weights of {name} are quantised: check the checkpoint that it was "
-            "made from, or leave `base` out.",
-            "base",
-        )
-    layout = Layout(coded_tensors(found) if coded else found.tensors, model)
+    layout = _layout(found, model, compared=base is not None)
     missing = sorted(set(targets) - set(layout.of_parameter))
     if missing:
         raise UsageError(f"{name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
@@ -63,8 +62,8 @@ def check_sparsity(
         for key, tensor in tensors.items():
             seen.add(key)
             target = targets.get(key)
-            if target is not None and target.rows(tensor).shape[-1] % 4 == 0:
-                offenders += _wrong_blocks(key, target, tensor, counts)
+            if target is not None and target.rows(tensor).shape[-1] % pattern.m == 0:
+                offenders += _wrong_blocks(key, target, tensor, pattern, counts)
             if original is not None:
                 sentence = _difference(key, tensor, original, order, pruned=target is not None)
                 counts["changed_tensors"] += sentence is not None
@@ -74,6 +73,17 @@ def check_sparsity(
         gone = sorted(key for key in set(original) - seen if key not in tied)
         offenders += [f"{key}: is in the base and not in the model" for key in gone]
     return counts, offenders
+
+
+def _layout(found: Checkpoint, model: PreTrainedModel, compared: bool) -> Layout:
+    coded = is_coded(found.config)
+    if coded and compared:
+        raise UsageError(
+            f"`base` compares bit for bit, and the weights of {found.name} are quantised: check the checkpoint that it "
+            "was made from, or leave `base` out.",
+            "base",
+        )
+    return Layout(coded_tensors(found) if coded else found.tensors, model)
 
 
 def checked_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -138,9 +148,9 @@ def _original(base: str, revision: str | None, trust_remote_code: bool) -> Mappi
     return _Original(Layout(stored.tensors, model))
 
 
-def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, counts: dict[str, int]) -> list[str]:
-    """Count the blocks of a weight, and say where the first one is that is not 2:4."""
-    wrong = TWO_OF_FOUR.violations(target.rows(tensor))
+def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, pattern: Pattern, counts: dict[str, int]) -> list[str]:
+    """Count the blocks of a weight, and say where the first one is that has too many non-zeros."""
+    wrong = pattern.violations(target.rows(tensor))
     counts["weights"] += 1
     counts["blocks"] += wrong.numel()
     counts["wrong_blocks"] += int(wrong.sum())
@@ -148,7 +158,7 @@ def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, counts: dict[str, 
         return []
     *expert, row, block = (int(i) for i in wrong.nonzero()[0])
     place = f"expert {expert[0]}, " if expert else ""
-    return [f"{key}: {int(wrong.sum())} blocks are not 2:4, the first is {place}row {row}, block {block}"]
+    return [f"{key}: {int(wrong.sum())} blocks are not {pattern}, the first is {place}row {row}, block {block}"]
 
 
 def _difference(

@@ -185,13 +185,7 @@ class ProxSparseConfig(SFTConfig):
     @property
     def wanted(self) -> Pattern:
         """The pattern of the mask."""
-        try:
-            found = Pattern.parse(self.pattern)
-        except UsageError as error:
-            raise UsageError(str(error), "pattern") from error
-        if not found.structured or not found.n:
-            raise UsageError(f"`pattern` must be N:M, as 2:4 or 4:8; got {self.pattern!r}.", "pattern")
-        return found
+        return Pattern.of_blocks(self.pattern)
 
     @property
     def auto_lambda(self) -> bool:

@@ -57,6 +57,21 @@ class Pattern:
             )
         return cls(n, m, 1 - n / m)
 
+    @classmethod
+    def of_blocks(cls, text: str) -> "Pattern":
+        """Read 'N:M', and nothing else.
+
+        Raises:
+            UsageError: the text is another pattern, or none.
+        """
+        try:
+            found = cls.parse(text)
+        except UsageError as error:
+            raise UsageError(str(error), "pattern") from error
+        if not found.structured or not found.n:
+            raise UsageError(f"`pattern` must be N:M, as 2:4 or 4:8; got {text!r}.", "pattern")
+        return found
+
     @property
     def structured(self) -> bool:
         return self.m > 1
