@@ -142,6 +142,7 @@ def of_the_learning(counter):
     return {key: times for key, times in counter.items() if not key[1].startswith("operator/")}
 
 
+@pytest.mark.slow
 def test_the_host_waits_for_the_device_a_few_times_per_step_however_many_weights_there_are(tmp_path):
     small, large = (of_the_learning(counts_of_a_step(tmp_path / str(n), layers=n).waits) for n in (1, 2))
     assert sum(small.values()) == sum(large.values()) <= 10, (small, large)

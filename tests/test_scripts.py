@@ -102,6 +102,7 @@ def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(
     assert "learn_mask_smollm2" not in str(list(tmp_path.iterdir()))
 
 
+@pytest.mark.slow  # processes of its own
 def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
     done = shell("learn_mask_llama2_13b_full.sh", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

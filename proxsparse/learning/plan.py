@@ -194,8 +194,7 @@ def _sizes(
             found = _counts(model, config)
             try:
                 checkpointing = bool(config.activation_checkpointing)
-                found.activations, found.recomputed, found.logits = _activations(model, batch, compute, checkpointing)
-                found.plain = _head_is_all(model)
+                _measure(found, model, batch, compute, checkpointing)
             except Exception as error:  # whatever a model's code does with tensors that have no values
                 logger.debug("the forward pass on fake tensors failed", exc_info=error)
                 found.note = UNCOUNTED.format(type(model).__name__)
@@ -215,18 +214,6 @@ def _model(dimensions: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel 
             return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
         except DataDependentOutputException:
             return None
-
-
-def _head_is_all(model: PreTrainedModel) -> bool:
-    """Whether the logits are the LM head's output itself, so that learning can make them in pieces."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return False
-    made: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, arguments, out: made.append(out))
-    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
-    handle.remove()
-    return len(made) == 1 and logits is made[0]
 
 
 @contextlib.contextmanager
@@ -275,20 +262,23 @@ def _worst(gradients: float, sizes: _Sizes, config: ProxSparseConfig, batch_size
     return max(gradients + sizes.recomputed, activations + logits)
 
 
-def _activations(
-    model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype, checkpointing: bool
-) -> tuple[float, float, float]:
-    """Bytes that autograd keeps between forward and backward pass, of a layer computed again, and of the logits."""
-    kept, logits = _saved(model, batch, compute)
-    of_a_block = 0.0  # what one layer leaves
+def _measure(
+    found: _Sizes, model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype, checkpointing: bool
+) -> None:
+    """Sets what the forward pass leaves for the backward pass."""
+    found.activations, found.logits, found.plain = _saved(model, batch, compute)
     if checkpointing:
-        of_a_block = kept / len(decoder_blocks(model))
+        of_a_block = found.activations / len(decoder_blocks(model))
         model.activation_checkpointing_enable()
-        kept = _saved(model, batch, compute)[0] + 2 * of_a_block
-    return kept, 2 * of_a_block, logits
+        found.recomputed = 2 * of_a_block
+        found.activations = _saved(model, batch, compute)[0] + found.recomputed
 
 
-def _saved(model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype) -> tuple[float, float]:
+def _saved(model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype) -> tuple[float, float, bool]:
+    """Bytes that autograd keeps, bytes of the logits, and whether these are what the LM head returns and no more.
+
+    Learning can then make the logits in pieces.
+    """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, tuple[int, Tensor]] = {}
 
@@ -302,6 +292,13 @@ def _saved(model: PreTrainedModel, batch: tuple[int, int], compute: torch.dtype)
     ids = torch.zeros(batch, dtype=torch.long)
     lower = compute != next(model.parameters()).dtype
     autocast = torch.autocast("cpu", dtype=compute, enabled=lower, cache_enabled=True)
+    head = model.get_output_embeddings()
+    made: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, arguments, out: made.append(out)) if head is not None else None
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         logits = model(input_ids=ids, use_cache=False).logits
-    return sum(size for size, _ in seen.values()), logits.untyped_storage().nbytes()
+    if hook is not None:
+        hook.remove()
+    linear = type(head) is nn.Linear and "logits_to_keep" in inspect.signature(model.forward).parameters
+    plain = linear and len(made) == 1 and logits is made[0]
+    return sum(size for size, _ in seen.values()), logits.untyped_storage().nbytes(), plain
