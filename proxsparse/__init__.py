@@ -15,12 +15,12 @@ from proxsparse.operator.prox import prox_op, prox_op_, regularizer, top2_mask
 
 if TYPE_CHECKING:
     from proxsparse.deploy.dense import save_pruned as save_pruned
-    from proxsparse.deploy.keep import KeepMask as KeepMask
-    from proxsparse.deploy.keep import keep_mask as keep_mask
     from proxsparse.deploy.lora import masked_lora as masked_lora
     from proxsparse.deploy.lora import merge_lora as merge_lora
     from proxsparse.deploy.sparse import load as load
     from proxsparse.evaluation.perplexity import perplexity as perplexity
+    from proxsparse.learning.keep import KeepMask as KeepMask
+    from proxsparse.learning.keep import keep_mask as keep_mask
     from proxsparse.learning.learn import learn_mask as learn_mask
     from proxsparse.mask import Mask as Mask
     from proxsparse.mask import apply_mask as apply_mask
@@ -38,8 +38,8 @@ __version__ = "0.1.0"
 _LATER = {
     "load": "deploy.sparse",
     "save_pruned": "deploy.dense",
-    "keep_mask": "deploy.keep",
-    "KeepMask": "deploy.keep",
+    "keep_mask": "learning.keep",
+    "KeepMask": "learning.keep",
     "masked_lora": "deploy.lora",
     "merge_lora": "deploy.lora",
     "perplexity": "evaluation.perplexity",

@@ -14,6 +14,7 @@ COMMANDS = {
     "zero-shot": ("zero_shot", "accuracy on zero-shot tasks (eval/zero_shot.py)"),
     "prune": ("prune", "prune with a baseline (baseline/main.py)"),
     "export": ("export", "write the pruned checkpoint, the mask alone, or the compact form"),
+    "recover": ("recover", "update the kept weights of a pruned model; the mask stays as it is"),
     "merge": ("merge", "merge a LoRA adapter into a pruned model, which stays pruned"),
     "check": ("check", "is a checkpoint 2:4, and is everything else unchanged?"),
     "bench": ("bench", "what 2:4 gains on this machine: tokens per second, dense compared with sparse"),

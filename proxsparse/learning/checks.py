@@ -6,7 +6,8 @@ Everything is asked before a model is loaded, and answered in one sentence that 
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.learning import objective, optim
+from proxsparse.learning import optim
 from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
 from proxsparse.operator.pattern import TWO_OF_FOUR
 
 if TYPE_CHECKING:
-    from proxsparse.learning.config import ProxSparseConfig
+    from proxsparse.learning.config import TrainingConfig
 
 # What is measured of held-out samples, whatever the method; another name would fail at the first look.
 MEASURED = ("loss", "entropy", "mean_token_accuracy")
@@ -74,7 +75,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 SWITCHES = ("assistant_only_loss", "completion_only_loss", "packing", "eval_packing", "padding_free")
 TOKENS = ("eos_token", "pad_token", "chat_template_path")
 OWN_OPTIONS = ("adafactor", "adamw_torch", "adamw_torch_fused")  # optimizers that take no optim_args
-REFUSALS = (
+OF_MASKS = (
     Refusal(
         lambda c: c.wanted != TWO_OF_FOUR and not c.masked_forward,
         "`pattern={0.pattern}` is learned under the mask, which `method=paper` is not: use `method=masked`, or "
@@ -85,6 +86,8 @@ REFUSALS = (
         "`lambda_value={0.lambda_value}` is the strength of the operator of 2:4 blocks, and `pattern={0.pattern}` has "
         "none: leave `lambda_value` out.",
     ),
+)
+REFUSALS = (
     *(
         Refusal(
             attrgetter(name),
@@ -136,25 +139,28 @@ REPORTERS = {
 } | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
 
 
-def check_values(config: "ProxSparseConfig") -> None:
+def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:
     """Refuse what no run can have, before transformers looks at it.
+
+    Args:
+        tables: combinations that this kind of run can't have.
 
     Raises:
         UsageError: names the setting, what was found and what is accepted.
     """
     for name, accepted in CHOICES.items():
-        if getattr(config, name) not in accepted:
+        if hasattr(config, name) and getattr(config, name) not in accepted:
             listed = ", ".join(str(choice) for choice in accepted if choice is not None)
             some = "one of " if len(accepted) > 1 else ""
             raise UsageError(f"`{name}` must be {some}{listed}; got {getattr(config, name)!r}.")
     for name, (allowed, words) in RANGES.items():
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if value is not None and not allowed(value):
             raise UsageError(f"`{name}` must be {words}; got {value}.")
-    refuse((*objective.REFUSALS, *optim.REFUSALS, *REFUSALS), config)
+    refuse((*chain(*tables), *REFUSALS), config)
 
 
-def check_choices_of_transformers(config: "ProxSparseConfig") -> None:
+def check_choices_of_transformers(config: "TrainingConfig") -> None:
     """Refuse what transformers would stumble over only once the model is there: reporters and schedules.
 
     Raises:
@@ -179,7 +185,7 @@ def check_choices_of_transformers(config: "ProxSparseConfig") -> None:
         ) from error
 
 
-def require_packages(config: "ProxSparseConfig") -> None:
+def require_packages(config: "TrainingConfig") -> None:
     """Refuse settings that need a package which is not here; to be called before a model is loaded.
 
     Raises:

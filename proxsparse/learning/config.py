@@ -10,7 +10,9 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from proxsparse.errors import UsageError
-from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.learning.checks import OF_MASKS, check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.learning.objective import REFUSALS as OF_OBJECTIVES
+from proxsparse.learning.optim import REFUSALS as OF_OPTIMIZERS
 from proxsparse.model.channels import PERMUTE_HELP
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
@@ -54,14 +56,8 @@ UNSET: Any = None  # filled in from METHODS
 
 
 @dataclass
-class ProxSparseConfig(SFTConfig):
-    """SFTConfig and the settings of ProxSparse. Every field is also a flag of ``end-to-end/main.py``.
-
-    The help of a field says what it does. ``METHODS`` gives the defaults that depend on ``method``.
-
-    Raises:
-        UsageError: a value is not accepted, or two settings exclude each other.
-    """
+class TrainingConfig(SFTConfig):
+    """SFTConfig with other defaults, and the settings that learning a mask and recovering weights share."""
 
     # The Trainer's defaults that would hurt here. Weight decay would shrink kept and pruned weights alike, which
     # blurs what lambda1 does; the paper uses none. Dropout is what the model's configuration says (zero in current
@@ -75,6 +71,23 @@ class ProxSparseConfig(SFTConfig):
     save_steps: float = 0.1
     save_total_limit: int | None = 2
     seed: int = 42
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
+    rounding: str = field(
+        default="stochastic",
+        metadata={"help": "rounding of bfloat16 weights: stochastic, or nearest (as upstream; it loses small steps)"},
+    )
+
+
+@dataclass
+class ProxSparseConfig(TrainingConfig):
+    """SFTConfig and the settings of ProxSparse. Every field is also a flag of ``end-to-end/main.py``.
+
+    The help of a field says what it does. ``METHODS`` gives the defaults that depend on ``method``.
+
+    Raises:
+        UsageError: a value is not accepted, or two settings exclude each other.
+    """
+
     learning_rate: float = field(default=UNSET, metadata={"help": "the peak learning rate"})
     optim: OptimizerNames | str = field(
         default=UNSET, metadata={"help": "the Trainer's optimizer, for example adafactor or adamw_torch_fused"}
@@ -109,7 +122,6 @@ class ProxSparseConfig(SFTConfig):
         default=UNSET,
         metadata={"help": "share of the loss that is KL to the dense model; the rest is the language-model loss"},
     )
-    temperature: float = field(default=1.0, metadata={"help": "temperature of the distillation"})
     relative: bool = field(
         default=UNSET,
         metadata={
@@ -122,10 +134,6 @@ class ProxSparseConfig(SFTConfig):
     )
     train_only_pruned: bool = field(
         default=UNSET, metadata={"help": "freeze embeddings, norms, biases and the LM head"}
-    )
-    rounding: str = field(
-        default="stochastic",
-        metadata={"help": "rounding of bfloat16 weights: stochastic, or nearest (as upstream; it loses small steps)"},
     )
     keep_base: str = field(
         default="device",
@@ -167,7 +175,7 @@ class ProxSparseConfig(SFTConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.lambda_value = self._lambda()  # type: ignore[assignment]
-        check_values(self)
+        check_values(self, OF_OBJECTIVES, OF_OPTIMIZERS, OF_MASKS)
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.optim_in_backward:

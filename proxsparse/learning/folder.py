@@ -9,6 +9,7 @@
     NAME.json                 results: dense, pruned, zero_shot, or the name of a baseline
     NAME/                     the mask of a baseline
     pruned/                   the pruned checkpoint
+    recovered/                the same, with its kept weights updated
     run.png, kinds.png, report.html
 
 script/doc.md explains them to users.
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from proxsparse.errors import UsageError
-from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.config import ProxSparseConfig, TrainingConfig
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
 from proxsparse.model.channels import ORDER_FILE, load_order
 from proxsparse.model.inputs import NORMS_FILE
@@ -38,7 +39,8 @@ from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
 ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
 WINDOWS = "windows given in Python"  # instead of the name of a text
-DENSE, PRUNED, ZERO_SHOT = "dense", "pruned", "zero_shot"  # names of results, and of the pruned checkpoint
+# Names of results; PRUNED and RECOVERED are also folders of checkpoints.
+DENSE, PRUNED, RECOVERED, ZERO_SHOT = "dense", "pruned", "recovered", "zero_shot"
 
 # Settings of TRL's and transformers' configurations that decide the mask; our own all do, but for these.
 DECISIVE = (
@@ -114,6 +116,10 @@ class Run:
     @property
     def pruned_folder(self) -> Path:
         return self.folder / PRUNED
+
+    @property
+    def recovered_folder(self) -> Path:
+        return self.folder / RECOVERED
 
     @property
     def picture(self) -> Path:
@@ -285,5 +291,6 @@ def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
 def _decides(name: str) -> bool:
     """Whether a setting decides the mask: those of the data do, and our own but for a few."""
     if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:
-        return name in DECISIVE or (name in ProxSparseConfig.__annotations__ and name not in UNDECIDED)
+        own = TrainingConfig.__annotations__.keys() | ProxSparseConfig.__annotations__.keys()
+        return name in DECISIVE or (name in own and name not in UNDECIDED)
     return True

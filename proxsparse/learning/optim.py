@@ -20,7 +20,7 @@ from proxsparse.learning.refusals import Refusal
 from proxsparse.learning.rounded import Adafactor, Cost, StochasticAdamW
 
 if TYPE_CHECKING:
-    from proxsparse.learning.config import ProxSparseConfig
+    from proxsparse.learning.config import ProxSparseConfig, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _reenters(*settings: Any) -> bool:
     return any(isinstance(setting, dict) and setting.get("use_reentrant") for setting in settings)
 
 
-def name_of(args: "ProxSparseConfig") -> str:
+def name_of(args: "TrainingConfig") -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
@@ -102,7 +102,7 @@ def cost_of(args: "ProxSparseConfig", dtype: torch.dtype, sharded: bool = False)
 
 
 def own_optimizer(
-    args: "ProxSparseConfig", model: nn.Module
+    args: "TrainingConfig", model: nn.Module
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """Class and options of the optimizer where it is one of ours: Adafactor, and AdamW with stochastic rounding."""
     name = name_of(args)

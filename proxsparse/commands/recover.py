@@ -1,0 +1,119 @@
+"""Update the kept weights of a pruned model, so that it comes closer to the dense one. The mask stays as it is.
+
+    python -m proxsparse recover --run runs/demo
+                  (the run's mask, model and text; writes runs/demo/recovered)
+    python -m proxsparse recover --model pruned --base meta-llama/Llama-3.1-8B \\
+        --dataset c4 --to recovered
+
+The dense model is the teacher, and nothing but text is needed. Without --mask, the zeros of --model are the mask. The
+windows are other ones than those that the mask was learned from. The result has updated weights: compare it with models
+whose weights were updated too, and never with a mask alone. If the command stops, the same command goes on from its
+last checkpoint.
+"""
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import (
+    CALIBRATION_HELP,
+    RunParser,
+    add_mask_argument,
+    add_model_arguments,
+    load,
+    model_of,
+    options_of,
+    positive_int,
+    read_mask,
+    require,
+    tokenizer_to_save,
+)
+from proxsparse.deploy.dense import save_pruned
+from proxsparse.errors import UsageError
+from proxsparse.learning.folder import WINDOWS, Run
+from proxsparse.learning.recover import RATES, SCOPES, recover
+from proxsparse.mask import mask_of_pruned
+from proxsparse.model.loading import load_config, load_model, load_tokenizer
+from proxsparse.record import OWN, refuse_to_overwrite
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
+
+
+def arguments() -> Parser:
+    parser = RunParser(_from_run, description=__doc__)
+    add_model_arguments(parser)
+    add_mask_argument(parser)
+    parser.add_argument("--base", default=None, metavar="MODEL", help="the dense model; default: --model, with --mask")
+    parser.add_argument("--to", default=None, metavar="FOLDER", help="new folder for the recovered checkpoint")
+    parser.add_argument("--dataset", default="c4", metavar="TEXT", help=f"text to learn from: {CALIBRATION_HELP}")
+    parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
+    parser.add_argument("--samples", type=positive_int, default=400, help="windows; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=43, help="seed of the choice of windows; default: %(default)s")
+    parser.add_argument("--scope", default="full", choices=SCOPES, help="what learns; default: %(default)s")
+    rates = ", ".join(f"{rate} with {scope}" for scope, rate in RATES.items())
+    parser.add_argument(
+        "--learning_rate",
+        type=float,
+        default=None,
+        help=f"relative to the weights' root mean square; default: {rates}",
+    )
+    parser.add_argument(
+        "--distill", type=float, default=1.0, help="share of the loss that is KL to the dense model; default: 1"
+    )
+    parser.add_argument("--epochs", type=float, default=1.0, help="times that each window is seen; default: 1")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: 1")
+    return parser
+
+
+def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    settings = run.settings
+    found = {name: settings[name] for name in ("dataset", "ctx_len", "samples") if settings.get("dataset") != WINDOWS}
+    return (
+        model_of(run)
+        | found
+        | {
+            "mask": str(run.mask_file),
+            "seed": int(settings.get("seed", 42)) + 1,
+            "to": str(run.recovered_folder),
+        }
+    )
+
+
+@command(arguments)
+def main(args: argparse.Namespace) -> None:
+    require(args, "to")
+    to = Path(args.to)
+    if args.run and (to / OWN).is_file():
+        print(f"recovered: done already ({to})")
+        return
+    given = read_mask(args)
+    if given is None and args.base is None:
+        raise UsageError("--model is the pruned model: give the dense one as --base, or a --mask.", "base")
+    refuse_to_overwrite(to)
+    base = args.base or args.model
+    config = load_config(base, **options_of(args))
+    check_ctx_len(args.ctx_len, config)
+    tokenizer = load_tokenizer(base, **options_of(args))
+    set_seed(args.seed)
+    dense = load(argparse.Namespace(**vars(args) | {"model": base})) if SELF in parts_of(args.dataset) else None
+    windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, dense)
+    check_tokens(windows, config)
+    saved = tokenizer_to_save(args)
+    model = load(args)
+    mask = mask_of_pruned(model) if given is None else given
+    dense = dense or load_model(base, dtype=model.dtype, device=str(model.device), **options_of(args))
+    scratch = to.with_name(f"{to.name}-training")
+    settings = {"scope": args.scope, "learning_rate": args.learning_rate, "distill": args.distill, "seed": args.seed}
+    settings |= {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
+    recover(model, dense, mask, tokenizer, windows, scratch, **settings)
+    tokens = round(windows.numel() * args.epochs)
+    updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens)"
+    mask = dataclasses.replace(mask, base_model=base, info=mask.info | {"weights_updated": updated})
+    save_pruned(model, mask, to, tokenizer=saved)
+    shutil.rmtree(scratch)
+    print(f"weights updated by {updated}; the checkpoint in {to} is {mask.pattern}")
+    print_json({"model": args.model, "base": base, "scope": args.scope, "tokens": tokens, "to": str(to)})

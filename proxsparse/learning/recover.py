@@ -1,0 +1,246 @@
+"""Recover what pruning cost: the kept weights learn from the dense model, and the mask stays as it is.
+
+    recover(pruned, dense, mask, tokenizer, windows)          # the pruned model changes in place
+    save_pruned(pruned, mask, "recovered")
+
+The result is a model whose weights were updated. It is never to be compared with a mask on the original weights without
+saying so.
+
+    full     the kept weights of every pruned matrix, and all gains and biases of the layers
+    norms    gains and biases alone: every matrix stays as it is, bit for bit
+    layer    as full, one layer after the other: its outputs come close to the dense layer's (``layerwise``)
+
+Embeddings and the LM head never move. Learning rates are relative: a rate of 0.001 moves a weight by a thousandth of
+its matrix's root mean square per step.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
+
+from proxsparse.errors import UsageError
+from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.learning.config import TrainingConfig
+from proxsparse.learning.distilling import DistillingTrainer
+from proxsparse.learning.head import plain_head
+from proxsparse.learning.keep import KeepMask
+from proxsparse.learning.learn import defaults_on
+from proxsparse.learning.objective import Objective, Share
+from proxsparse.learning.optim import scale_learning_rates
+from proxsparse.learning.progress import show_progress
+from proxsparse.learning.refusals import Refusal, refuse
+from proxsparse.mask import Mask, apply_mask
+from proxsparse.model.channels import put_into_order, recall_order
+from proxsparse.model.hub_errors import quiet_bars
+from proxsparse.model.inputs import digest
+from proxsparse.model.prunable import decoder_of
+from proxsparse.model.restoring import restored
+from proxsparse.resume import claim, starting_point
+
+SCOPES = ("full", "norms", "layer")
+RATES = {"full": 1.5e-3, "norms": 5e-3, "layer": 1.5e-3}  # measured on SmolLM2-135M, see BENCHMARKS.md
+OF_THE_TRAINER = (
+    Refusal(
+        lambda t: t.is_fsdp_enabled or t.is_deepspeed_enabled,
+        "Recovering weights on shards is not supported: use one process per model, without FSDP and DeepSpeed.",
+    ),
+)
+
+
+@dataclass
+class RecoveryConfig(TrainingConfig):
+    """Settings of a recovery: those of SFTConfig, and a few of its own.
+
+    Raises:
+        UsageError: a value is not accepted.
+    """
+
+    scope: str = field(default="full", metadata={"help": f"what learns: {', '.join(SCOPES)}"})
+    distill: float = field(
+        default=1.0, metadata={"help": "share of the loss that is KL to the dense model; the rest is the text's"}
+    )
+    learning_rate: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "the peak learning rate, relative to each matrix's root mean square"},
+    )
+    optim: OptimizerNames | str = field(default="adafactor", metadata={"help": "the Trainer's optimizer"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "steps of warm-up; below 1, a share of all steps"})
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise UsageError(f"`scope` must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
+        if self.learning_rate is None:
+            self.learning_rate = RATES[self.scope]
+        check_values(self)
+        with settings_at_fault():
+            super().__post_init__()
+        check_choices_of_transformers(self)
+
+
+class FromDense(Objective):
+    """The loss of a model that learns from another one, which does not change."""
+
+    @contextlib.contextmanager
+    def computing(self, states: Callable[[], Tensor]) -> Iterator[None]:
+        if self.args.distill:
+            self.teacher = states()
+        yield
+        self.teacher = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
+
+    def penalty(self, share: Share, device: torch.device | str) -> Tensor | float:
+        return 0.0
+
+
+class RecoveryTrainer(DistillingTrainer):
+    """SFTTrainer that distils the dense model into the weights that a mask keeps.
+
+    Args:
+        model: the pruned model.
+        args: its scope is full or norms.
+        dense: the model as it was before it was pruned, on the same device.
+        mask: the mask of the pruned model.
+        kwargs: see ``DistillingTrainer``.
+
+    Raises:
+        UsageError: the mask does not fit the model, or nothing in it can learn in this scope.
+    """
+
+    purpose = "recovery"
+
+    def __init__(
+        self, model: PreTrainedModel, args: RecoveryConfig, *, dense: PreTrainedModel, mask: Mask, **kwargs: Any
+    ):
+        targets = apply_mask(model, mask)
+        self.learning = choose_weights(model, args.scope, {target.name for target in targets})
+        self.dense = dense.eval().requires_grad_(False)
+        self.objective = FromDense(args, targets, self._record)
+        callbacks = [KeepMask(mask)] if args.scope == "full" else []
+        super().__init__(model, args, callbacks=[*callbacks, *kwargs.pop("callbacks", [])], **kwargs)
+        refuse(OF_THE_TRAINER, self)
+        if model.device.type != "cpu" and args.distill:
+            self.objective.head = plain_head(model)
+
+    def _teacher(self, model, inputs) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            outputs = self._outputs(self.dense, inputs, self.objective.head)
+        return outputs if self.objective.head else outputs.logits
+
+    def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            scale_learning_rates(optimizer, {id(weight): scale_of(weight) for weight in self.learning})
+        return optimizer
+
+
+def choose_weights(model: PreTrainedModel, scope: str, pruned: set[str]) -> list[nn.Parameter]:
+    """The weights that learn in a scope; the others are frozen.
+
+    Args:
+        pruned: names of the pruned weights.
+
+    Raises:
+        UsageError: there are none.
+    """
+    inside = {id(parameter) for parameter in decoder_of(model).parameters()}
+    for name, parameter in model.named_parameters():
+        small = parameter.dim() <= 1 and id(parameter) in inside
+        parameter.requires_grad_(small or (scope != "norms" and name in pruned))
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise UsageError(f"A {type(model).__name__} has neither gains nor biases: use `scope=full`.", "scope")
+    return found
+
+
+@torch.no_grad()
+def scale_of(weight: Tensor) -> float:
+    """Root mean square of the entries that are not zero; 1 where all are, as biases are at times."""
+    values = weight.float()
+    count = int(values.count_nonzero())
+    return float(values.square().sum() / count) ** 0.5 if count else 1.0
+
+
+def recover(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    mask: Mask,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    output_dir: Path | str | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Update the kept weights of a pruned model so that it computes more of what the dense model does, in place.
+
+    Args:
+        model: the pruned model, float32 or bfloat16. It is pruned, if it is not.
+        dense: the model before it was pruned, on the same device. Its channels take the mask's order.
+        mask: the mask. ``proxsparse.mask_of_pruned`` takes it from the zeros of a pruned model.
+        tokenizer: tokenizer of both.
+        windows: (N, T) token ids to learn from; each is seen once.
+        output_dir: folder for checkpoints. The same call again goes on from the last one. None: nothing is written.
+        settings: fields of ``RecoveryConfig``, such as ``scope="norms"``.
+
+    Returns:
+        The Trainer's log.
+
+    Raises:
+        UsageError: a setting is wrong, the mask or the dense model does not fit, or the folder holds another run.
+        RunError: the run diverged.
+    """
+    if windows.dim() != 2 or not len(windows):
+        raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
+    if model.dtype == torch.float16:
+        raise UsageError("float16 can't be learned in: load the model in bfloat16 or float32.", "dtype")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
+        defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
+        config = RecoveryConfig(max_length=windows.shape[1], **(defaults | settings))
+        shapes = {name: p.shape for name, p in dense.named_parameters()}
+        if shapes != {name: p.shape for name, p in model.named_parameters()}:
+            raise UsageError(
+                f"The dense model {dense.config._name_or_path} has other weights than the pruned one: give the model "
+                "that was pruned.",
+                "base",
+            )
+        with restored(model, weights=False), restored(dense, weights=False):
+            recall_order(dense)
+            put_into_order(dense, mask.order)  # so that hidden states can be compared; it computes the same
+            return _run(model, dense, mask, tokenizer, windows, config)
+
+
+def _run(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    mask: Mask,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    config: RecoveryConfig,
+) -> list[dict[str, Any]]:
+    folder = Path(str(config.output_dir))
+    names = ("scope", "learning_rate", "distill", "temperature", "optim", "seed", "num_train_epochs", "max_steps")
+    settings = {name: getattr(config, name) for name in names} | {"text": digest(windows)}
+    checkpoint = starting_point(folder, config.resume_from_checkpoint)
+    claim(folder, {"settings": settings}, write=False)
+    disable_progress_bars()
+    rows = Dataset.from_dict({"input_ids": windows.tolist()})
+    trainer = RecoveryTrainer(model, config, dense=dense, mask=mask, train_dataset=rows, processing_class=tokenizer)
+    claim(folder, {"settings": settings})
+    show_progress(trainer)
+    with quiet_bars():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.log_history
