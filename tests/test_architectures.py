@@ -18,6 +18,7 @@ from proxsparse.commands.eval import shares_24
 from proxsparse.deploy.sparse import CompactLinear, use_compact
 from proxsparse.errors import UsageError
 from proxsparse.mask import apply_mask, load_mask
+from proxsparse.model import walk
 from proxsparse.model.inputs import input_norms
 from proxsparse.model.linears import expert_layout
 from proxsparse.model.prunable import coverage, decoder_blocks, find_prunable
@@ -238,7 +239,7 @@ def test_layers_that_do_not_run_one_after_the_other_are_walked_by_running_the_wh
     for kind in ("llama", "gpt2", "qwen3_moe", "hrm_text", "xlm"):
         model = tiny_model(kind)
         with torch.no_grad():
-            walks[kind] = layerwise.in_sequence(model, decoder_blocks(model), WINDOWS)
+            walks[kind] = walk.in_sequence(model, decoder_blocks(model), WINDOWS)
     assert walks == {"llama": True, "gpt2": True, "qwen3_moe": True, "hrm_text": False, "xlm": False}
 
 

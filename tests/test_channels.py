@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.deploy.dense import save_pruned
-from proxsparse.learning.keep import Kept
 from proxsparse.errors import RunError, UsageError
+from proxsparse.learning.keep import Kept
 from proxsparse.mask import Mask, apply_mask, load_mask, mask_of_pruned, save_mask
 from proxsparse.model.channels import ORDER_FILE, ChannelOrder, Move, load_order, order_of, put_into_order, reordered
 from proxsparse.model.loading import load_model

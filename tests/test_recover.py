@@ -1,6 +1,5 @@
 """Recovery: the kept weights learn from the dense model, the mask stays, and what is saved says so."""
 
-import dataclasses
 import json
 
 import pytest
@@ -11,8 +10,10 @@ from test_compact import magnitudes
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
-from proxsparse.learning.recover import recover
+from proxsparse.learning import layers
+from proxsparse.learning.recover import RecoveryTrainer, recover
 from proxsparse.mask import Mask, apply_mask, fit_mask, load_mask
+from proxsparse.model.ordering import order_channels
 
 PLAIN = {"bf16": False, "logging_steps": 1, "save_steps": 2}
 
@@ -72,21 +73,89 @@ def test_a_recovery_that_stopped_goes_on_to_the_same_weights(scope, tokenizer, w
     unbroken, dense, mask = pruned_and_dense()
     recover(unbroken, dense, mask, tokenizer, windows, tmp_path / "unbroken", scope=scope, **PLAIN)
     model, *_ = pruned_and_dense()
-    stop = {"full": "proxsparse.learning.recover.RecoveryTrainer._teacher", "layer": "proxsparse.learning.layers.fit"}
-    module, _, name = stop[scope].rpartition(".")
-    calls, whole = [], monkeypatch.derive_importpath(stop[scope], True)[1]
-    whole = getattr(whole, name) if isinstance(name, str) else whole
+    owner, name, nth = {"full": (RecoveryTrainer, "_teacher", 4), "layer": (layers, "fit", 2)}[scope]
+    calls, whole = [], getattr(owner, name)
 
     def broken(*args, **kwargs):
         calls.append(1)
-        if len(calls) == {"full": 4, "layer": 2}[scope]:
+        if len(calls) == nth:
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stop[scope], broken)
+        patch.setattr(owner, name, broken)
         with pytest.raises(KeyboardInterrupt):
             recover(model, dense, mask, tokenizer, windows, tmp_path / "broken", scope=scope, **PLAIN)
     model, *_ = pruned_and_dense()  # a new process
     recover(model, dense, mask, tokenizer, windows, tmp_path / "broken", scope=scope, **PLAIN)
     assert not moved(model, copy_of(unbroken))
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, corpus, tmp_path_factory):
+    """A finished run of learning."""
+    out = tmp_path_factory.mktemp("recover") / "run"
+    flags = ["--model", checkpoint, "--dataset", corpus, "--ctx_len", "32", "--samples", "4", "--bf16", "false"]
+    assert console(["learn", *flags, "--use_cpu", "true", "--output_dir", str(out)]) == 0
+    return out
+
+
+def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_moved(run, checkpoint, capsys):
+    assert console(["recover", "--run", str(run), "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["to"], found["tokens"]) == (str(run / "recovered"), 4 * 32)
+    assert console(["check", "--model", found["to"]]) == 0
+    assert console(["check", "--model", found["to"], "--base", checkpoint]) == 1  # the kept weights moved
+    assert "kept weights were updated by distilling the dense model" in (run / "recovered" / "README.md").read_text()
+    assert not (run / "recovered-training").exists()
+    capsys.readouterr()
+    assert console(["recover", "--run", str(run)]) == 0
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, corpus, tmp_path):
+    proxsparse.save_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
+    flags = ["--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu", "--scope", "layer"]
+    words = ["--model", str(tmp_path / "pruned"), "--base", checkpoint, "--to", str(tmp_path / "new"), *flags]
+    assert console(["recover", *words]) == 0
+    again, first = (proxsparse.mask_of_pruned(proxsparse.load_model(str(tmp_path / p))) for p in ("new", "pruned"))
+    assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
+
+
+def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoint, corpus, mask, tmp_path, capsys):
+    model, dense, kept = pruned_and_dense()
+    other = tiny_llama(hidden_size=64)
+    for change, sentence in (
+        ({"dense": other}, "has other weights than the pruned one"),
+        ({"windows": windows[0]}, "must be token ids of shape"),
+        ({"scope": "all"}, "must be one of full, norms, layer; got 'all'"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be a finite number > 0"),
+        ({"mask": Mask(magnitudes(other))}, "does not fit"),
+        ({"model": tiny_llama().half()}, "float16 can't be learned in"),
+    ):
+        given = {"model": model, "dense": dense, "mask": kept, "tokenizer": tokenizer, "windows": windows, **PLAIN}
+        with pytest.raises(UsageError, match=sentence.replace("'", ".")):
+            recover(**(given | change))
+    words = ["recover", "--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu"]
+    for flags, code, sentence in (
+        (["--model", checkpoint, "--to", "x"], 2, "give the dense one as --base, or a --mask"),
+        (["--model", checkpoint, "--mask", str(mask)], 2, "required: --to, or --run"),
+        (["--model", checkpoint, "--mask", str(mask), "--to", corpus], 2, "holds something else"),
+    ):
+        assert console([*words, *flags]) == code
+        assert sentence in capsys.readouterr().err
+    broken = tiny_llama()
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"The loss is nan at step 1. Lower `learning_rate`"):
+        recover(broken, dense, kept, tokenizer, windows, **PLAIN)
+
+
+def test_channels_in_another_order_are_recovered_towards_the_same_model(tokenizer, windows):
+    model, dense = tiny_llama(), tiny_llama()
+    order = order_channels(model, windows)
+    mask = Mask(magnitudes(model), order=order)
+    apply_mask(model, mask)
+    far = divergence(model, tiny_llama(), windows)
+    recover(model, dense, mask, tokenizer, windows, scope="layer", num_train_epochs=4, learning_rate=0.01, **PLAIN)
+    assert divergence(model, tiny_llama(), windows) < 0.9 * far
+    assert divergence(dense, tiny_llama(), windows) < 1e-6

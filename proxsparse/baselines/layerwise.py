@@ -2,7 +2,6 @@
 
 One layer's statistics and two copies of the hidden states exist at a time. In the names of this module a block is a
 layer.
-Shapes: N = windows, T = ctx_len, H = hidden size.
 """
 
 import logging
@@ -17,20 +16,10 @@ from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.model.inputs import listen, note_unseen
 from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of, find_prunable
+from proxsparse.model.walk import Call, first_inputs, in_sequence, run_block
 from proxsparse.operator.pattern import Pattern
 
-Call = tuple[tuple, dict[str, Any]]  # arguments of a layer, without the hidden states
 logger = logging.getLogger(__name__)
-
-# The hidden states of all windows are kept: 128 windows of a model with 131,072 positions would not fit anywhere.
-LONGEST_CONTEXT = 8192
-TOKENS_AT_ONCE = 4096  # of as many windows as divide their number; more make nothing faster
-
-TRIED = 64  # tokens that show whether the layers run one after the other
-
-
-class _Reached(Exception):
-    """The first layer has been reached; the rest of the forward pass is not needed."""
 
 
 @torch.no_grad()
@@ -126,87 +115,6 @@ def _common(patterns: dict[int, Pattern], width: int) -> Pattern:
     """The pattern of all layers, or a mixed one where they differ."""
     kinds = {str(p): p for p in patterns.values()}
     return next(iter(kinds.values())) if len(kinds) == 1 else Pattern(0, width)
-
-
-def first_inputs(
-    model: PreTrainedModel, blocks: list, windows: Tensor, hidden_device: str
-) -> tuple[list[Tensor], list[Call]]:
-    """Hidden states that enter the first layer, in batches (B, T, H), and every layer's other arguments.
-
-    The other arguments (positions, masks) depend on the shape of the batch only, and all batches have one shape. Layers
-    of one model may differ in them (sliding and full attention), so each layer's own are kept.
-    """
-    if windows.shape[1] > LONGEST_CONTEXT:
-        raise RunError(
-            f"Calibration windows of {windows.shape[1]} tokens need too much memory for the hidden states; "
-            f"use at most `ctx_len={LONGEST_CONTEXT}`."
-        )
-    count, most = len(windows), max(1, TOKENS_AT_ONCE // windows.shape[1])
-    batches = windows.split(max(size for size in range(1, min(most, count) + 1) if count % size == 0))
-    calls: list[Call] = []
-    hidden: list[Tensor] = []
-
-    def remember_call(module, arguments, keywords):
-        calls.append((arguments[1:], {k: v for k, v in keywords.items() if k != "hidden_states"}))
-
-    def remember_states(module, arguments, keywords):
-        hidden.append((arguments[0] if arguments else keywords["hidden_states"]).to(hidden_device))
-        raise _Reached
-
-    decoder = decoder_of(model)
-    handles = [block.register_forward_pre_hook(remember_call, with_kwargs=True) for block in blocks]
-    decoder(input_ids=batches[0].to(model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    handle = blocks[0].register_forward_pre_hook(remember_states, with_kwargs=True)
-    try:
-        for batch in batches:
-            try:
-                decoder(input_ids=batch.to(model.device), use_cache=False)
-            except _Reached:
-                continue
-    finally:
-        handle.remove()
-    return hidden, calls
-
-
-def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
-    """Whether each layer reads what the one before it wrote, so that they can be run one at a time.
-
-    Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that.
-    """
-    inputs: list[Tensor] = []
-    calls: list[Call] = []
-
-    def remember(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
-        inputs.append((arguments[0] if arguments else keywords["hidden_states"]).detach().clone())
-        calls.append((arguments[1:], {k: v for k, v in keywords.items() if k != "hidden_states"}))
-
-    handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
-    decoder_of(model)(input_ids=windows[:1, :TRIED].to(model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    if len(calls) != len(blocks):
-        return False
-    try:
-        return all(
-            _alike(run_block(block, own, call, model.device), following)
-            for block, own, call, following in zip(blocks, inputs, calls, inputs[1:], strict=False)
-        )
-    except (TypeError, RuntimeError):  # a layer that needs what another one made
-        return False
-
-
-def _alike(found: Tensor, wanted: Tensor) -> bool:
-    """Equal but for sums in another order, as GPUs make them."""
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-2 * wanted.norm())
-
-
-def run_block(block, states: Tensor, call: Call, device: torch.device | str) -> Tensor:
-    """Output hidden states of one layer, which may return a tensor or a tuple that begins with it."""
-    arguments, keywords = call
-    output = block(states.to(device), *arguments, **keywords)
-    return output if torch.is_tensor(output) else output[0]
 
 
 def _prune_one(target: Prunable, method: Any, statistic: Any, pattern: Pattern, update: bool) -> Tensor:

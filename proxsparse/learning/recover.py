@@ -34,6 +34,7 @@ from proxsparse.learning.config import TrainingConfig
 from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.head import plain_head
 from proxsparse.learning.keep import KeepMask
+from proxsparse.learning.layers import recover_layers
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import scale_learning_rates
@@ -236,6 +237,11 @@ def _run(
     settings = {name: getattr(config, name) for name in names} | {"text": digest(windows)}
     checkpoint = starting_point(folder, config.resume_from_checkpoint)
     claim(folder, {"settings": settings}, write=False)
+    if config.scope == "layer":
+        targets = apply_mask(model, mask)
+        learning = choose_weights(model, config.scope, {target.name for target in targets})
+        claim(folder, {"settings": settings})
+        return recover_layers(model.eval(), dense.eval(), mask, windows, config, {w: scale_of(w) for w in learning})
     disable_progress_bars()
     rows = Dataset.from_dict({"input_ids": windows.tolist()})
     trainer = RecoveryTrainer(model, config, dense=dense, mask=mask, train_dataset=rows, processing_class=tokenizer)

@@ -1,0 +1,161 @@
+"""From a mask to a deployed model on SmolLM2-135M: what each step costs and brings, and that the model stays 2:4.
+
+    python benchmarks/deployed.py runs/demo          the mask of this run; all models are written below it
+    python benchmarks/deployed.py                    learns a mask first, into runs/deployed
+
+The rows: the dense model, the mask alone, recovery in each scope, fine-tuning with KeepMask, a masked LoRA adapter that
+was merged, and the recovered model in int8 and in the compact form. All that learn see the same windows once, which are
+other ones than the mask's. Every model is written, passes ``proxsparse check``, and is read back before it is
+measured. Fine-tuning and LoRA run with one plain setting each, which was not tuned. It writes
+benchmarks/results/deployed.json.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import best_seconds, print_table, write_record
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+import proxsparse
+from proxsparse.__main__ import main as console
+from proxsparse.learning.folder import Run
+from proxsparse.learning.recover import SCOPES
+from proxsparse.mask import Mask
+from proxsparse.model.loading import EMBEDDED
+
+TEXTS = ("wiki", "news")
+PROMPT, TOKENS = "The first railway in the country was built", 24
+HEADS = ("model", "weights updated", *(f"{text} perplexity" for text in TEXTS), "MB", "tokens/s")
+
+
+class Chain:
+    """The models of one mask, in folders below its run.
+
+    Args:
+        folder: of the run; it is learned where there is none.
+        samples, ctx_len: windows and their length, for learning the mask and for each update.
+        max_windows: windows of each text that measure a model.
+    """
+
+    def __init__(self, folder: Path, samples: int, ctx_len: int, max_windows: int):
+        self.folder, self.samples, self.ctx_len = folder, samples, ctx_len
+        flags = {"model": EMBEDDED, "dataset": "wiki", "ctx_len": ctx_len, "samples": samples, "output_dir": folder}
+        if not Run(folder).is_finished:
+            run("learn", *(word for name, value in flags.items() for word in (f"--{name}", value)))
+        self.mask = proxsparse.load_mask(folder)
+        self.tokenizer = proxsparse.load_tokenizer(EMBEDDED)
+        options = (ctx_len, "heldout", max_windows)
+        self.held_out = {text: proxsparse.evaluation_windows(text, self.tokenizer, *options) for text in TEXTS}
+        self.rows: list[dict] = []
+
+    def build(self) -> list[dict]:
+        self.measure("dense", "", Path(EMBEDDED), checked=False)
+        self.measure("mask alone", "", self.written("pruned", lambda to: self.command("export", "--to", to)))
+        for scope in SCOPES:
+            folder = self.written(f"recovered-{scope}", lambda to, scope=scope: self.recover(to, scope))
+            self.measure(f"recovered, {scope}", "yes", folder)
+        for name, update in (("tuned", fine_tune), ("adapted", adapt)):
+            folder = self.written(name, lambda to, update=update: update(self.mask, self.tokenizer, self.windows(), to))
+            self.measure({"tuned": "fine-tuned with KeepMask", "adapted": "LoRA, merged"}[name], "yes", folder)
+        best = str(self.folder / "recovered-full")
+        for form, flags in (("int8", ("--quantize", "int8")), ("compact", ("--form", "compact"))):
+            folder = self.written(form, lambda to, flags=flags: run("export", "--model", best, *flags, "--to", to))
+            self.measure(f"recovered, full, {form}", "yes", folder, sparse=form == "compact")
+        return self.rows
+
+    def windows(self) -> Tensor:
+        return proxsparse.calibration_windows("wiki", self.tokenizer, self.ctx_len, self.samples, seed=43)
+
+    def written(self, name: str, write: Callable[[Path], object]) -> Path:
+        """The folder of a model; one that is there from an earlier start is taken."""
+        folder = self.folder / name
+        if not folder.is_dir():
+            write(folder)
+        return folder
+
+    def command(self, name: str, *words: object) -> None:
+        run(name, "--run", self.folder, *words)
+
+    def recover(self, to: Path, scope: str) -> None:
+        self.command("recover", "--scope", scope, "--samples", self.samples, "--to", to)
+
+    @torch.no_grad()
+    def measure(self, title: str, updated: str, folder: Path, sparse: bool = False, checked: bool = True) -> None:
+        if checked:
+            run("check", "--model", folder)
+        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        model = (
+            proxsparse.load(str(folder), sparse=True) if sparse else proxsparse.load_model(str(folder), evaluating=True)
+        )
+        ids = self.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+        made = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+        elapsed = best_seconds(lambda: model.generate(ids, **made), 3)
+        dense = proxsparse.load_model(str(folder)) if sparse else model  # prefill of compact weights is no faster
+        found = {text: proxsparse.perplexity(dense, windows).perplexity for text, windows in self.held_out.items()}
+        size = sum(file.stat().st_size for file in files) / 1e6
+        self.rows.append(
+            {"model": title, "updated": updated, **found, "MB": size, "tokens_per_second": TOKENS / elapsed}
+        )
+        print(self.rows[-1], flush=True)
+
+
+def fine_tune(mask: Mask, tokenizer: PreTrainedTokenizerBase, windows: Tensor, to: Path) -> None:
+    """TRL's trainer on the text, with the mask kept."""
+    model = proxsparse.load_model(EMBEDDED)
+    train(model, tokenizer, windows, 1e-4, [proxsparse.KeepMask(mask)])
+    proxsparse.save_pruned(model, mask, to)
+
+
+def adapt(mask: Mask, tokenizer: PreTrainedTokenizerBase, windows: Tensor, to: Path) -> None:
+    """A LoRA adapter on every linear layer, trained under the mask and merged."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = proxsparse.masked_lora(proxsparse.load_model(EMBEDDED), mask, adapter)
+    train(model, tokenizer, windows, 5e-4, [])
+    proxsparse.save_pruned(model.merge_and_unload(), mask, to)
+
+
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, rate: float, callbacks: list
+) -> None:
+    settings = SFTConfig(
+        output_dir="unused", num_train_epochs=1, per_device_train_batch_size=1, learning_rate=rate,
+        lr_scheduler_type="linear", warmup_steps=0.05, max_length=windows.shape[1], use_cpu=True, bf16=False,
+        activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=10,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": windows.tolist()})
+    SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks).train()
+
+
+def run(*words: object) -> None:
+    if console([str(word) for word in words]):
+        raise SystemExit(f"{' '.join(map(str, words))} failed")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="runs/deployed", type=Path, help="folder of a run")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--max_windows", type=int, default=16)
+    args = parser.parse_args()
+    rows = Chain(args.folder, args.samples, args.ctx_len, args.max_windows).build()
+    cells = (
+        [r["model"], r["updated"], *(f"{r[t]:.2f}" for t in TEXTS), f"{r['MB']:.0f}", f"{r['tokens_per_second']:.1f}"]
+        for r in rows
+    )
+    print_table("SmolLM2-135M", HEADS, cells, text_columns=2)
+    write_record("deployed", {"samples": args.samples, "ctx_len": args.ctx_len, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
