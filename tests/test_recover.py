@@ -111,6 +111,11 @@ def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_mo
     capsys.readouterr()
     assert console(["recover", "--run", str(run)]) == 0
     assert "done already" in capsys.readouterr().out
+    for words in ("apply",), ("eval",), ("eval", "--model", found["to"]), ("report",):
+        assert console([*words, "--run", str(run)]) == 0, capsys.readouterr().err
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [*rows][2:] == ["dense", "ProxSparse 2:4, weights updated", "ProxSparse 2:4"]
+    assert rows["dense"] != rows["ProxSparse 2:4"] != rows["ProxSparse 2:4, weights updated"]
 
 
 def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, corpus, tmp_path):

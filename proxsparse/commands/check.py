@@ -5,10 +5,10 @@
     python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
 Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros; with --pattern 4:8, at
-most four of eight. With --base, the kept
-weights must be those of the base bit for bit, and everything else must be unchanged. If something is wrong, the first
-findings are printed, and the exit code is 1. It reads the forms dense and compact of export, and a base from the Hub's
-cache. It also reads what export --quantize wrote, but not together with --base, because those weights are rounded.
+most four of eight. With --base, the kept weights must be those of the base bit for bit, and everything else must be
+unchanged. If something is wrong, the first findings are printed, and the exit code is 1. It reads the forms dense and
+compact of export, and a base from the Hub's cache. It also reads what export --quantize wrote, but not together with
+--base, because those weights are rounded.
 
 --target lists the weights that a 2:4 kernel can't take, and why. The kernels are torchao (float8 2:4 in vLLM, on H100
 and H200), and cusparselt and cutlass (torch's semi-structured tensors). These weights stay dense there; the exit code

@@ -6,9 +6,12 @@
         --output ppl.json
     python eval/ppl.py --run runs/demo
                                (the dense model of a run, on its text)
+    python eval/ppl.py --run runs/demo --model runs/demo/recovered
+                               (what recover made, for the run's report)
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,8 +32,9 @@ from proxsparse.commands.groups import (
     write_result,
 )
 from proxsparse.errors import UsageError
-from proxsparse.learning.folder import DENSE, Run
+from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import sparsity_by_kind
+from proxsparse.model.loading import EMBEDDED
 from proxsparse.model.prunable import find_prunable
 
 
@@ -43,7 +47,12 @@ def arguments() -> Parser:
 
 
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    return evaluation_of(run) | {"output": str(run.result_file(DENSE))}
+    found = evaluation_of(run)
+    if args.model in (EMBEDDED, found["model"]):  # its default, or the run's own
+        return found | {"output": str(run.result_file(DENSE))}
+    if Path(args.model).resolve() == run.recovered_folder.resolve():
+        return found | {"output": str(run.result_file(RECOVERED))}
+    return found
 
 
 @command(arguments)

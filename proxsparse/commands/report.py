@@ -17,7 +17,7 @@ from rich.console import Console
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
-from proxsparse.learning.folder import DENSE, PRUNED, Run
+from proxsparse.learning.folder import DENSE, PRUNED, RECOVERED, Run
 from proxsparse.mask import Mask, load_mask
 from proxsparse.record import read_json
 
@@ -66,10 +66,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def results_of(run: Run) -> dict[str, str]:
-    """Title -> file of every result in the folder of a run, the run's own last."""
+    """Title -> file of every result in the folder of a run, that of its own mask last."""
     pattern = run.pattern
     found = {"dense": DENSE} | {f"{TITLES.get(m, m)} {pattern}": m for m in run.baselines()}
-    found |= {f"ProxSparse {pattern}": PRUNED}
+    found |= {f"ProxSparse {pattern}, weights updated": RECOVERED, f"ProxSparse {pattern}": PRUNED}
     files = {title: run.result_file(name) for title, name in found.items()}
     return {title: str(file) for title, file in files.items() if file.is_file()}
 
