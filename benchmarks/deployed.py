@@ -12,7 +12,8 @@ benchmarks/results/deployed.json.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from proxsparse.mask import Mask
 from proxsparse.model.loading import EMBEDDED
 
 TEXTS = ("wiki", "news")
+COMPACT = "compact"
 PROMPT, TOKENS = "The first railway in the country was built", 24
 HEADS = ("model", "weights updated", *(f"{text} perplexity" for text in TEXTS), "MB", "tokens/s")
 
@@ -53,57 +55,54 @@ class Chain:
         self.tokenizer = proxsparse.load_tokenizer(EMBEDDED)
         options = (ctx_len, "heldout", max_windows)
         self.held_out = {text: proxsparse.evaluation_windows(text, self.tokenizer, *options) for text in TEXTS}
-        self.rows: list[dict] = []
 
-    def build(self) -> list[dict]:
-        self.measure("dense", "", Path(EMBEDDED), checked=False)
-        self.measure("mask alone", "", self.written("pruned", lambda to: self.command("export", "--to", to)))
+    def models(self) -> Iterator[tuple[str, str, Path]]:
+        """Name, whether weights were updated, and folder of every model, each written and checked when it comes."""
+        yield "dense", "", Path(EMBEDDED)
+        yield self.checked("mask alone", "", "pruned", lambda to: self.command("export", "--to", to))
         for scope in SCOPES:
-            folder = self.written(f"recovered-{scope}", lambda to, scope=scope: self.recover(to, scope))
-            self.measure(f"recovered, {scope}", "yes", folder)
-        for name, update in (("tuned", fine_tune), ("adapted", adapt)):
-            folder = self.written(name, lambda to, update=update: update(self.mask, self.tokenizer, self.windows(), to))
-            self.measure({"tuned": "fine-tuned with KeepMask", "adapted": "LoRA, merged"}[name], "yes", folder)
-        best = str(self.folder / "recovered-full")
-        for form, flags in (("int8", ("--quantize", "int8")), ("compact", ("--form", "compact"))):
-            folder = self.written(form, lambda to, flags=flags: run("export", "--model", best, *flags, "--to", to))
-            self.measure(f"recovered, full, {form}", "yes", folder, sparse=form == "compact")
-        return self.rows
+            yield self.checked(f"recovered, {scope}", "yes", f"recovered-{scope}", partial(self.recover, scope))
+        for title, name, update in (("fine-tuned, KeepMask", "tuned", fine_tune), ("LoRA, merged", "adapted", adapt)):
+            yield self.checked(title, "yes", name, partial(update, self.mask, self.tokenizer, self.windows()))
+        recovered = str(self.folder / "recovered-full")
+        for form, flags in (("int8", ("--quantize", "int8")), (COMPACT, ("--form", "compact"))):
+            write = partial(run, "export", "--model", recovered, *flags, "--to")
+            yield self.checked(f"recovered, full, {form}", "yes", form, write)
+
+    def measured(self) -> list[dict]:
+        rows = []
+        for title, updated, folder in self.models():
+            rows.append({"model": title, "updated": updated} | self.measure(folder))
+            print(rows[-1], flush=True)
+        return rows
 
     def windows(self) -> Tensor:
         return proxsparse.calibration_windows("wiki", self.tokenizer, self.ctx_len, self.samples, seed=43)
 
-    def written(self, name: str, write: Callable[[Path], object]) -> Path:
-        """The folder of a model; one that is there from an earlier start is taken."""
+    def checked(self, title: str, updated: str, name: str, write: Callable[[Path], object]) -> tuple[str, str, Path]:
+        """Write a model, unless an earlier start did, and see that it is 2:4."""
         folder = self.folder / name
         if not folder.is_dir():
             write(folder)
-        return folder
+        run("check", "--model", folder)
+        return title, updated, folder
 
     def command(self, name: str, *words: object) -> None:
         run(name, "--run", self.folder, *words)
 
-    def recover(self, to: Path, scope: str) -> None:
+    def recover(self, scope: str, to: Path) -> None:
         self.command("recover", "--scope", scope, "--samples", self.samples, "--to", to)
 
     @torch.no_grad()
-    def measure(self, title: str, updated: str, folder: Path, sparse: bool = False, checked: bool = True) -> None:
-        if checked:
-            run("check", "--model", folder)
-        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
-        model = (
-            proxsparse.load(str(folder), sparse=True) if sparse else proxsparse.load_model(str(folder), evaluating=True)
-        )
+    def measure(self, folder: Path) -> dict[str, float]:
+        dense = proxsparse.load_model(str(folder), evaluating=True)
+        found = {text: proxsparse.perplexity(dense, windows).perplexity for text, windows in self.held_out.items()}
+        model = proxsparse.load(str(folder), sparse=True) if folder.name == COMPACT else dense
         ids = self.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         made = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         elapsed = best_seconds(lambda: model.generate(ids, **made), 3)
-        dense = proxsparse.load_model(str(folder)) if sparse else model  # prefill of compact weights is no faster
-        found = {text: proxsparse.perplexity(dense, windows).perplexity for text, windows in self.held_out.items()}
-        size = sum(file.stat().st_size for file in files) / 1e6
-        self.rows.append(
-            {"model": title, "updated": updated, **found, "MB": size, "tokens_per_second": TOKENS / elapsed}
-        )
-        print(self.rows[-1], flush=True)
+        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return found | {"MB": sum(file.stat().st_size for file in files) / 1e6, "tokens_per_second": TOKENS / elapsed}
 
 
 def fine_tune(mask: Mask, tokenizer: PreTrainedTokenizerBase, windows: Tensor, to: Path) -> None:
@@ -147,7 +146,7 @@ def main() -> int:
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--max_windows", type=int, default=16)
     args = parser.parse_args()
-    rows = Chain(args.folder, args.samples, args.ctx_len, args.max_windows).build()
+    rows = Chain(args.folder, args.samples, args.ctx_len, args.max_windows).measured()
     cells = (
         [r["model"], r["updated"], *(f"{r[t]:.2f}" for t in TEXTS), f"{r['MB']:.0f}", f"{r['tokens_per_second']:.1f}"]
         for r in rows

@@ -3,6 +3,8 @@
     python -m proxsparse export --run runs/mine --to pruned
     python -m proxsparse export --model meta-llama/Llama-3.1-8B \\
         --mask runs/mine --form mask --to pruned-mask
+    python -m proxsparse export --model runs/mine/recovered --quantize int8 \\
+        --to small
     python -m proxsparse export --run runs/demo --form compact --to small
 
   dense    an ordinary checkpoint with exact zeros, which transformers, vLLM
@@ -12,6 +14,8 @@
   compact  two values and their positions per block, 9/16 of a 16-bit weight;
            proxsparse.load reads it
   npz      the mask as MaskLLM's programs read it
+
+Without --mask, the zeros of a pruned --model are the mask: of one that was fine-tuned, for example.
 
 --quantize writes the dense form with 8-bit weights (int8 or fp8) and exact zeros. transformers and vLLM read it, in the
 layout of compressed-tensors. Each output has one scale; activations are quantised per token while the model runs.
@@ -33,7 +37,7 @@ from proxsparse.commands.groups import (
     RunParser,
     add_mask_argument,
     add_model_arguments,
-    given_mask,
+    mask_or_zeros,
     model_of,
     options_of,
     say_coverage,
@@ -88,7 +92,7 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    mask, to = given_mask(args), Path(args.to)
+    mask, to = mask_or_zeros(args), Path(args.to)
     if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
         raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
     if args.results and not Path(args.results).is_file():

@@ -15,7 +15,7 @@ from proxsparse.commands.cli import Parser
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
-from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file
+from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file, mask_of_pruned
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import (
     DTYPES,
@@ -187,6 +187,13 @@ def given_mask(args: argparse.Namespace) -> Mask:
     found = read_mask(args)
     assert found is not None
     return found
+
+
+def mask_or_zeros(args: argparse.Namespace) -> Mask:
+    """The mask that the arguments name; of a pruned model without one, its zeros."""
+    if args.mask is None and args.model != EMBEDDED:
+        return mask_of_pruned(load_model(args.model, **options_of(args)))
+    return given_mask(args)
 
 
 def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace) -> None:
