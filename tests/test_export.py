@@ -300,7 +300,9 @@ def test_a_model_without_a_tokenizer_is_saved_pruned(tmp_path):
 
 def test_a_pruned_model_is_exported_by_its_zeros(checkpoint, mask, tmp_path, capsys):
     proxsparse.save_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
-    assert console(["export", "--model", str(tmp_path / "pruned"), "--form", "compact", "--to", str(tmp_path / "c")]) == 0
+    assert (
+        console(["export", "--model", str(tmp_path / "pruned"), "--form", "compact", "--to", str(tmp_path / "c")]) == 0
+    )
     found, wanted = (proxsparse.load(str(tmp_path / name)).state_dict() for name in ("c", "pruned"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert console(["export", "--model", checkpoint, "--to", str(tmp_path / "d")]) == 2

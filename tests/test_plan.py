@@ -66,7 +66,6 @@ print(*peak("measured", **sizes, num_key_value_heads=4, vocab_size=2048, max_pos
 @pytest.mark.parametrize(
     "flags",
     [
-        "--method masked --ctx_len 256 --bf16 false",
         "--method paper --ctx_len 256 --dtype bfloat16 --bf16 true --activation_checkpointing true",
         "--method masked --ctx_len 128 --bf16 false --keep_base checkpoint --optim_in_backward true --optim adafactor",
     ],

@@ -16,7 +16,9 @@ from oracle import coordinate_descent, global_minimum, hard_blocks, objective
 from proxsparse.operator.pattern import nm_mask
 from proxsparse.operator.prox import prox_op, prox_op_, regularizer, survey_, top2_mask, top2_product_
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
+ABSENT = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+TRITON = pytest.param("triton", marks=ABSENT)
+SLOW_TRITON = pytest.param("triton", marks=[ABSENT, pytest.mark.slow])
 KERNELS = ["cpu", "eager", TRITON]
 # lambda * |w| from far below to far above the change of regime, which lies near one.
 STRENGTHS = [1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.9, 3.1, 10.0, 1e3]
@@ -73,6 +75,7 @@ FIRST_USE = {
 }
 
 
+@pytest.mark.slow  # processes of their own
 @pytest.mark.parametrize("use", FIRST_USE.values(), ids=FIRST_USE)
 def test_the_first_use_leaves_torch_its_number_of_threads(use):
     # In a new process: numba starts its threads once.
@@ -106,7 +109,8 @@ def test_it_beats_the_original_solver_where_that_one_is_stuck(kernel):
     assert objective(run(kernel, blocks, 1.0), blocks, 1.0)[0] == pytest.approx(0.955, abs=1e-3)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+# Triton's interpreter takes 20 seconds; its kernels are compared with the others below.
+@pytest.mark.parametrize("kernel", ["cpu", "eager", SLOW_TRITON])
 @given(
     arrays(np.float32, (16, 4), elements=st.floats(-1e4, 1e4, width=32)),
     st.floats(0, 1e4, width=32),

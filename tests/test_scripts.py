@@ -125,9 +125,6 @@ def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, t
     again = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
     assert again.returncode == 0
     assert again.stdout.count("done already") == 4
-    other = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **(setting | {"samples": 13}))
-    assert other.returncode == 2
-    assert "mask.safetensors was made by another command" in other.stderr
     assert (tmp_path / "run" / "mask.safetensors").stat().st_mtime_ns == mask
 
 
