@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from proxsparse.learning.keep import KeepMask as KeepMask
     from proxsparse.learning.keep import keep_mask as keep_mask
     from proxsparse.learning.learn import learn_mask as learn_mask
+    from proxsparse.learning.recover import recover as recover
     from proxsparse.mask import Mask as Mask
     from proxsparse.mask import apply_mask as apply_mask
     from proxsparse.mask import load_mask as load_mask
@@ -44,6 +45,7 @@ _LATER = {
     "merge_lora": "deploy.lora",
     "perplexity": "evaluation.perplexity",
     "learn_mask": "learning.learn",
+    "recover": "learning.recover",
     "Mask": "mask",
     "apply_mask": "mask",
     "load_mask": "mask",
