@@ -111,6 +111,8 @@ def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_mo
     capsys.readouterr()
     assert console(["recover", "--run", str(run)]) == 0
     assert "done already" in capsys.readouterr().out
+    assert console(["recover", "--run", str(run), "--scope", "norms"]) == 2
+    assert "was recovered with other settings" in capsys.readouterr().err
     for words in ("apply",), ("eval",), ("eval", "--model", found["to"]), ("report",):
         assert console([*words, "--run", str(run)]) == 0, capsys.readouterr().err
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -141,8 +143,16 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
         given = {"model": model, "dense": dense, "mask": kept, "tokenizer": tokenizer, "windows": windows, **PLAIN}
         with pytest.raises(UsageError, match=sentence.replace("'", ".")):
             recover(**(given | change))
+    assert console(["recover", "--model", checkpoint, "--to", "x"]) == 2
+    assert "required: --dataset, or --run" in capsys.readouterr().err
     words = ["recover", "--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu"]
     for flags, code, sentence in (
+        (
+            ["--model", checkpoint, "--to", "x", "--learning_rate", "0"],
+            2,
+            "--learning_rate must be a finite number > 0",
+        ),
+        (["--model", checkpoint, "--to", "x", "--seed", "-1"], 2, "--seed must be between 0"),
         (["--model", checkpoint, "--to", "x"], 2, "give the dense one as --base, or a --mask"),
         (["--model", checkpoint, "--mask", str(mask)], 2, "required: --to, or --run"),
         (["--model", checkpoint, "--mask", str(mask), "--to", corpus], 2, "holds something else"),

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from proxsparse.commands.cli import Parser, command, print_json
@@ -36,9 +37,10 @@ from proxsparse.commands.groups import (
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import WINDOWS, Run
-from proxsparse.learning.recover import RATES, SCOPES, recover
+from proxsparse.learning.learn import defaults_on
+from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
-from proxsparse.model.loading import load_config, load_model, load_tokenizer
+from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.record import OWN, refuse_to_overwrite
 from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
@@ -49,7 +51,7 @@ def arguments() -> Parser:
     add_mask_argument(parser)
     parser.add_argument("--base", default=None, metavar="MODEL", help="the dense model; default: --model, with --mask")
     parser.add_argument("--to", default=None, metavar="FOLDER", help="new folder for the recovered checkpoint")
-    parser.add_argument("--dataset", default="c4", metavar="TEXT", help=f"text to learn from: {CALIBRATION_HELP}")
+    parser.add_argument("--dataset", default=None, metavar="TEXT", help=f"text to learn from: {CALIBRATION_HELP}")
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
     parser.add_argument("--samples", type=positive_int, default=400, help="windows; default: %(default)s")
     parser.add_argument("--seed", type=int, default=43, help="seed of the choice of windows; default: %(default)s")
@@ -72,22 +74,24 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     settings = run.settings
     found = {name: settings[name] for name in ("dataset", "ctx_len", "samples") if settings.get("dataset") != WINDOWS}
-    return (
-        model_of(run)
-        | found
-        | {
-            "mask": str(run.mask_file),
-            "seed": int(settings.get("seed", 42)) + 1,
-            "to": str(run.recovered_folder),
-        }
-    )
+    found |= {"mask": str(run.mask_file), "to": str(run.recovered_folder)}
+    return model_of(run) | found | {"seed": int(settings.get("seed", 42)) + 1}  # other windows than the mask's
 
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    require(args, "to")
-    to = Path(args.to)
+    require(args, "to", "dataset")
+    to, device = Path(args.to), resolve_device(args.device)
+    scratch = to.with_name(f"{to.name}-training")
+    rate = RATES[args.scope] if args.learning_rate is None else args.learning_rate
+    settings = {"scope": args.scope, "learning_rate": rate, "distill": args.distill, "seed": args.seed}
+    settings |= {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
+    RecoveryConfig(output_dir=str(scratch), **defaults_on(torch.device(device).type), **settings)  # refuses early
+    tokens = round(args.samples * args.ctx_len * args.epochs)
+    updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
     if args.run and (to / OWN).is_file():
+        if updated not in (to / "README.md").read_text(encoding="utf-8"):
+            raise UsageError(f"{to} was recovered with other settings: give another --to, or delete it.", "to")
         print(f"recovered: done already ({to})")
         return
     given = read_mask(args)
@@ -103,15 +107,12 @@ def main(args: argparse.Namespace) -> None:
     windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, dense)
     check_tokens(windows, config)
     saved = tokenizer_to_save(args)
-    model = load(args)
+    # One layer at a time is on the device; the models wait on the CPU.
+    home = "cpu" if args.scope == "layer" else args.device
+    model = load(argparse.Namespace(**vars(args) | {"device": home}))
     mask = mask_of_pruned(model) if given is None else given
     dense = dense or load_model(base, dtype=model.dtype, device=str(model.device), **options_of(args))
-    scratch = to.with_name(f"{to.name}-training")
-    settings = {"scope": args.scope, "learning_rate": args.learning_rate, "distill": args.distill, "seed": args.seed}
-    settings |= {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
-    recover(model, dense, mask, tokenizer, windows, scratch, **settings)
-    tokens = round(windows.numel() * args.epochs)
-    updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens)"
+    recover(model, dense, mask, tokenizer, windows, scratch, device=device, **settings)
     mask = dataclasses.replace(mask, base_model=base, info=mask.info | {"weights_updated": updated})
     save_pruned(model, mask, to, tokenizer=saved)
     shutil.rmtree(scratch)

@@ -138,8 +138,10 @@ def _on(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, a layer is on the device that computes."""
     home = next(block.parameters()).device
     block.to(device)
-    yield
-    block.to(home)
+    try:
+        yield
+    finally:
+        block.to(home)
 
 
 def _reduced(config: "RecoveryConfig") -> Any:

@@ -79,11 +79,7 @@ def learn_mask(
     """
     if windows.dim() != 2 or not len(windows):
         raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
-    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and model.device.type == "cuda":
-        raise UsageError(
-            "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "
-            "accelerate launch."
-        )
+    refuse_many_gpus(model.device.type)
     if model.dtype == torch.float16:
         raise UsageError(
             "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
@@ -158,6 +154,19 @@ def learn(
         run.save(mask)
         write_json(run.history_file, trainer.state.log_history)
     return Outcome(mask, trainer.state.log_history)
+
+
+def refuse_many_gpus(device: str) -> None:
+    """Refuse one process on several GPUs, which the Trainer would split batches over.
+
+    Raises:
+        UsageError: there are several, and no launcher.
+    """
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and device == "cuda":
+        raise UsageError(
+            "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "
+            "accelerate launch."
+        )
 
 
 def is_sharded(config: ProxSparseConfig) -> bool:

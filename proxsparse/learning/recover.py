@@ -35,7 +35,7 @@ from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.head import plain_head
 from proxsparse.learning.keep import KeepMask
 from proxsparse.learning.layers import recover_layers
-from proxsparse.learning.learn import defaults_on
+from proxsparse.learning.learn import defaults_on, refuse_many_gpus
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import scale_learning_rates
 from proxsparse.learning.progress import show_progress
@@ -183,6 +183,8 @@ def recover(
     tokenizer: PreTrainedTokenizerBase,
     windows: Tensor,
     output_dir: Path | str | None = None,
+    *,
+    device: str | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Update the kept weights of a pruned model so that it computes more of what the dense model does, in place.
@@ -194,6 +196,7 @@ def recover(
         tokenizer: tokenizer of both.
         windows: (N, T) token ids to learn from; each is seen once.
         output_dir: folder for checkpoints. The same call again goes on from the last one. None: nothing is written.
+        device: to compute on; None: where the model is. With ``scope="layer"`` both models may wait on the CPU.
         settings: fields of ``RecoveryConfig``, such as ``scope="norms"``.
 
     Returns:
@@ -207,9 +210,11 @@ def recover(
         raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
     if model.dtype == torch.float16:
         raise UsageError("float16 can't be learned in: load the model in bfloat16 or float32.", "dtype")
+    kind = torch.device(device or model.device).type
+    refuse_many_gpus(kind)
     with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
-        defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
+        defaults = defaults_on(kind) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
         config = RecoveryConfig(max_length=windows.shape[1], **(defaults | settings))
         shapes = {name: p.shape for name, p in dense.named_parameters()}
         if shapes != {name: p.shape for name, p in model.named_parameters()}:
