@@ -5,6 +5,7 @@ Few tokens (decoding) go through a kernel that reads the compact weight, because
 in the cache.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +17,18 @@ from proxsparse.deploy.decode_int8 import Int8Panels
 from proxsparse.model.compact import check_kind, compress, quantise_rows
 from proxsparse.model.loading import native_bf16
 
-FEW_TOKENS = 8  # beyond, a dense product is faster
+FEW_TOKENS = 12  # beyond, a dense product is faster
 BUFFER = 2 * 1024 * 1024  # weights that are expanded at once: 8 MB
+
+
+_own = threading.local()
+
+
+def _buffer(size: int) -> Tensor:
+    """Memory of this thread's own, kept from call to call: the system takes longer to give new one than we to fill it."""
+    if getattr(_own, "buffer", None) is None or len(_own.buffer) < size:
+        _own.buffer = torch.empty(size)
+    return _own.buffer[:size]
 
 
 class CompactLinear(nn.Module):
@@ -79,9 +90,9 @@ class CompactLinear(nn.Module):
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Consecutive rows of the dense weight: the number of the first, and the rows, which the next ones replace."""
         count = max(1, BUFFER // self.in_features)
-        buffer = torch.empty(min(count, self.out_features), self.in_features)
+        buffer = _buffer(count * self.in_features).view(count, self.in_features)
         for first in range(0, self.out_features, count):
-            rows = buffer[: self.out_features - first]
+            rows = buffer[: min(count, self.out_features - first)]
             self.panels.expand(first, rows)
             yield first, rows.to(dtype)
 

@@ -55,7 +55,7 @@ class Panels:
         return torch.from_numpy(found if self.scales is None else found * self.scales)
 
     def expand(self, first: int, out: Tensor) -> None:
-        """Write dense rows, the first one of which is ``first``, into out (rows, I) float32."""
+        """Write dense rows into out (rows, I) float32; ``first`` is the number of the first one."""
         scales = np.ones(self.shape[0], np.float32) if self.scales is None else self.scales
         match_torch()
         expand(self.values, self.codes, scales, first, out.numpy())
@@ -164,12 +164,16 @@ def _number_overload(value):
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def expand(values, codes, scales, first, out):
     """Dense rows of a compact weight, times their scales: out (rows, I) float32, of which the first is ``first``."""
-    for place in numba.prange(len(out)):
-        row, scale = out[place], scales[first + place]
-        p, r = (first + place) // PANEL, (first + place) % PANEL
-        row[:] = 0
-        for block in range(0, row.size, 4):
-            pair, half = block // 8, block % 8 // 4
-            places = codes[p, pair, r] >> (4 * half)
-            row[block + (places & 3)] = _number(values[p, pair, 2 * half, r]) * scale
-            row[block + 1 + (places >> 2 & 3)] = _number(values[p, pair, 2 * half + 1, r]) * scale
+    count, width = out.shape
+    for o in numba.prange(count):
+        p, r, scale = (first + o) // PANEL, (first + o) % PANEL, scales[first + o]
+        for i in range(width):
+            out[o, i] = 0
+        # Views of a row or a panel would be counted by numba in each turn, which takes longer than the work.
+        for g in range(codes.shape[1]):
+            code, i = np.int64(codes[p, g, r]), 8 * g
+            out[o, i + (code & 3)] = _number(values[p, g, 0, r]) * scale
+            out[o, i + 1 + (code >> 2 & 3)] = _number(values[p, g, 1, r]) * scale
+            if i + 4 < width:
+                out[o, i + 4 + (code >> 4 & 3)] = _number(values[p, g, 2, r]) * scale
+                out[o, i + 5 + (code >> 6)] = _number(values[p, g, 3, r]) * scale

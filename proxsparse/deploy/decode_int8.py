@@ -85,7 +85,7 @@ class Int8Panels:
         return torch.from_numpy(out)[:, : self.shape[0]]
 
     def expand(self, first: int, out: Tensor) -> None:
-        """Write dense rows, the first one of which is ``first``, into out (rows, I) float32."""
+        """Write dense rows into out (rows, I) float32; ``first`` is the number of the first one."""
         match_torch()
         _expand(self.values, self.codes, self.scales, first, out.numpy())
 
@@ -197,13 +197,13 @@ def _multiply(codes, values, sums, scales, inputs, steps, out):  # pragma: no co
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def _expand(values, codes, scales, first, out):  # pragma: no cover (compiled)
-    for place in numba.prange(len(out)):
-        row, scale = out[place], scales[first + place]
-        p, r = (first + place) // PANEL, 4 * ((first + place) % PANEL)
-        row[:] = 0
-        for i in range(0, row.size, 4):
-            g, part, half = i // GROUP, i % GROUP // 8, i % 8 // 2
-            for k in range(r + half, r + half + 2):
-                code = values[p, g, part, k]
-                if code != 0:  # padding has position 0
-                    row[i + (codes[p, g, k] >> (2 * part) & 3)] = np.float32(code) * scale
+    count, width = out.shape
+    for o in numba.prange(count):
+        p, r, scale = (first + o) // PANEL, 4 * ((first + o) % PANEL), scales[first + o]
+        for i in range(width):
+            out[o, i] = 0
+        for i in range(0, width, 4):
+            g, part, k = i // GROUP, i % GROUP // 8, r + i % 8 // 2
+            one, two = codes[p, g, k] >> (2 * part) & 3, codes[p, g, k + 1] >> (2 * part) & 3
+            out[o, i + one] = np.float32(values[p, g, part, k]) * scale
+            out[o, i + two] = np.float32(values[p, g, part, k + 1]) * scale
