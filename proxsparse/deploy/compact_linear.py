@@ -25,7 +25,7 @@ _own = threading.local()
 
 
 def _buffer(size: int) -> Tensor:
-    """Memory of this thread's own, kept from call to call: the system takes longer to give new one than we to fill it."""
+    """Memory of this thread's own, kept from call to call: new memory takes the system longer than us to fill it."""
     if getattr(_own, "buffer", None) is None or len(_own.buffer) < size:
         _own.buffer = torch.empty(size)
     return _own.buffer[:size]

@@ -27,6 +27,7 @@ choose_cache()
 
 PANEL, GROUP = 8, 32  # rows and inputs whose positions fill one register of 32 bytes
 TILE = 4  # tokens that share the work of unpacking positions
+FEW = 4  # tokens that one thread splits alone
 SHARE = 8  # panels of a thread's piece of work: the inputs of a tile stay in the cache between them
 ZERO, MOST = 8192, 8191  # the integer of 0.0, and the largest distance from it
 
@@ -80,7 +81,8 @@ class Int8Panels:
         split = np.zeros((len(inputs), 2 * GROUP * self.codes.shape[1]), np.uint8)
         out = np.empty((len(inputs), len(self.scales)), np.float32)
         match_torch()
-        _split(inputs.contiguous().numpy(), steps, split)
+        # To start the threads takes longer than to split one token.
+        (_split_few if len(inputs) < FEW else _split_many)(inputs.contiguous().numpy(), steps, split)
         _multiply(self.codes, self.values, self.sums, self.scales, split, steps, out)
         return torch.from_numpy(out)[:, : self.shape[0]]
 
@@ -157,7 +159,6 @@ def _load(builder, kind, start, index, step, offset=0):
 _dot_one, _dot_tile = _dot_of(1), _dot_of(TILE)
 
 
-@numba.njit(parallel=True, error_model="numpy", cache=True)
 def _split(inputs, steps, out):  # pragma: no cover (compiled)
     """Inputs as integers: for every eight of them, eight upper parts and then eight lower parts."""
     for t in numba.prange(len(inputs)):
@@ -168,6 +169,10 @@ def _split(inputs, steps, out):  # pragma: no cover (compiled)
                 number = np.int32(row[i] * inverse + np.float32(ZERO + 0.5))
                 parts[start + i] = number >> 7
                 parts[start + i + 8] = number & 127
+
+
+_split_few = numba.njit(error_model="numpy", cache=True)(_split)
+_split_many = numba.njit(parallel=True, error_model="numpy", cache=True)(_split)
 
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
