@@ -18,7 +18,8 @@ from proxsparse.model.compact import check_kind, compress, quantise_rows
 from proxsparse.model.loading import native_bf16
 
 FEW_TOKENS = 12  # beyond, a dense product is faster
-BUFFER = 2 * 1024 * 1024  # weights that are expanded at once: 8 MB
+BUFFER = 2 * 1024 * 1024  # weights that are expanded at once, 8 MB
+ROWS = 384  # but so many rows at least: products with fewer take longer
 
 
 _own = threading.local()
@@ -89,7 +90,7 @@ class CompactLinear(nn.Module):
 
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Consecutive rows of the dense weight: the number of the first, and the rows, which the next ones replace."""
-        count = max(1, BUFFER // self.in_features)
+        count = max(ROWS, BUFFER // self.in_features)
         buffer = _buffer(count * self.in_features).view(count, self.in_features)
         for first in range(0, self.out_features, count):
             rows = buffer[: min(count, self.out_features - first)]

@@ -28,7 +28,7 @@ choose_cache()
 PANEL, GROUP = 8, 32  # rows and inputs whose positions fill one register of 32 bytes
 TILE = 4  # tokens that share the work of unpacking positions
 FEW = 4  # tokens that one thread splits alone
-SHARE = 8  # panels of a thread's piece of work: the inputs of a tile stay in the cache between them
+SHARE = 4  # panels of a thread's piece of work: the inputs of a tile stay in the cache between them
 ZERO, MOST = 8192, 8191  # the integer of 0.0, and the largest distance from it
 
 BYTE, WORD, INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
