@@ -63,8 +63,7 @@ def save_pruned(
         mask: which weights to keep; the others are +0.0.
         folder: the new folder.
         form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
-        quantize: int8 or fp8: 8-bit weights in a compressed-tensors checkpoint (``proxsparse.deploy.quantise``), or
-            compact weights with int8 values.
+        quantize: int8 or fp8: 8-bit weights of compressed-tensors; with compact, int8: compact weights of int8 values.
         runtime: also write what this server needs, see ``proxsparse.deploy.runtimes.RUNTIMES``.
         tokenizer: written only where the model has no files to copy one from.
         revision: revision of a Hub model that is given by name.
@@ -79,27 +78,22 @@ def save_pruned(
     """
     folder = Path(folder)
     _check_form(form, mask, quantize)
-    refuse_to_overwrite(folder)
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; name a new folder.")
+    _check_folder(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if isinstance(model, str):
-        base, shape = _named(model, mask, hub)
-        if base is None and (quantize is None or form == "compact"):
-            shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
-    else:
+    if not isinstance(model, str):
         _check_order(model, mask)
-        base, shape = _files_of(model), model
+    base, shape = _named(model, mask, hub) if isinstance(model, str) else (_files_of(model), model)
     if quantize is not None and (base is not None or form == "dense"):
         check_base(base, model if isinstance(model, str) else "the model")
     if runtime is not None:
         check_runtime(runtime, shape, mask, form, quantize)
+    if base is None and isinstance(model, str):
+        shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
     with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
         if base is not None:
             _write_from_files(base, shape, mask, scratch, form, quantize)
         else:
-            put_into_order(shape, mask.order)
             _save_from_memory(shape, mask, tokenizer, scratch, form, quantize)
         if mask.order:
             save_order(mask.order, scratch / ORDER_FILE)
@@ -116,6 +110,12 @@ def _origin(base: Checkpoint | None) -> str:
     if base.is_rounded:
         return "rounded"
     return "files" if base.is_plain or base.is_compact else "dequantised"
+
+
+def _check_folder(folder: Path) -> None:
+    refuse_to_overwrite(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; name a new folder.")
 
 
 def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
@@ -317,6 +317,7 @@ def _save_from_memory(
     quantize: str | None,
 ) -> None:
     """Write a model that has no files."""
+    put_into_order(model, mask.order)
     targets = fit_mask(model, mask)
     state = dict(model.state_dict())
     for name, target in targets.items():
