@@ -2,6 +2,7 @@
 
 import shutil
 
+import numba
 import pytest
 import torch
 from conftest import tiny_llama
@@ -132,6 +133,12 @@ def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_
     assert ((compact(inputs).double() - inputs.double() @ weight.T).abs() <= 1.01 * off + 1e-5).all()
     torch.testing.assert_close(compact.dense().double(), weight, rtol=2.0**-8 if half else 1e-6, atol=0)
     assert not compact.dense()[linear.weight == 0].any()
+
+
+def test_a_processor_that_numba_is_told_to_compile_for_counts(monkeypatch):
+    for features, wanted in (("", False), ("+sse4.2,-avx2", False), ("+avx2,+fma", True)):
+        monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+        assert decode_int8.supported() is wanted
 
 
 def test_int8_products_at_the_largest_codes_do_not_overflow(processor):

@@ -2,10 +2,10 @@
 
 The inputs of every token become integers of 14 bits, q = round(x / step) + ZERO, in two parts of 7 bits each. One byte
 shuffle then picks the inputs of 32 kept values at once, and two instructions multiply them and add four products per
-row, in int32. Nothing is rounded after the inputs, whose error is at most step / 2 = max |x| / 16382. That is 32 times
-smaller than the one of bfloat16 next to the largest input. Seven bits are what the instruction allows: it adds two
-products of bytes in 16 bits, and 2 * 127 * 127 fits. numba has no byte shuffle, so the loop is written in LLVM's
-language with the instructions' own names.
+row, in int32. Nothing is rounded after the inputs, whose error is at most step / 2 = max |x| / 16382. Next to the
+largest input that is 32 to 64 times smaller than bfloat16's own error. Seven bits are what the instruction allows: it
+adds two products of bytes in 16 bits, and 2 * 127 * 127 fits. numba has no byte shuffle, so the loop is written in
+LLVM's language with the instructions' own names.
 
 Shapes: O = out_features, I = in_features, P = panels of PANEL rows, G = groups of GROUP inputs (I / 32, rounded up),
 T = tokens. The sums of int32 do not overflow below 266,000 inputs.
