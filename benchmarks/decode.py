@@ -1,55 +1,92 @@
-"""One token through a pruned linear on the CPU: compact weights next to torch's dense product, in the same run.
+"""Tokens through a pruned linear on the CPU: compact weights next to torch's dense products, in the same run.
 
     python benchmarks/decode.py
+    OMP_NUM_THREADS=1 python benchmarks/decode.py
 
-It takes the shapes of 7B models and of SmolLM2-135M, in float32 and bfloat16. Small ones fit into the cache here, but
-in a model their weights come from memory: ``proxsparse bench`` measures whole models. It writes
+It takes the shapes of 7B models and of SmolLM2-135M. All ways take turns on the same weight, so that each finds the
+cache full of the others' weights, as the layers of a model do; medians count. ``torch int8`` is torch's own product
+with dense int8 weights, ``torch._weight_int8pack_mm``. One row is decoding; 256 rows are prefill. With one thread, the
+time is what the processor spent on it, which other programs disturb least; with several it is the clock's. It writes
 benchmarks/results/decode.json.
 """
 
+import os
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from common import print_table, write_record
-from torch import nn
+from torch import Tensor, nn
 
-from proxsparse.deploy.sparse import CompactLinear, seconds
+from proxsparse.deploy.compact_linear import CompactLinear
 from proxsparse.operator.prox import top2_mask
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
+MANY = ((4096, 11008), (1536, 576))  # shapes that are measured with more rows, too
+ROUNDS = {1: 30, 8: 15, 256: 5}
 
 
 def main() -> int:
-    rows = [measure(outputs, inputs, dtype) for dtype in (torch.float32, torch.bfloat16) for outputs, inputs in SHAPES]
-    heads = ("out x in", "dtype", "dense ms", "compact ms", "times faster", "largest error")
-    title = f"one token, {torch.get_num_threads()} threads"
-    print_table(title, heads, map(cells, rows), text_columns=2)
-    write_record("decode", {"rows": rows})
+    found = []
+    for outputs, inputs in SHAPES:
+        torch.manual_seed(0)
+        weight = torch.randn(outputs, inputs).div_(inputs**0.5)
+        ways = ways_of(weight.mul_(top2_mask(weight)))
+        for rows in ROUNDS if (outputs, inputs) in MANY else (1,):
+            found.append({"out": outputs, "in": inputs, "rows": rows, **measure(ways, rows, inputs)})
+    names = list(found[0]["ms"])
+    title = f"milliseconds, {torch.get_num_threads()} threads"
+    print_table(title, ("out x in", "rows", *names), map(cells, found), text_columns=1)
+    write_record("decode", {"rows": found, "threads": torch.get_num_threads(), "load": os.getloadavg()})
     return 0
 
 
 def cells(row: dict) -> list[str]:
-    gain = row["dense_ms"] / row["compact_ms"]
-    numbers = [f"{row['dense_ms']:.3f}", f"{row['compact_ms']:.3f}", f"{gain:.2f}", f"{row['error']:.1e}"]
-    return [f"{row['out']} x {row['in']}", row["dtype"], *numbers]
+    return [f"{row['out']} x {row['in']}", str(row["rows"]), *(f"{value:.3f}" for value in row["ms"].values())]
+
+
+def ways_of(weight: Tensor) -> dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], Tensor]]:
+    """Name -> the dtype of its inputs, the product, and the weight that it should multiply with."""
+    found: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], Tensor]] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        found[f"dense {name}"] = (dtype, linear, linear.weight)
+        found[f"compact {name}"] = (dtype, CompactLinear(linear), linear.weight)
+    compact = CompactLinear(linear, "int8")
+    found["compact int8"] = (torch.bfloat16, compact, compact.dense())
+    scales = linear.weight.abs().amax(1) / 127
+    codes = (linear.weight / scales[:, None]).round().to(torch.int8)
+    product = partial(_torch_int8, codes, scales)
+    found["torch int8"] = (torch.bfloat16, product, codes * scales[:, None])
+    return found
+
+
+def _torch_int8(codes: Tensor, scales: Tensor, inputs: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(inputs, codes, scales)
 
 
 @torch.no_grad()
-def measure(outputs: int, inputs: int, dtype: torch.dtype) -> dict:
-    torch.manual_seed(0)
-    linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
-    linear.weight.mul_(top2_mask(linear.weight.float()))
-    compact, token = CompactLinear(linear), torch.randn(1, inputs, dtype=dtype)
-    exact = token.double() @ linear.weight.double().T
-    return {
-        "out": outputs,
-        "in": inputs,
-        "dtype": str(dtype).removeprefix("torch."),
-        "dense_ms": 1e3 * seconds(partial(linear, token), token.device, 50),
-        "compact_ms": 1e3 * seconds(partial(compact, token), token.device, 50),
-        "error": (compact(token).double() - exact).abs().max().item(),
-    }
+def measure(ways: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], Tensor]], rows: int, inputs: int) -> dict:
+    """Median milliseconds of every way, and its error relative to float64: the norm of the difference."""
+    x = torch.randn(rows, inputs).bfloat16()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(ROUNDS[rows] + 1):
+        for name, (dtype, product, _) in ways.items():
+            given = x.to(dtype)
+            start = clock()
+            product(given)
+            if turn:
+                taken[name].append(1e3 * (clock() - start))
+    errors = {}
+    for name, (dtype, product, weight) in ways.items():
+        exact = x[:8].double() @ weight.double().T
+        errors[name] = float((product(x[:8].to(dtype)).double() - exact).norm() / exact.norm())
+    return {"ms": {name: statistics.median(times) for name, times in taken.items()}, "error": errors}
 
 
 if __name__ == "__main__":

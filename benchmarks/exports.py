@@ -36,6 +36,8 @@ def main() -> int:
             "dense": lambda folder: load_model(str(folder)),
             "compact": lambda folder: proxsparse.load(str(folder)),
             "compact, sparse modules": lambda folder: proxsparse.load(str(folder), sparse=True),
+            "compact int8": lambda folder: proxsparse.load(str(folder)),
+            "compact int8, sparse modules": lambda folder: proxsparse.load(str(folder), sparse=True),
             "mask": partial(under_mask, base),
             "npz": None,
         }
@@ -43,7 +45,9 @@ def main() -> int:
             form, _, how = form.partition(", ")
             folder = Path(name, form)
             if not folder.exists():
-                run("export", "--model", base, "--mask", mask, "--form", form, "--to", folder)
+                kind, *quantize = form.split()
+                flags = ["--form", kind, *(["--quantize", *quantize] if quantize else [])]
+                run("export", "--model", base, "--mask", mask, "--to", folder, *flags)
             row = {"form": form, "loaded": how or "dense", "bytes": sum(f.stat().st_size for f in folder.iterdir())}
             rows.append(row | {"seconds": best_time(loader, folder) if loader else None})
     print_table("SmolLM2-135M, float32", ("form", "loaded as", "MB", "load, s"), map(cells, rows), text_columns=2)

@@ -2,22 +2,30 @@
 
 import shutil
 
-import numpy as np
+import numba
 import pytest
 import torch
 from conftest import tiny_llama
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_prunable import FAMILIES, build
 from torch import nn
 
-from proxsparse.deploy import decode
+from proxsparse.deploy import compact_linear, decode_int8
+from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear, use_compact
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, apply_mask
-from proxsparse.model.compact import compress, decompress, pack_positions, unpack_positions
+from proxsparse.model.compact import (
+    compress,
+    decompress,
+    dequantise,
+    pack_positions,
+    quantise_rows,
+    unpack_positions,
+)
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
@@ -96,8 +104,91 @@ def test_a_compact_linear_stands_in_for_a_linear(tokens, dtype):
 def test_it_has_the_bytes_it_promises():
     compact = CompactLinear(pruned_linear(1024, 1024, torch.bfloat16))
     assert compact.nbytes == 0.5625 * 1024 * 1024 * 2
-    assert isinstance(compact.values, np.ndarray)
-    assert compact.values.shape[-1] == decode.PANEL
+    small = CompactLinear(pruned_linear(1024, 1024, torch.bfloat16), "int8")
+    assert small.nbytes <= 0.3125 * 1024 * 1024 * 2 + 8 * 1024  # two numbers per row
+
+
+def dequantised(linear):
+    """The weight that int8 values stand for, in float64."""
+    values, positions = compress(linear.weight.detach())
+    codes, scales = quantise_rows(values)
+    return decompress(codes.double() * scales.double()[:, None], positions)
+
+
+@pytest.fixture(params=["AVX2", "any processor"])
+def processor(request, monkeypatch):
+    if request.param == "AVX2" and not decode_int8.supported():
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(decode_int8, "supported", lambda: request.param == "AVX2")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 70), st.integers(1, 30), st.integers(1, 11), st.booleans())
+def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_in, tokens, half):
+    linear = pruned_linear(4 * blocks_in, outputs, torch.bfloat16 if half else torch.float32)
+    compact, weight = CompactLinear(linear, "int8"), dequantised(linear)
+    inputs = torch.randn(tokens, 4 * blocks_in)
+    # An input is off by half a step, 1 / 16382 of the token's largest.
+    off = inputs.abs().amax(1, keepdim=True).double() / 16382 * weight.abs().sum(1)
+    assert ((compact(inputs).double() - inputs.double() @ weight.T).abs() <= 1.01 * off + 1e-5).all()
+    torch.testing.assert_close(compact.dense().double(), weight, rtol=2.0**-8 if half else 1e-6, atol=0)
+    assert not compact.dense()[linear.weight == 0].any()
+
+
+def test_a_processor_that_numba_is_told_to_compile_for_counts(monkeypatch):
+    for features, wanted in (("", False), ("+sse4.2,-avx2", False), ("+avx2,+fma", True)):
+        monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+        assert decode_int8.supported() is wanted
+
+
+def test_int8_products_at_the_largest_codes_do_not_overflow(processor):
+    linear = nn.Linear(16384, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([1.0, 0, -1, 0]).repeat(4096))
+    inputs = torch.tensor([3.0, 0, -3, 0]).repeat(4096).expand(5, -1)
+    torch.testing.assert_close(CompactLinear(linear, "int8")(inputs), torch.full((5, 8), 3.0 * 8192))
+
+
+def test_int8_products_show_what_is_not_finite(processor):
+    compact = CompactLinear(pruned_linear(64, 8), "int8")
+    inputs = torch.randn(3, 64)
+    inputs[0, 5], inputs[1, 6] = float("nan"), float("inf")
+    assert [bool(row.isfinite().all()) for row in compact(inputs)] == [False, False, True]
+    assert not compact(torch.zeros(1, 64)).any()
+
+
+def test_codes_are_off_by_half_a_step():
+    values = torch.randn(50, 300, generator=torch.manual_seed(0))
+    values[3] = 0
+    codes, scales = quantise_rows(values)
+    torch.testing.assert_close(scales[:3], values[:3].abs().amax(1) / 127)
+    assert ((codes * scales[:, None] - values).abs() <= 0.50001 * scales[:, None]).all()
+    assert codes.abs().amax(1).tolist() == [127 if row != 3 else 0 for row in range(50)]
+    with pytest.raises(ValueError, match="not finite"):
+        quantise_rows(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_values_of_int8_that_are_read_are_rounded_to_the_same_ones():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        codes, scales = quantise_rows(torch.randn(50, 300, generator=torch.manual_seed(1)).to(dtype))
+        again = quantise_rows(dequantise(codes, scales, dtype))
+        assert torch.equal(again[0], codes)
+        torch.testing.assert_close(again[1], scales, rtol=1e-6, atol=0)
+
+
+def test_panels_of_a_large_weight_are_expanded_one_after_the_other(monkeypatch):
+    linear, inputs = pruned_linear(64, 150, bias=True), torch.randn(20, 64)
+    monkeypatch.setattr(compact_linear, "BUFFER", 64 * 70)
+    monkeypatch.setattr(compact_linear, "ROWS", 1)
+    for wide in (torch.float32, torch.bfloat16):
+        for quantize in (None, "int8"):
+            compact = CompactLinear(linear, quantize)
+            monkeypatch.setattr(compact, "wide", wide)
+            weight = dequantised(linear) if quantize else linear.weight.double()
+            wanted = inputs.double() @ weight.T + linear.bias.double()
+            tolerance = 3e-2 if wide == torch.bfloat16 else 1e-3
+            torch.testing.assert_close(compact(inputs).double(), wanted, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(compact.dense().double(), weight, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,11 +228,31 @@ def test_a_sparse_model_generates_what_the_dense_one_does(tmp_path, tokenizer):
     assert torch.equal(model.generate(ids, **options), wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_compact_folder_of_int8_values_gives_the_rounded_weights(family, tokenizer, tmp_path):
+    model = prune(build(family)).to(torch.bfloat16)
+    pruned = {t.name: t.in_dim for t in find_prunable(model)}
+    save_pruned(model, Mask(magnitudes(model)), tmp_path / "out", form="compact", quantize="int8", tokenizer=tokenizer)
+    again = load_compact(tmp_path / "out").state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in pruned:
+            assert torch.equal(again[name], weight)
+            continue
+        step = weight.float().abs().amax(pruned[name] if weight.dim() == 2 else -1, keepdim=True) / 127
+        off = (again[name].float() - weight.float()).abs()
+        assert again[name].dtype == weight.dtype
+        assert (off <= 0.51 * step + again[name].float().abs() * 2.0**-8).all()
+        assert not again[name][weight == 0].view(torch.int16).any()
+    assert check_sparsity(str(tmp_path / "out"))[1] == []
+
+
 def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
     model = tiny_llama()
     with pytest.raises(UsageError, match="holds 2:4 weights; this mask is 4:8"):
         save_pruned(model, Mask(magnitudes(model), "4:8"), tmp_path / "dense", form="compact")
     assert not (tmp_path / "dense").exists()
+    with pytest.raises(UsageError, match=r"`quantize` of compact weights must be int8; got 'fp8'\."):
+        use_compact(prune(tiny_llama()), "fp8")
     with pytest.raises(UsageError, match="can't be made compact: a block has more than two non-zeros"):
         use_compact(tiny_llama())
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.commands import export as export_command
+from proxsparse.deploy import dense, masks
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear
@@ -93,6 +94,71 @@ def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
     assert isinstance(sparse.model.layers[0].mlp.up_proj, CompactLinear)
     torch.testing.assert_close(logits(sparse), wanted, rtol=1e-4, atol=1e-4)
     assert console(["check", "--model", str(tmp_path / "dense"), "--base", checkpoint]) == 0
+
+
+def test_the_compact_form_with_int8_values_loads_dense_and_sparse(checkpoint, mask, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--mask", mask, "--form", "compact"]
+    assert export(*flags, "--to", tmp_path / "exact") == 0
+    assert export(*flags, "--to", tmp_path / "int8", "--quantize", "int8") == 0
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / n / "compact.safetensors").values()) for n in ("exact", "int8")]
+    assert sizes[1] < 0.8 * sizes[0]
+    wanted, dense = (logits(proxsparse.load(str(tmp_path / name))) for name in ("exact", "int8"))
+    assert 0 < (dense - wanted).norm() < 0.02 * wanted.norm()
+    sparse = proxsparse.load(str(tmp_path / "int8"), sparse=True)
+    assert sparse.model.layers[0].mlp.up_proj.quantize == "int8"
+    assert (logits(sparse) - dense).norm() < 1e-3 * dense.norm()
+    card = (tmp_path / "int8" / "README.md").read_text()
+    assert "quantised to int8" in card
+    assert "compressed-tensors" not in card
+    assert console(["check", "--model", str(tmp_path / "int8")]) == 0
+    capsys.readouterr()
+    assert console(["check", "--model", str(tmp_path / "int8"), "--base", checkpoint]) == 2
+    assert "--base compares bit for bit" in capsys.readouterr().err
+    bench = ["bench", "--prompt", "8", "--tokens", "2", "--repeat", "1"]
+    assert console([*bench, "--model", str(tmp_path / "int8")]) == 0
+    assert "14 linear layers are compact, with int8 values" in capsys.readouterr().out
+
+
+def test_int8_values_are_not_quantised_again_but_may_become_dense(checkpoint, mask, tmp_path, capsys):
+    flags = ["--mask", mask, "--form", "compact", "--quantize", "int8"]
+    assert export("--model", checkpoint, *flags, "--to", tmp_path / "int8") == 0
+    assert export("--model", tmp_path / "int8", *flags, "--to", tmp_path / "again") == 2
+    assert "is quantised already (compact int8)" in capsys.readouterr().err
+    assert export("--model", tmp_path / "int8", "--mask", mask, "--to", tmp_path / "dense") == 0
+    dense, small = (logits(proxsparse.load(str(tmp_path / name)).eval()) for name in ("dense", "int8"))
+    assert torch.equal(dense, small)
+    assert "original weights are quantised; the kept ones" in (tmp_path / "dense" / "README.md").read_text()
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        (["--form", "mask"], (masks, "write_json")),
+        (["--form", "mask"], (masks, "save_mask")),
+        (["--form", "npz"], (masks.np, "savez_compressed")),
+        (["--form", "compact"], (dense, "write_index")),
+        (["--runtime", "vllm-torchao"], (dense, "write_runtime")),
+    ],
+)
+def test_a_failure_in_the_middle_leaves_nothing_behind(flags, place, checkpoint, mask, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*place, lambda *args, **kwargs: raise_(OSError(28, "No space left on device")))
+    assert export("--model", checkpoint, "--mask", mask, *flags, "--to", tmp_path / "out") == 1
+    assert "The disk is full: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_a_mask_replaces_an_export_but_nothing_else(checkpoint, mask, tmp_path):
+    flags = ["--model", checkpoint, "--mask", mask, "--to", tmp_path / "out"]
+    assert export(*flags) == 0
+    assert export(*flags, "--form", "mask") == 0
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"README.md", "mask.json", "mask.safetensors"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    assert export(*flags[:-1], tmp_path / "mine", "--form", "mask") == 2
 
 
 def multiply_npz(folder, state):
@@ -249,6 +315,10 @@ def test_the_bench_prints_dense_beside_sparse(pruned, capsys):
     assert record["sparse"]["weight_bytes"] < record["dense"]["weight_bytes"]
     assert all(value > 0 for row in ("dense", "sparse") for value in record[row].values())
     assert console(["bench", "--model", str(pruned), "--prompt", "500"]) == 2
+    flags = ["--prompt", "8", "--tokens", "2", "--repeat", "1", "--quantize", "int8"]
+    assert console(["bench", "--model", str(pruned), *flags]) == 0
+    small = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert small["sparse"]["weight_bytes"] < record["sparse"]["weight_bytes"]
 
 
 @pytest.mark.gpu

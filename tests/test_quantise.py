@@ -220,8 +220,10 @@ def test_a_row_of_zeros_has_a_scale_that_divides(base, kept, kind, tmp_path):
 
 
 def test_what_can_t_be_quantised_is_refused_in_a_sentence(base, kept, tmp_path, capsys, monkeypatch):
-    assert export("int8", base, kept, tmp_path / "out", "--form", "compact") == 2
-    assert "--quantize needs the dense form; got --form compact" in capsys.readouterr().err
+    assert export("fp8", base, kept, tmp_path / "out", "--form", "compact") == 2
+    assert "--quantize fp8 needs the dense form; the compact form takes int8." in capsys.readouterr().err
+    assert export("int8", base, kept, tmp_path / "out", "--form", "mask") == 2
+    assert "--quantize needs the form dense or compact; got --form mask" in capsys.readouterr().err
     with pytest.raises(UsageError, match="`quantize` must be one of int8, fp8; got 'int4'"):
         save_pruned(base, load_mask(kept), tmp_path / "out", quantize="int4")
     model = tiny_llama()

@@ -6,7 +6,7 @@
 
 Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
 tensors, for those shapes where a quick measurement shows a gain. Dense and sparse are measured in one process, on the
-same weights.
+same weights. Compact weights have int8 values with --quantize int8, and where the model's files hold int8 values.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from proxsparse.commands.groups import (
     load,
     positive_int,
 )
-from proxsparse.deploy.sparse import CompactLinear, seconds, use_compact, use_semi_structured
+from proxsparse.deploy.sparse import CompactLinear, seconds, stored_kind, use_compact, use_semi_structured
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.compact import KINDS
 
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # transformers' names for a cache
 
@@ -42,6 +43,7 @@ def arguments() -> Parser:
     parser.add_argument(
         "--repeat", type=positive_int, default=5, help="measurements, whose median is shown; default: %(default)s"
     )
+    parser.add_argument("--quantize", default=None, choices=KINDS, help="compact weights with int8 values, on a CPU")
     return parser
 
 
@@ -49,6 +51,8 @@ def arguments() -> Parser:
 def main(args: argparse.Namespace) -> None:
     model = load(args)
     model.eval()
+    if args.quantize and model.device.type != "cpu":
+        raise UsageError(f"--quantize is for compact weights, which need --device cpu; the model is on {model.device}.")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
@@ -63,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     if model.device.type == "cuda":
         rows["sparse"] = measure_semi_structured(model, ids, args)
     else:
-        print(f"{use_compact(model)} linear layers are compact")
+        kind = args.quantize or stored_kind(args.model, args.revision)
+        print(f"{use_compact(model, kind)} linear layers are compact" + (f", with {kind} values" if kind else ""))
         rows["sparse"] = measure(model, ids, args)
     show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
     print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})

@@ -11,14 +11,15 @@
            and others load; written shard by shard
   mask     one bit per weight, and a JSON file that names its model: to
            publish next to a gated base model
-  compact  two values and their positions per block, 9/16 of a 16-bit weight;
-           proxsparse.load reads it
+  compact  two values and their positions per block, 9/16 of a 16-bit weight
+           (5/16 with --quantize int8); proxsparse.load reads it
   npz      the mask as MaskLLM's programs read it
 
 Without --mask, the zeros of a pruned --model are the mask: of one that was fine-tuned, for example.
 
 --quantize writes the dense form with 8-bit weights (int8 or fp8) and exact zeros. transformers and vLLM read it, in the
-layout of compressed-tensors. Each output has one scale; activations are quantised per token while the model runs.
+layout of compressed-tensors. Each output has one scale; activations are quantised per token while the model runs. With
+--form compact, --quantize int8 rounds the kept values to int8, which makes decoding on a CPU faster.
 
 --runtime vllm-torchao writes the dense form, a configuration for vLLM, and SERVING.md, which says how to start it. vLLM
 then quantises the model to float8 2:4 while it loads (torchao's kernel, on H100 and H200).
@@ -46,7 +47,7 @@ from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
 from proxsparse.deploy.quantise import KINDS, check_quantisation
-from proxsparse.deploy.runtimes import RUNTIMES, check_runtime, write_runtime
+from proxsparse.deploy.runtimes import RUNTIMES, check_runtime
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.mask import fit_mask
@@ -64,7 +65,7 @@ def arguments() -> Parser:
     add_mask_argument(parser)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
     parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
-    parser.add_argument("--quantize", default=None, choices=list(KINDS), help="8-bit weights; needs compressed-tensors")
+    parser.add_argument("--quantize", default=None, choices=list(KINDS), help="8-bit weights, see above")
     parser.add_argument(
         "--runtime",
         default=None,
@@ -110,19 +111,17 @@ def main(args: argparse.Namespace) -> None:
     title = args.push_to_hub or to.name
     model = empty_model(args.model, **options_of(args))
     say_coverage(model)
-    if args.runtime:
-        check_runtime(args.runtime, model, mask, args.form, args.quantize)
-    if args.form == "mask":
-        save_hashed(mask, to)
-    elif args.form == "npz":
-        save_npz(mask, fit_mask(model, mask), to)
-    else:
-        made = {"form": args.form, "quantize": args.quantize, "title": title, "results": results}
-        save_pruned(args.model, mask, to, **made, **options_of(args))
-    if args.runtime:
-        write_runtime(to)
     if args.form in MASKS:
-        (to / "README.md").write_text(model_card(title, mask, results, form=args.form), encoding="utf-8")
+        if args.runtime:
+            check_runtime(args.runtime, model, mask, args.form, args.quantize)
+        card = model_card(title, mask, results, form=args.form)
+        if args.form == "mask":
+            save_hashed(mask, to, card)
+        else:
+            save_npz(mask, fit_mask(model, mask), to, card)
+    else:
+        made = {"form": args.form, "quantize": args.quantize, "runtime": args.runtime}
+        save_pruned(args.model, mask, to, title=title, results=results, **made, **options_of(args))
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     print(f"{args.quantize or args.form} export written to {to} ({size / 1e6:,.1f} MB)")
     if args.push_to_hub:

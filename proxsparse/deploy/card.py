@@ -66,6 +66,7 @@ ORIGINAL = {
     "transformers {version}. The kept weights are those that it loads;",
 }
 QUANTISED = "The weights of the layers are quantised to {kind}, one scale per output, from the original ones;"
+ORIGINAL["rounded"] = "The original weights are quantised; the kept ones are their values;"
 ORIGINAL |= {kind: QUANTISED.format(kind=kind) for kind in ("int8", "fp8")}
 UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
@@ -115,6 +116,6 @@ def model_card(
         moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=loading + CODED if origin in ("int8", "fp8") else loading,
+        loading=loading + CODED if form == "dense" and origin in ("int8", "fp8") else loading,
     )
     return str(card)

@@ -77,7 +77,7 @@ def check_sparsity(
 
 def _layout(found: Checkpoint, model: PreTrainedModel, compared: bool) -> Layout:
     coded = is_coded(found.config)
-    if coded and compared:
+    if compared and (coded or found.is_rounded):
         raise UsageError(
             f"`base` compares bit for bit, and the weights of {found.name} are quantised: check the checkpoint that it "
             "was made from, or leave `base` out.",

@@ -10,24 +10,62 @@ T = tokens.
 
 import numba
 import numpy as np
+import torch
 from numba.extending import overload
+from torch import Tensor
 
+from proxsparse.model.compact import as_numpy
 from proxsparse.operator.kernels.cache import choose_cache
+from proxsparse.operator.kernels.threads import match_torch
 
 choose_cache()
 
 PANEL = 32  # rows: two or more SIMD registers
 RUN = 32  # pairs of blocks widened together: 16 KiB, inside the L1 cache
-MOST_TOKENS = 8  # beyond, a dense product is faster
 
 U = np.uint32
+
+
+class Panels:
+    """A compact weight in the layout of the kernel.
+
+    Args:
+        values: (O, I / 2) float32, bfloat16, or int8 codes.
+        positions: (O, I / 2) uint8 in 0..3, of each value within its block; the second of a block is the larger.
+        scales: (O,) float32, of int8 codes: a weight is its code times the scale of its row.
+    """
+
+    def __init__(self, values: Tensor, positions: Tensor, scales: Tensor | None = None):
+        self.shape = values.shape[0], 2 * values.shape[1]
+        self.values, self.codes = pack_panels(as_numpy(values), positions.numpy())
+        self.scales = None if scales is None else scales.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def multiply(self, inputs: Tensor) -> Tensor:
+        """(T, I) float32 -> (T, O) float32."""
+        padded = np.zeros((len(inputs), 8 * self.codes.shape[1]), np.float32)
+        padded[:, : self.shape[1]] = inputs.numpy()
+        out = np.empty((len(inputs), len(self.codes) * PANEL), np.float32)
+        match_torch()
+        multiply(self.values, self.codes, padded, out)
+        found = out[:, : self.shape[0]]
+        return torch.from_numpy(found if self.scales is None else found * self.scales)
+
+    def expand(self, first: int, out: Tensor) -> None:
+        """Write dense rows into out (rows, I) float32; ``first`` is the number of the first one."""
+        scales = np.ones(self.shape[0], np.float32) if self.scales is None else self.scales
+        match_torch()
+        expand(self.values, self.codes, scales, first, out.numpy())
 
 
 def pack_panels(values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Kept values and positions in the kernel's layout.
 
     Args:
-        values: (O, I / 2) float32, or uint16 bits of bfloat16.
+        values: (O, I / 2) float32, uint16 bits of bfloat16, or int8.
         positions: (O, I / 2) uint8 in 0..3, of each value within its block; the second of a block is the larger.
 
     Returns:
@@ -56,9 +94,18 @@ def _widened(values, wide, bits):  # pragma: no cover (compiled)
 
 @overload(_widened)
 def _widened_overload(values, wide, bits):
-    """A run of values as float32: themselves, or bfloat16 bits shifted into the upper half."""
+    """A run of values as float32: themselves, int8 as numbers, or bfloat16 bits shifted into the upper half."""
     if values.dtype == numba.float32:
         return lambda values, wide, bits: values
+    if values.dtype == numba.int8:
+
+        def converted(values, wide, bits):
+            source, flat = values.reshape(-1), wide.reshape(-1)
+            for j in range(source.size):
+                flat[j] = source[j]
+            return wide
+
+        return converted
 
     def widened(values, wide, bits):
         source, flat = values.reshape(-1), bits.reshape(-1)
@@ -102,17 +149,31 @@ def multiply(values, codes, inputs, out):
             out[t, p * PANEL : (p + 1) * PANEL] = sums
 
 
+def _number(value):  # pragma: no cover (compiled)
+    raise NotImplementedError
+
+
+@overload(_number)
+def _number_overload(value):
+    """One value as float32."""
+    if value == numba.uint16:
+        return lambda value: U(U(value) << U(16)).view(np.float32)
+    return lambda value: np.float32(value)
+
+
 @numba.njit(parallel=True, error_model="numpy", cache=True)
-def expand(values, codes, out):
-    """The dense weight of a compact one: out (O, I) of the values' dtype, all zero before."""
-    rows, width = out.shape
-    for row in numba.prange(rows):
-        p, r = row // PANEL, row % PANEL
-        for pair in range(codes.shape[1]):
-            code = codes[p, pair, r]
-            for half in range(2):
-                block = 8 * pair + 4 * half
-                if block < width:
-                    places = code >> (4 * half)
-                    out[row, block + (places & 3)] = values[p, pair, 2 * half, r]
-                    out[row, block + 1 + (places >> 2 & 3)] = values[p, pair, 2 * half + 1, r]
+def expand(values, codes, scales, first, out):
+    """Dense rows of a compact weight, times their scales: out (rows, I) float32, of which the first is ``first``."""
+    count, width = out.shape
+    for o in numba.prange(count):
+        p, r, scale = (first + o) // PANEL, (first + o) % PANEL, scales[first + o]
+        for i in range(width):
+            out[o, i] = 0
+        # Views of a row or a panel would be counted by numba in each turn, which takes longer than the work.
+        for g in range(codes.shape[1]):
+            code, i = np.int64(codes[p, g, r]), 8 * g
+            out[o, i + (code & 3)] = _number(values[p, g, 0, r]) * scale
+            out[o, i + 1 + (code >> 2 & 3)] = _number(values[p, g, 1, r]) * scale
+            if i + 4 < width:
+                out[o, i + 4 + (code >> 4 & 3)] = _number(values[p, g, 2, r]) * scale
+                out[o, i + 5 + (code >> 6)] = _number(values[p, g, 3, r]) * scale

@@ -19,12 +19,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.quantise import Quantiser, check_base, check_quantisation
+from proxsparse.deploy.runtimes import NOTES_FILE, TORCHAO_FILE, check_runtime, write_runtime
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask, fit_mask
 from proxsparse.model.channels import ORDER_FILE, load_order, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
-from proxsparse.model.compact import FORMAT, packed
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
+from proxsparse.model.compact import index_entry, packed, write_index
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
@@ -32,12 +33,12 @@ from proxsparse.model.prunable import Prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import atomic_path, read_json, refuse_to_overwrite, versions, write_json
+from proxsparse.record import atomic_path, read_json, refuse_to_overwrite, write_json
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
 # Lists of weights, the card and what a server is told are not copied but written.
-ANEW = (".index.json", "README.md", COMPACT_INDEX, "torchao_config.json", "SERVING.md")
+ANEW = (".index.json", "README.md", COMPACT_INDEX, TORCHAO_FILE, NOTES_FILE)
 
 
 def save_pruned(
@@ -47,6 +48,7 @@ def save_pruned(
     *,
     form: str = "dense",
     quantize: str | None = None,
+    runtime: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -61,7 +63,8 @@ def save_pruned(
         mask: which weights to keep; the others are +0.0.
         folder: the new folder.
         form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
-        quantize: int8 or fp8: 8-bit weights in a compressed-tensors checkpoint (``proxsparse.deploy.quantise``).
+        quantize: int8 or fp8: 8-bit weights of compressed-tensors; with compact, int8: compact weights of int8 values.
+        runtime: also write what this server needs, see ``proxsparse.deploy.runtimes.RUNTIMES``.
         tokenizer: written only where the model has no files to copy one from.
         revision: revision of a Hub model that is given by name.
         trust_remote_code: run code that comes with the model.
@@ -69,37 +72,50 @@ def save_pruned(
         results: results for the card, see ``proxsparse.deploy.card.model_card``.
 
     Raises:
-        UsageError: the mask does not fit the model, or has no compact form; the model can't be quantised; the folder
-            holds something else.
+        UsageError: the mask does not fit the model, or has no compact form; the model can't be quantised; the
+            runtime can't use it; the folder holds something else.
         RunError: the base's files are missing or damaged, or compressed-tensors is not installed.
     """
     folder = Path(folder)
     _check_form(form, mask, quantize)
-    refuse_to_overwrite(folder)
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; name a new folder.")
+    _check_folder(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if isinstance(model, str):
-        base, shape = _named(model, mask, hub)
-        if base is None and quantize is None:
-            shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
-    else:
+    if not isinstance(model, str):
         _check_order(model, mask)
-        base, shape = _files_of(model), model
-    if quantize is not None:
+    base, shape = _named(model, mask, hub) if isinstance(model, str) else (_files_of(model), model)
+    if quantize is not None and (base is not None or form == "dense"):
         check_base(base, model if isinstance(model, str) else "the model")
+    if runtime is not None:
+        check_runtime(runtime, shape, mask, form, quantize)
+    if base is None and isinstance(model, str):
+        shape, tokenizer = load_model(model, **hub), load_tokenizer(model, **hub)
     with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
         if base is not None:
             _write_from_files(base, shape, mask, scratch, form, quantize)
         else:
-            put_into_order(shape, mask.order)
-            _save_from_memory(shape, mask, tokenizer, scratch, form)
+            _save_from_memory(shape, mask, tokenizer, scratch, form, quantize)
         if mask.order:
             save_order(mask.order, scratch / ORDER_FILE)
-        read = "memory" if base is None else "files" if base.is_plain or base.is_compact else "dequantised"
-        card = model_card(title or folder.name, mask, results, form=form, origin=quantize or read)
+        card = model_card(title or folder.name, mask, results, form=form, origin=quantize or _origin(base))
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        if runtime is not None:
+            write_runtime(scratch, served=folder)
+
+
+def _origin(base: Checkpoint | None) -> str:
+    """Where the weights come from, as the card says it."""
+    if base is None:
+        return "memory"
+    if base.is_rounded:
+        return "rounded"
+    return "files" if base.is_plain or base.is_compact else "dequantised"
+
+
+def _check_folder(folder: Path) -> None:
+    refuse_to_overwrite(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; name a new folder.")
 
 
 def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
@@ -121,9 +137,12 @@ def _write_from_files(
     base: Checkpoint, model: PreTrainedModel, mask: Mask, folder: Path, form: str, quantize: str | None
 ) -> None:
     changes = _Changes(base, model, mask)
-    quantiser = Quantiser(quantize, model, changes.layout) if quantize else None
+    quantiser = Quantiser(quantize, model, changes.layout) if quantize and form == "dense" else None
     _copy_small_files(base, folder, renamed=form != "dense" or not base.is_plain or quantiser is not None)
-    _stream(base, changes, folder, form, quantiser)
+    if form == "compact":
+        _stream_compact(base, changes, folder, quantize)
+    else:
+        _stream(base, changes, folder, quantiser)
     if quantiser is not None:
         config = dict(read_json(folder / "config.json"))
         write_json(folder / "config.json", config | {"quantization_config": quantiser.configuration()})
@@ -237,52 +256,68 @@ class _Changes:
             self._new |= group.stored(values, 0.0)
 
 
-def _stream(base: Checkpoint, changes: _Changes, folder: Path, form: str, quantiser: Quantiser | None) -> None:
+def _stream(base: Checkpoint, changes: _Changes, folder: Path, quantiser: Quantiser | None) -> None:
     """Write the tensors file by file, in files of the same division: one is in memory at a time."""
-    as_it_is = form == "dense" and base.is_plain and quantiser is None
+    as_it_is = base.is_plain and quantiser is None
     written: dict[str, str] = {}
-    compact: dict[str, dict[str, Any]] = {}
     size = 0
     for number, path in enumerate(base.files, 1):
-        name = path.name if as_it_is else _file_name(form, number, len(base.files))
+        name = path.name if as_it_is else _file_name("model", number, len(base.files))
         tensors: dict[str, Tensor] = {}
         for key, stored in base.of_file(path).items():
-            tensor, kept = changes.of(key, stored.read())
-            found = _packed(key, tensor, kept) if form == "compact" and kept is not None else None
-            if found is None:
-                tensors |= quantiser.parts(key, tensor) if quantiser else {key: tensor.contiguous()}
-            else:
-                parts, compact[key] = found
-                tensors |= parts
+            tensor, _ = changes.of(key, stored.read())
+            tensors |= quantiser.parts(key, tensor) if quantiser else {key: tensor.contiguous()}
         save_file(tensors, folder / name, metadata=base.metadata(path))
         written |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    if form == "compact":
-        write_json(folder / COMPACT_INDEX, {"format": FORMAT, "weights": compact, "versions": versions()})
-    elif as_it_is and len(base.files) > 1:
+    if as_it_is and len(base.files) > 1:
         shutil.copyfile(base.folder / base.first, folder / base.first)
     elif len(base.files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": written})
 
 
-def _file_name(form: str, number: int, count: int) -> str:
-    stem = "compact" if form == "compact" else "model"
+def _stream_compact(base: Checkpoint, changes: _Changes, folder: Path, quantize: str | None) -> None:
+    """Write the compact form as ``_stream`` does the dense one; a weight that is 2:4 along no dimension stays dense."""
+    index: dict[str, dict[str, Any]] = {}
+    for number, path in enumerate(base.files, 1):
+        tensors: dict[str, Tensor] = {}
+        for key, stored in base.of_file(path).items():
+            tensor, kept = changes.of(key, stored.read())
+            dim = None if kept is None else _input_dim(kept)
+            if dim is None:
+                tensors[key] = tensor.contiguous()
+            else:
+                rows = tensor.movedim(dim, -1)
+                tensors |= packed(key, rows, quantize)
+                index[key] = index_entry(rows, dim, quantize)
+        name = _file_name("compact", number, len(base.files))
+        save_file(tensors, folder / name, metadata=base.metadata(path))
+    write_index(folder, index, quantize)
+
+
+def _file_name(stem: str, number: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _packed(key: str, tensor: Tensor, kept: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The compact form along whichever dimension is 2:4, as the file lays it out; None: none is, so it stays dense."""
+def _input_dim(kept: Tensor) -> int | None:
+    """The last dimension along which a mask is 2:4, as the file lays it out; None: along none."""
     for dim in reversed(range(kept.dim())):
-        mask, rows = kept.movedim(dim, -1), tensor.movedim(dim, -1)
+        mask = kept.movedim(dim, -1)
         if mask.shape[-1] % 4 == 0 and not TWO_OF_FOUR.violations(mask.to(torch.uint8)).any():
-            return packed(key, rows), {"rows": list(rows.shape), "in_dim": dim}
+            return dim
     return None
 
 
 def _save_from_memory(
-    model: PreTrainedModel, mask: Mask, tokenizer: PreTrainedTokenizerBase | None, folder: Path, form: str
+    model: PreTrainedModel,
+    mask: Mask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    form: str,
+    quantize: str | None,
 ) -> None:
     """Write a model that has no files."""
+    put_into_order(model, mask.order)
     targets = fit_mask(model, mask)
     state = dict(model.state_dict())
     for name, target in targets.items():
@@ -294,10 +329,10 @@ def _save_from_memory(
         index = {}
         for name, target in targets.items():
             rows = target.rows(state.pop(name))
-            state |= packed(name, rows)
-            index[name] = {"rows": list(rows.shape), "in_dim": target.in_dim}
+            state |= packed(name, rows, quantize)
+            index[name] = index_entry(rows, target.in_dim, quantize)
         save_torch_state_dict(state, folder, filename_pattern="compact{suffix}.safetensors")
-        write_json(folder / COMPACT_INDEX, {"format": FORMAT, "weights": index, "versions": versions()})
+        write_index(folder, index, quantize)
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.coded import SCALE
+from proxsparse.model.compact import KINDS as COMPACT_KINDS
 from proxsparse.model.hub_errors import installed
 from proxsparse.model.layout import Layout
 from proxsparse.model.prunable import find_prunable
@@ -90,18 +91,22 @@ def check_quantisation(kind: str, form: str) -> None:
     """Refuse what can't be written, before anything is read.
 
     Args:
-        kind: int8 or fp8.
+        kind: int8, or fp8 in the dense form.
         form: form of the export.
 
     Raises:
-        UsageError: another kind, or another form than dense.
-        RunError: compressed-tensors is not installed.
+        UsageError: another kind, or a form without weights.
+        RunError: the dense form needs compressed-tensors, which is not installed.
     """
     if kind not in KINDS:
         raise UsageError(f"`quantize` must be one of {', '.join(KINDS)}; got {kind!r}.", "quantize")
-    if form != "dense":
-        raise UsageError(f"`quantize` needs the dense form; got `form={form}`.", "quantize")
-    if not installed("compressed_tensors"):
+    if form not in ("dense", "compact"):
+        raise UsageError(f"`quantize` needs the form dense or compact; got `form={form}`.", "quantize")
+    if form == "compact" and kind not in COMPACT_KINDS:
+        raise UsageError(
+            f"`quantize={kind}` needs the dense form; the compact form takes {' or '.join(COMPACT_KINDS)}.", "quantize"
+        )
+    if form == "dense" and not installed("compressed_tensors"):
         raise RunError(
             "Quantising needs the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra "
             "`quantize` of proxsparse."
@@ -125,9 +130,10 @@ def check_base(base: Checkpoint | None, name: str) -> None:
             "quantize",
         )
     entry = quantisation(base.config)
-    if entry is not None:
+    if entry is not None or base.is_rounded:
+        scheme = "compact int8" if entry is None else scheme_of(entry)
         raise UsageError(
-            f"The model {name} is quantised already ({scheme_of(entry)}): give the original weights, or export it "
+            f"The model {name} is quantised already ({scheme}): give the original weights, or export it "
             "without `quantize`.",
             "quantize",
         )

@@ -25,7 +25,7 @@ from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import atomic_path, write_json
+from proxsparse.record import write_json
 
 Shapes = dict[torch.dtype, tuple[int, int]]  # dtype -> what rows and columns must be multiples of
 
@@ -151,11 +151,13 @@ def _left_dense(model: PreTrainedModel, mask: Mask) -> Iterator[str]:
     yield from (t.name for t in find_prunable(model, multiple=1) if type(t.module) is not nn.Linear)
 
 
-def write_runtime(folder: Path | str) -> None:
-    """Write torchao's configuration and the notes on serving next to a dense export."""
-    folder = Path(folder)
+def write_runtime(folder: Path, served: Path) -> None:
+    """Write torchao's configuration and the notes on serving into a folder.
+
+    Args:
+        served: where the folder will be.
+    """
     write_json(folder / TORCHAO_FILE, TORCHAO_CONFIG)
-    overrides = json.dumps({"quantization_config_file": str(folder / TORCHAO_FILE)})
-    with atomic_path(folder / NOTES_FILE) as scratch:
-        text = NOTES.format(folder=folder, overrides=overrides, config=TORCHAO_FILE)
-        scratch.write_text(text, encoding="utf-8")
+    overrides = json.dumps({"quantization_config_file": str(served / TORCHAO_FILE)})
+    text = NOTES.format(folder=served, overrides=overrides, config=TORCHAO_FILE)
+    (folder / NOTES_FILE).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Run a pruned model sparse: on the CPU with compact weights, on a GPU with torch's semi-structured tensors.
 
 Neither is faster everywhere. Reading the weights from memory limits decoding, and compact weights have fewer bytes.
-Arithmetic limits prefill, which uses the dense product on the CPU. On a GPU every shape is measured, and only those
+Arithmetic limits prefill, which uses dense products on the CPU. On a GPU every shape is measured, and only those
 that gain are converted. ``proxsparse bench`` shows what a machine gains.
 """
 
@@ -12,18 +12,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from transformers import PreTrainedModel
 
-from proxsparse.deploy import decode
+from proxsparse.deploy.compact_linear import CompactLinear as CompactLinear
 from proxsparse.errors import RunError, UsageError
-from proxsparse.model.compact import as_numpy, compress
+from proxsparse.model.checkpoint import Checkpoint
+from proxsparse.model.compact import check_kind
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.operator.kernels.threads import match_torch
 from proxsparse.operator.pattern import TWO_OF_FOUR
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedMode
 
     Args:
         folder: compact folder, checkpoint folder, or Hub id.
-        sparse: compact weights on a CPU, semi-structured tensors on a GPU where they are faster.
+        sparse: compact weights on a CPU (int8 ones where the folder holds int8 values), semi-structured tensors on a
+            GPU where they are faster.
         options: arguments of ``proxsparse.model.loading.load_model``: dtype, device, revision, ...
 
     Raises:
@@ -47,87 +47,36 @@ def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedMode
     if sparse and model.device.type == "cuda":
         use_semi_structured(model)
     elif sparse:
-        use_compact(model)
+        use_compact(model, quantize=stored_kind(folder, options.get("revision")))
     return model
 
 
-class CompactLinear(nn.Module):
-    """nn.Linear with a compact 2:4 weight, for inference on the CPU.
+def stored_kind(name: str, revision: str | None = None) -> str | None:
+    """How the values of a model's compact weights are quantised in its files; None: they are not, or are not here."""
+    found = Checkpoint.find(name, revision)
+    return "int8" if found is not None and found.is_rounded else None
 
-    A few tokens (decoding) go through a kernel that reads 0.56 (float32: 0.53) of the dense bytes and sums in float32;
-    more tokens (prefill) go through a dense product with a weight that is expanded each time.
+
+def use_compact(model: PreTrainedModel, quantize: str | None = None) -> int:
+    """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, in place.
 
     Args:
-        linear: its weight has at most two non-zeros in every block of four; float32 or bfloat16, on the CPU.
-
-    Raises:
-        ValueError: the weight is not 2:4, or of another dtype or device.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach()
-        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
-            raise ValueError(
-                f"compact weights are float32 or bfloat16 on the CPU, not {weight.dtype} on {weight.device}"
-            )
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        values, positions = compress(weight)
-        self.values, self.codes = decode.pack_panels(as_numpy(values), positions.numpy())
-        self.bias = linear.bias
-        self.read = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, for code that multiplies with it by itself; ``read`` remembers that somebody asked."""
-        self.read = True
-        return self.dense()
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.codes.nbytes
-
-    def dense(self) -> Tensor:
-        """(O, I) dense weight, made afresh."""
-        out = torch.zeros(self.out_features, self.in_features, dtype=self.dtype)
-        match_torch()
-        decode.expand(self.values, self.codes, as_numpy(out))
-        return out
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        flat = inputs.reshape(-1, self.in_features)
-        if len(flat) > decode.MOST_TOKENS:
-            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
-        padded = np.zeros((len(flat), 8 * self.codes.shape[1]), np.float32)
-        padded[:, : self.in_features] = flat.detach().float().numpy()
-        out = np.empty((len(flat), len(self.codes) * decode.PANEL), np.float32)
-        match_torch()
-        decode.multiply(self.values, self.codes, padded, out)
-        result = torch.from_numpy(out)[:, : self.out_features].to(inputs.dtype)
-        result = result if self.bias is None else result + self.bias
-        return result.reshape(*inputs.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
-
-
-def use_compact(model: PreTrainedModel) -> int:
-    """Replace every pruned nn.Linear of a model on the CPU by a CompactLinear, in place.
+        quantize: int8: the kept values are rounded to int8.
 
     Returns:
         how many were replaced. Conv1D, stacked experts, layers that were left out of the pruning, and layers whose
         weight the model's code reads stay dense.
 
     Raises:
-        UsageError: no weight is 2:4.
+        UsageError: no weight is 2:4; another kind of quantisation.
     """
+    check_kind(quantize)
     replaced: list[tuple[Prunable, CompactLinear]] = []
     for target in _pruned(model, "compact"):
         if type(target.module) is not nn.Linear:
             continue
         try:
-            compact = CompactLinear(target.module)
+            compact = CompactLinear(target.module, quantize)
         except ValueError as error:
             raise UsageError(f"{target.name} can't be made compact: {error}.") from error
         _replace(model, target, compact)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from proxsparse.errors import RunError
-from proxsparse.model.compact import compact_index, is_compact, unpacked
+from proxsparse.model.compact import Compact, compact_index, is_compact, unpacked
 from proxsparse.model.quantised import (
     FP8,
     SCALES,
@@ -100,6 +100,11 @@ class Checkpoint:
     @property
     def is_compact(self) -> bool:
         return is_compact(self.folder)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the values of compact weights are quantised."""
+        return self.is_compact and any(weight.dtype is not None for weight in compact_index(self.folder).values())
 
     @property
     def is_plain(self) -> bool:
@@ -211,25 +216,28 @@ class Checkpoint:
 
     def _decompressed(self, raw: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
         index = compact_index(self.folder)
-        missing = sorted(n for n in index if f"{n}.values" not in raw or f"{n}.positions" not in raw)
+        parts = {n: ("values", "positions", *(["scales"] if w.dtype else [])) for n, w in index.items()}
+        missing = sorted(n for n, own in parts.items() if any(f"{n}.{part}" not in raw for part in own))
         if missing:
             raise RunError(f"{self.folder} lacks {len(missing)} weights, as {missing[0]}; export the model again.")
 
-        def dense(name: str, rows: tuple[int, ...], in_dim: int) -> Stored:
+        def dense(name: str, weight: Compact) -> Stored:
             values, positions = raw[f"{name}.values"], raw[f"{name}.positions"]  # they may lie in different files
+            scales = raw[f"{name}.scales"] if weight.dtype else None
 
             def read() -> Tensor:
                 with _naming(values.file):
-                    return unpacked(values.read(), positions.read(), rows, in_dim)
+                    return unpacked(values.read(), positions.read(), scales.read() if scales else None, weight)
 
-            return Stored(tuple(torch.empty(rows, device="meta").movedim(-1, in_dim).shape), values.file, read)
+            shape = torch.empty(weight.rows, device="meta").movedim(-1, weight.in_dim).shape
+            return Stored(tuple(shape), values.file, read)
 
         for name, stored in raw.items():
             base, _, part = name.rpartition(".")
             if base not in index:
                 yield name, stored
             elif part == "values":
-                yield base, dense(base, *index[base])
+                yield base, dense(base, index[base])
 
     def _dequantised(self, raw: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
         entry = quantisation(self.config) or {}

@@ -4,9 +4,14 @@ A folder in this form has config.json, the tokenizer, compact.json (which weight
 compact*.safetensors: for every pruned weight ``NAME.values`` (O, I / 2) and ``NAME.positions`` (O, ceil(I / 8)) uint8,
 four 2-bit positions per byte, lowest first; every other tensor as it was. NAME is the one in the files of the base.
 Rows have the input dimension last. Stacked experts are (E, O, ...).
+
+With int8 values it takes 5/16 of a dense 16-bit weight. ``NAME.values`` are int8 codes then, and ``NAME.scales`` (O,)
+float32: a weight is its code times the scale of its row, rounded to the dtype that compact.json names. The largest
+weight of a row has the code 127 or -127. So a weight that was read and is quantised again gets the same codes.
 """
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +20,27 @@ from torch import Tensor
 from proxsparse.errors import RunError, UsageError
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.operator.prox import top2_mask
-from proxsparse.record import read_json
+from proxsparse.record import read_json, versions, write_json
 
-FORMAT = "proxsparse-compact-1"
+KINDS = ("int8",)  # of quantised values
+FORMATS = {None: "proxsparse-compact-1", "int8": "proxsparse-compact-int8-1"}
 INDEX = "compact.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST = 127  # code: -128 is not used, so that codes are symmetric around zero
+
+
+class Compact(NamedTuple):
+    """What compact.json says of one weight.
+
+    Attributes:
+        rows: its shape with inputs last.
+        in_dim: the dimension that is the input in its own layout.
+        dtype: of the weight where its values are quantised, else None.
+    """
+
+    rows: tuple[int, ...]
+    in_dim: int
+    dtype: torch.dtype | None = None
 
 
 def compress(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,26 +79,86 @@ def unpack_positions(packed: Tensor, count: int) -> Tensor:
     return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)[..., :count]
 
 
-def packed(name: str, rows: Tensor) -> dict[str, Tensor]:
-    """The two tensors that stand for a 2:4 weight in a file.
+def check_kind(quantize: str | None) -> None:
+    """Refuse other kinds of quantised values.
+
+    Raises:
+        UsageError: names those that there are.
+    """
+    if quantize not in (None, *KINDS):
+        raise UsageError(
+            f"`quantize` of compact weights must be {' or '.join(KINDS)}; got {quantize!r}.",
+            "quantize",
+        )
+
+
+def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as int8 codes with a scale per row; a zero has the code 0.
+
+    Args:
+        values: (..., n).
+
+    Returns:
+        (..., n) int8 codes, and (...,) float32 scales; of a row of zeros the scale is 1.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    exact = values.float()
+    if not exact.isfinite().all():
+        raise ValueError("a weight is not finite")
+    scales = exact.abs().amax(-1) / LARGEST
+    scales = scales.where(scales > 0, 1.0)
+    codes = (exact / scales[..., None]).round().clamp(-LARGEST, LARGEST)
+    return codes.to(torch.int8), scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``quantise_rows``, but for what it rounds."""
+    return (codes.float() * scales[..., None]).to(dtype)
+
+
+def packed(name: str, rows: Tensor, quantize: str | None = None) -> dict[str, Tensor]:
+    """The tensors that stand for a 2:4 weight in a file.
 
     Args:
         name: name of the weight.
         rows: (..., I) inputs last.
+        quantize: None or int8.
 
     Raises:
-        ValueError: a block has more than two non-zeros.
+        ValueError: a block has more than two non-zeros; or a value is not finite and can't be quantised.
     """
     values, positions = compress(rows)
-    return {f"{name}.values": values.contiguous(), f"{name}.positions": pack_positions(positions).contiguous()}
+    parts = {f"{name}.positions": pack_positions(positions).contiguous()}
+    if quantize is not None:
+        values, scales = quantise_rows(values)
+        parts[f"{name}.scales"] = scales.contiguous()
+    return {f"{name}.values": values.contiguous(), **parts}
+
+
+def index_entry(rows: Tensor, in_dim: int, quantize: str | None = None) -> dict[str, Any]:
+    """What compact.json says of one weight, see ``Compact``."""
+    dtype = {} if quantize is None else {"dtype": str(rows.dtype).removeprefix("torch.")}
+    return {"rows": list(rows.shape), "in_dim": in_dim, **dtype}
+
+
+def write_index(folder: Path, weights: dict[str, dict[str, Any]], quantize: str | None = None) -> None:
+    """Write compact.json.
+
+    Args:
+        weights: name of every compact weight -> ``index_entry``.
+        quantize: None or int8.
+    """
+    write_json(folder / INDEX, {"format": FORMATS[quantize], "weights": weights, "versions": versions()})
 
 
 def is_compact(folder: Path | str) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def compact_index(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name of every compact weight -> (its shape with inputs last, the dimension that is the input).
+def compact_index(folder: Path) -> dict[str, Compact]:
+    """Name of every compact weight -> what compact.json says of it.
 
     Raises:
         UsageError: the folder is of another version.
@@ -84,28 +166,40 @@ def compact_index(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """
     try:
         index = read_json(folder / INDEX)
-        if index["format"] != FORMAT:
-            raise UsageError(f"{folder / INDEX} has format {index['format']!r}; this version reads {FORMAT!r}.")
-        return {name: (tuple(w["rows"]), int(w["in_dim"])) for name, w in index["weights"].items()}
+        if index["format"] not in FORMATS.values():
+            known = " and ".join(map(repr, FORMATS.values()))
+            raise UsageError(f"{folder / INDEX} has format {index['format']!r}; this version reads {known}.")
+        quantised = index["format"] != FORMATS[None]
+        return {
+            name: Compact(tuple(w["rows"]), int(w["in_dim"]), DTYPES[w["dtype"]] if quantised else None)
+            for name, w in index["weights"].items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise
         raise RunError(f"{folder / INDEX} is damaged ({error}); export the model again.") from error
 
 
-def unpacked(values: Tensor, positions: Tensor, rows: tuple[int, ...], in_dim: int) -> Tensor:
-    """The dense weight in its own layout, bit for bit.
+def unpacked(values: Tensor, positions: Tensor, scales: Tensor | None, weight: Compact) -> Tensor:
+    """The dense weight in its own layout: bit for bit, or of the quantised values.
 
     Raises:
-        ValueError: the two tensors do not make a weight of that shape.
+        ValueError: the tensors do not make a weight of that shape.
     """
+    rows = weight.rows
     if tuple(values.shape) != (*rows[:-1], rows[-1] // 2) or positions.dtype != torch.uint8:
         raise ValueError(f"values of shape {tuple(values.shape)} do not make a weight of {rows}")
     places = unpack_positions(positions, rows[-1] // 2)
     pairs = places.unflatten(-1, (-1, 2))
     if not (pairs[..., 0] < pairs[..., 1]).all():
         raise ValueError("positions of a block are not ascending")
-    return decompress(values, places).movedim(-1, in_dim).contiguous()
+    if scales is not None and weight.dtype is not None:
+        if tuple(scales.shape) != rows[:-1] or values.dtype != torch.int8:
+            raise ValueError(
+                f"scales of shape {tuple(scales.shape)} and values of {values.dtype} do not belong together"
+            )
+        values = dequantise(values, scales, weight.dtype)
+    return decompress(values, places).movedim(-1, weight.in_dim).contiguous()
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
