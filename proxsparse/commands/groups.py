@@ -32,7 +32,7 @@ from proxsparse.record import read_json, versions, write_json
 from proxsparse.text import NAMED, SELF, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows, parts_of
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
-FILES_HELP = ".txt, .jsonl, .ndjson, .json (also .gz), .parquet or .arrow"
+FILES_HELP = ".txt, .jsonl, .ndjson, .json (these also as .gz, .bz2, .xz, .zst), .parquet or .arrow"
 TEXT_HELP = f"{', '.join(NAMED)}, or a {FILES_HELP} file, or a folder of them"
 CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model generates, and wiki:2,self:1 mixes texts two to one"
 
