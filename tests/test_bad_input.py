@@ -113,11 +113,11 @@ def change_weight(folder, name, change):
 
 MODELS = [
     # (damage, command, exit code, what the sentence says)
-    (truncated_weights, "eval", 1, "can't be loaded"),
-    (truncated_weights, "learn", 1, "can't be loaded"),
+    (truncated_weights, "eval", 1, "damaged"),
+    (truncated_weights, "learn", 1, "damaged"),
     (truncated_weights, "check", 1, "damaged"),
-    (empty_weights, "eval", 1, "can't be loaded"),
-    (garbage_weights, "prune", 1, "can't be loaded"),
+    (empty_weights, "eval", 1, "damaged"),
+    (garbage_weights, "prune", 1, "damaged"),
     (garbage_weights, "export", 1, "damaged"),
     (no_weights, "eval", 1, "no safetensors weights"),
     (no_weights, "check", 2, "must be a checkpoint folder with safetensors"),

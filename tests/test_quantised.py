@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mixture, run
 
@@ -15,7 +16,7 @@ from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.copies import OriginalWeights
 from proxsparse.mask import load_mask
-from proxsparse.model import quantised
+from proxsparse.model import hub, loading, quantised
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import load_config, load_model
 from proxsparse.model.prunable import find_prunable
@@ -360,3 +361,22 @@ def test_codes_are_noticed_where_the_configuration_says_nothing(fp8, tmp_path, m
         load_model(str(folder))
     assert console(["export", "--model", str(folder), "--mask", str(mask), "--to", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_codes_on_the_hub_are_noticed_before_anything_is_downloaded(monkeypatch):
+    def head(*tensors):
+        return SafetensorsFileMetadata({}, {name: TensorInfo(dtype, [4], (0, 4)) for name, dtype in tensors})
+
+    heads = {
+        "a.safetensors": head(("norm.weight", "BF16"), ("mask", "U8")),
+        "b.safetensors": head(("layers.0.up_proj.qweight", "I32")),
+    }
+    repository = SafetensorsRepoMetadata({}, True, dict.fromkeys(("norm.weight",), "a.safetensors"), heads)
+    monkeypatch.setattr(hub.HfApi, "get_safetensors_metadata", lambda *_, **__: repository)
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: hf.LlamaConfig())
+    hub.hub_tensors.cache_clear()
+    for use in (load_model, load_config):
+        with pytest.raises(RunError, match=r"up_proj.qweight in b.safetensors holds I32 codes. Give the original"):
+            use("some/codes")
+    hub.hub_tensors.cache_clear()

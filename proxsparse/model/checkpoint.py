@@ -4,6 +4,7 @@ Everything that reads weights without the model goes through ``Checkpoint``: whi
 order; what they hold; and every tensor as plain numbers, one at a time.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +115,10 @@ class Checkpoint:
         """
         if self.is_compact:
             found = sorted(self.folder.glob("compact*.safetensors"))
+            parts = re.search(r"-of-(\d+)\.safetensors$", found[0].name) if found else None
+            if parts:  # a download may have been interrupted
+                names = (f"compact-{i:0{len(parts[1])}}-of-{parts[1]}.safetensors" for i in range(1, int(parts[1]) + 1))
+                return [self.folder / name for name in names]
             return found or [self.folder / "compact.safetensors"]
         path = self.folder / self.first
         if not path.is_file():
@@ -175,13 +180,7 @@ class Checkpoint:
         """
         for path, file in self._open.items():
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                dtype = file.get_slice(key).get_dtype()
-                integers = dtype.startswith(("I", "U")) and key.endswith("weight")  # .weight of int8, .qweight of GPTQ
-                if integers or dtype.startswith(("F8", "F4")):
-                    raise RunError(
-                        f"The model {self.name} is quantised, and its config.json does not say how: {key} in "
-                        f"{path.name} holds {dtype} codes. Give the original weights."
-                    )
+                refuse_code(self.name, path.name, key, file.get_slice(key).get_dtype())
 
     def of_file(self, path: Path) -> dict[str, Stored]:
         """The tensors of one file."""
@@ -270,6 +269,23 @@ class Checkpoint:
             if name.endswith(ending) and name.removesuffix(ending) + weight in raw:
                 return True
         return False
+
+
+def refuse_code(model: str, file: str, key: str, dtype: str) -> None:
+    """Refuse a tensor that holds codes, in a model whose config.json does not say that it is quantised.
+
+    Args:
+        dtype: as safetensors names it.
+
+    Raises:
+        RunError: names all four.
+    """
+    integers = dtype.startswith(("I", "U")) and key.endswith("weight")  # .weight of int8, .qweight of GPTQ
+    if integers or dtype.startswith(("F8", "F4")):
+        raise RunError(
+            f"The model {model} is quantised, and its config.json does not say how: {key} in {file} holds {dtype} "
+            "codes. Give the original weights."
+        )
 
 
 def _scales_of(name: str) -> tuple[str, ...]:
