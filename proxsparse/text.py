@@ -30,7 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
-from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of
+from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, stamp_of
 from proxsparse.model.generating import sample_tokens
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
@@ -82,6 +82,16 @@ def parts_of(name: str) -> dict[str, int]:
     parts = [re.fullmatch(r"(.+):([1-9]\d*)", part, re.ASCII) for part in name.split(",")]
     found = {part[1]: int(part[2]) for part in parts if part}
     return {name: 1} if len(found) < len(parts) or Path(name).exists() else found
+
+
+def stamp(dataset: str) -> str | None:
+    """What tells that a text of files, or a mixture with such texts, may have changed: another stamp than before.
+
+    Returns:
+        None where no part is a file or a folder.
+    """
+    paths = [Path(name) for name in parts_of(dataset) if name not in (*NAMED, SELF) and Path(name).exists()]
+    return " ".join(stamp_of(path) for path in paths) or None
 
 
 def calibration_windows(

@@ -23,4 +23,4 @@ bash script/setup.sh
 # done takes over tests of the other.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
-exec .venv/bin/python -m pytest -n 2 --dist worksteal --durations 10 "${chosen[@]}" "${arguments[@]}"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal --durations 10 ${chosen[@]+"${chosen[@]}"} ${arguments[@]+"${arguments[@]}"}

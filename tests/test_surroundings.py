@@ -1,14 +1,18 @@
 """Learning with models, tokenizers and checkpoints as they come."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from conftest import byte_tokenizer, tiny_llama
+from conftest import TEXT, byte_tokenizer, tiny_llama
 from test_trainer import STEPS, config, data, trainer
 from transformers import GenerationConfig
 
+from proxsparse.__main__ import main as console
 from proxsparse.baselines import METHODS, Wanted
 from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.learning.copies import TakingTurns
@@ -185,3 +189,62 @@ def test_every_baseline_prunes_by_one_call_and_leaves_nothing(tmp_path, method, 
 
 def test_a_device_without_a_kernel_of_its_own_computes_in_torch():
     assert kernel_for(torch.empty(4, device="meta")) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ["-m", "not slow"]),
+        (["--all"], []),
+        (["-k", "a b"], ["-m", "not slow", "-k", "a b"]),
+        (["-x", "--all", "-k", "a"], ["-x", "-k", "a"]),
+        (["-m", "slow"], ["-m", "slow"]),
+    ],
+)
+def test_the_script_runs_slow_tests_where_they_are_asked_for(given, passed, tmp_path):
+    (tmp_path / "script").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(Path(__file__).parent.parent / "script" / "test.sh", tmp_path / "script")
+    (tmp_path / "script" / "setup.sh").write_text("")
+    stand_in = tmp_path / ".venv" / "bin" / "python"
+    stand_in.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "script" / "test.sh", *given], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[8:] == passed
+
+
+def test_what_was_made_of_a_text_that_has_changed_is_made_again_or_refused(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(16):
+        (text / f"{i:02}.txt").write_text(f"Document {i}. " + TEXT * 3)
+    out = str(tmp_path / "run")
+    learn = ["learn", "--model", checkpoint, "--dataset", str(text), "--ctx_len", "32", "--samples", "2", "--bf16",
+             "false", "--use_cpu", "true", "--output_dir", out]  # fmt: skip
+    prune = ["prune", "--run", out, "--prune_method", "wanda"]
+    commands = (learn, prune, ["eval", "--run", out], ["apply", "--run", out])
+    for command in commands:
+        assert console(command) == 0
+    masks = {name: load_mask(f"{out}/{name}").tensors for name in (".", "wanda")}
+
+    def said(command, code=0):
+        capsys.readouterr()
+        assert console(command) == code
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    (text / "03.txt").touch()  # the same text, newer
+    assert all("done already" in said(command) for command in (learn, prune))
+    for command in commands:
+        said(command)
+        assert "done already" in said(command)
+    for path in text.iterdir():
+        path.write_text(path.read_text().replace("dog", "cat").upper())
+    refused = said(learn, code=2)
+    assert "was learned from another text: the files of" in refused
+    assert "--output_dir" in refused
+    for command in commands[1:3]:
+        assert "done already" not in said(command)
+        assert "done already" in said(command)
+    assert all(torch.equal(load_mask(out).tensors[name], kept) for name, kept in masks["."].items())
+    assert any(not torch.equal(load_mask(f"{out}/wanda").tensors[name], kept) for name, kept in masks["wanda"].items())

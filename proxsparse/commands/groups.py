@@ -29,7 +29,17 @@ from proxsparse.model.loading import (
 )
 from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.record import read_json, versions, write_json
-from proxsparse.text import NAMED, SELF, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows, parts_of
+from proxsparse.text import (
+    NAMED,
+    SELF,
+    SPLITS,
+    adds_bos,
+    check_ctx_len,
+    check_tokens,
+    evaluation_windows,
+    parts_of,
+    stamp,
+)
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
 FILES_HELP = ".txt, .jsonl, .ndjson, .json (these also as .gz, .bz2, .xz, .zst), .parquet or .arrow"
@@ -114,7 +124,8 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide a measured perplexity."""
     mask = getattr(args, "mask", None)
     names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
-    return {name: getattr(args, name) for name in names} | {"mask": None if mask is None else mask_digest(mask)}
+    decisive = {name: getattr(args, name) for name in names} | {"files": [stamp(text) for text in args.dataset]}
+    return decisive | {"mask": None if mask is None else mask_digest(mask)}
 
 
 def mask_digest(mask: str | Path) -> str:

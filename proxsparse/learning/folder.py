@@ -37,6 +37,7 @@ from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
 ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
+TEXT_FILES = "text_files"  # in the settings: the stamp of the text's files, see ``proxsparse.text.stamp``
 WINDOWS = "windows given in Python"  # instead of the name of a text
 DENSE, PRUNED, ZERO_SHOT = "dense", "pruned", "zero_shot"  # names of results, and of the pruned checkpoint
 
@@ -284,6 +285,8 @@ def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
 
 def _decides(name: str) -> bool:
     """Whether a setting decides the mask: those of the data do, and our own but for a few."""
+    if name == TEXT_FILES:  # another stamp only makes one look at the text
+        return False
     if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:
         return name in DECISIVE or (name in ProxSparseConfig.__annotations__ and name not in UNDECIDED)
     return True

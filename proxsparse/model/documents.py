@@ -8,6 +8,7 @@ Text and JSON may be zipped: .gz, .bz2, .xz or .zst follows. Endings are read in
 begin with a dot are skipped, and so are tables without 'text' next to files that have text.
 """
 
+import hashlib
 import logging
 import mmap
 import os
@@ -113,6 +114,15 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
     if any(document.strip() for document in documents):
         return documents
     raise without or UsageError(f"There is no text in {path}.", "dataset")
+
+
+def stamp_of(path: Path) -> str:
+    """SHA-256 of the names, sizes and times of change of a text's files: another one says that they may have changed."""
+    found = hashlib.sha256()
+    for file in _readable(path):
+        about = file.stat()
+        found.update(f"{file.relative_to(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return found.hexdigest()
 
 
 def _readable(path: Path) -> list[Path]:
