@@ -56,6 +56,22 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 
 
+def usual_cache() -> Path | None:
+    """The user's folder for caches; None where there is no home folder, as in containers with a user of no name."""
+    found = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return found if found.is_absolute() else None
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def write_json(path: Path | str, record: Any) -> None:
     """Write JSON atomically, with a final newline."""
     with atomic_path(path) as scratch:

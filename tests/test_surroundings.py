@@ -1,8 +1,11 @@
 """Learning with models, tokenizers and checkpoints as they come."""
 
 import json
+import os
+import pwd
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,9 @@ from proxsparse.learning.copies import TakingTurns
 from proxsparse.learning.optim import scale_learning_rates
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import load_mask, save_mask
+from proxsparse.model import source
 from proxsparse.model.loading import load_model
+from proxsparse.operator.kernels import cache
 from proxsparse.operator.prox import kernel_for
 
 SIZES = {
@@ -248,3 +253,53 @@ def test_what_was_made_of_a_text_that_has_changed_is_made_again_or_refused(check
         assert "done already" in said(command)
     assert all(torch.equal(load_mask(out).tensors[name], kept) for name, kept in masks["."].items())
     assert any(not torch.equal(load_mask(f"{out}/wanda").tensors[name], kept) for name, kept in masks["wanda"].items())
+
+
+@pytest.mark.parametrize("home", [None, "/proc/none"])
+def test_without_a_cache_the_embedded_model_is_converted_for_the_process(home, monkeypatch, tmp_path, caplog):
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    gguf = tmp_path / source.EMBEDDED_FILE
+    gguf.write_bytes(b"GGUF")
+    made = []
+    monkeypatch.setattr(source, "package_file", lambda *_: gguf)
+    monkeypatch.setattr(source, "read_gguf", lambda *_: made.append(1) or tiny_llama())
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", lambda *_, **__: byte_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    source._temporary.cache_clear()
+    folder = source.embedded_checkpoint()
+    assert source.embedded_checkpoint() == folder
+    assert made == [1]
+    assert (folder / "model.safetensors").is_file()
+    assert "set XDG_CACHE_HOME to keep it" in caplog.text
+    assert "/proc/none/.cache can't be written" in caplog.text or home is None
+    cache.choose_cache()
+    assert [path.name for path in tmp_path.iterdir()] == [gguf.name]  # no folder named ~
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert source.embedded_checkpoint().is_relative_to(tmp_path / "mine")
+
+
+@pytest.mark.slow  # a process of its own, in which nothing is imported yet
+def test_commands_work_where_the_home_folder_can_not_be_written_to(checkpoint, corpus, tmp_path):
+    out, model, text = tmp_path / "run", ["--model", checkpoint], ["--dataset", corpus, "--ctx_len", "32"]
+    run = ["--run", str(out)]
+    commands = [
+        ["download", "--list"],
+        ["learn", *model, *text, "--samples", "2", "--bf16", "false", "--use_cpu", "true", "--output_dir", str(out)],
+        ["prune", *run, "--prune_method", "wanda"],
+        ["apply", *run],
+        ["export", *run, "--to", str(tmp_path / "out")],
+        ["report", *run],
+    ]
+    code = f"from proxsparse.__main__ import main\nassert not any([main(words) for words in {commands!r}])"
+    here = Path(__file__).parent.parent
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(here), "HOME": "/proc/none", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (out / "report.html").is_file()

@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model, **options_of(args))
     model = load(args) if own_text else None
     windows = samples_of(args, tokenizer, model) if reads else None
-    if changeable:
+    if changeable and windows is not None:
         info["text"] = digest(windows)
         if pruned_already(args, info, wanted.pattern):
             return

@@ -117,7 +117,7 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
 
 
 def stamp_of(path: Path) -> str:
-    """SHA-256 of the names, sizes and times of change of a text's files: another one says that they may have changed."""
+    """SHA-256 of the names, sizes and times of change of a text's files: another one says that it may have changed."""
     found = hashlib.sha256()
     for file in _readable(path):
         about = file.stat()
