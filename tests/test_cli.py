@@ -179,3 +179,17 @@ def test_help_fits_eighty_columns(name, monkeypatch, capsys):
 def test_a_python_caller_reads_a_sentence_without_flags():
     parser = argparse.ArgumentParser()
     assert "--" not in with_flags("`samples` must be at least 1", parser)
+
+
+def test_a_path_from_home_is_one_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    given = []
+
+    @command(small_parser)
+    def program(args):
+        given.append(args.dtype)
+
+    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"]):
+        assert program(words) == 0
+    assert given == [f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x"]

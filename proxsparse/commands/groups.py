@@ -144,6 +144,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An integer that every generator takes as its seed, for argparse."""
+    value = int(text) if text.isdigit() else -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer between 0 and 4294967295, got {text!r}")
+    return value
+
+
 def batch_size(text: str) -> int | None:
     """An integer >= 1, or None for 'auto', for argparse."""
     return None if text == "auto" else positive_int(text)

@@ -33,6 +33,7 @@ from proxsparse.commands.groups import (
     model_of,
     options_of,
     positive_int,
+    seed,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
@@ -77,7 +78,7 @@ def arguments() -> Parser:
         default=2048,
         help="tokens per sample; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the choice of samples; default: %(default)s")
     parser.add_argument(
         "--hidden_device",
         default="cpu",

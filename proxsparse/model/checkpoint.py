@@ -19,9 +19,11 @@ from torch import Tensor
 
 from proxsparse.errors import RunError
 from proxsparse.model.compact import compact_index, is_compact, unpacked
+from proxsparse.model.hub_errors import lfs_pointer
 from proxsparse.model.quantised import (
     FP8,
     SCALES,
+    block_of,
     dequantise_fp8,
     dequantise_mxfp4,
     quantisation,
@@ -31,7 +33,8 @@ from proxsparse.model.source import model_source
 from proxsparse.record import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")  # dtypes of quantised weights in a file
+FP8_CODES = ("F8_E4M3", "F8_E5M2")
+CODES = (*FP8_CODES, "I8", "U8", "I32")  # dtypes of quantised weights in a file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -231,15 +234,16 @@ class Checkpoint:
                 yield base, dense(base, *index[base])
 
     def _dequantised(self, raw: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
-        entry = quantisation(self.config) or {}
-        sizes = entry.get("weight_block_size")
-        block = (int(sizes[0]), int(sizes[1])) if sizes else None
+        block = block_of(quantisation(self.config) or {})
 
-        def of_fp8(codes: Stored, scale: Stored) -> Stored:
+        def of_fp8(name: str, codes: Stored, scale: Stored) -> Stored:
             def read() -> Tensor:
                 with _naming(codes.file):
                     found = codes.read()
-                    return dequantise_fp8(found, scale.read(), block) if found.dtype in FP8 else found
+                    try:
+                        return dequantise_fp8(found, scale.read(), block) if found.dtype in FP8 else found
+                    except RunError as error:
+                        raise RunError(f"{codes.file} is damaged ({name}: {error}); get the model again.") from error
 
             return Stored(codes.shape, codes.file, read)
 
@@ -252,14 +256,19 @@ class Checkpoint:
             if name.endswith("_blocks") and (scales := raw.get(name.removesuffix("_blocks") + "_scales")):
                 yield name.removesuffix("_blocks"), of_mxfp4(stored, scales)
             elif (scale := next((raw[own] for own in _scales_of(name) if own in raw), None)) is not None:
-                yield name, of_fp8(stored, scale)
+                self._refuse_codes_but(FP8_CODES, name, stored)
+                yield name, of_fp8(name, stored, scale)
             elif not name.endswith(SCALES) and not self._is_scale(name, raw):
-                if self._open[stored.file].get_slice(name).get_dtype() in CODES:
-                    raise RunError(
-                        f"The model {self.name} is quantised: {name} holds codes in a form that is not read here. "
-                        "Give the original weights."
-                    )
+                self._refuse_codes_but((), name, stored)
                 yield name, stored
+
+    def _refuse_codes_but(self, known: tuple[str, ...], name: str, stored: Stored) -> None:
+        dtype = self._open[stored.file].get_slice(name).get_dtype()
+        if dtype in CODES and dtype not in known:
+            raise RunError(
+                f"The model {self.name} is quantised: {name} holds codes in a form that is not read here ({dtype}). "
+                "Give the original weights."
+            )
 
     @staticmethod
     def _is_scale(name: str, raw: dict[str, Stored]) -> bool:
@@ -305,6 +314,10 @@ class _naming:
     def __exit__(self, kind, error, trace) -> None:
         wrong = isinstance(error, (KeyError, ValueError)) or "Safetensor" in type(error).__name__
         if wrong or (isinstance(error, OSError) and "safetensors" in str(error)):
+            if pointer := lfs_pointer(self.path if self.path.is_dir() else self.path.parent):
+                raise RunError(
+                    f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
+                ) from error
             raise RunError(f"{self.path} is damaged ({error}); get the model again.") from error
 
 

@@ -108,7 +108,7 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
             sources += _sources(file, in_pieces)
         except NoTextColumn as error:
             without = without or error
-            if file.name not in METADATA:
+            if file != path and file.name not in METADATA:
                 logger.warning("passed over: %s", error)
     documents = Documents(sources)
     if any(document.strip() for document in documents):

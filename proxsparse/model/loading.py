@@ -8,7 +8,8 @@
 Weights are read from safetensors or GGUF only, never from pickle files.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from proxsparse.model.hub_errors import clear_errors, quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.quantised import KEYS, refuse_quantised
 from proxsparse.model.source import model_source, read_gguf
+from proxsparse.record import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -176,7 +178,7 @@ def _configuration(
     """The configuration, and how the weights are quantised."""
     source, extra = model_source(name)
     with doing(f"loading the configuration of {name}"), clear_errors(name):
-        raw = {} if extra else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+        raw = {} if extra else _raw_configuration(name, source, revision)
         quantised = refuse_quantised(name, raw, evaluating)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
         _refuse_other_models(name, config)
@@ -189,6 +191,24 @@ def _configuration(
             if config.dtype is None and here:
                 config.dtype = here.dtype
     return config, quantised
+
+
+def _raw_configuration(name: str, source: str, revision: str | None) -> Mapping[str, Any]:
+    """What config.json says; one that is no object, or has a dtype that is none of a plain model, is refused."""
+    own = Path(source, "config.json")
+    with contextlib.suppress(ValueError):  # no JSON, as transformers will say
+        if own.is_file() and not isinstance(raw := read_json(own), Mapping):
+            raise RunError(f"The config.json of {name} holds {str(raw)[:40]}, and not an object {{...}}: get it again.")
+    raw = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    nested = [value for key, value in raw.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    for part in (raw, *nested):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str) and part[key] not in ("auto", "float64", *DTYPES):
+                raise RunError(
+                    f"The config.json of {name} has {key} {part[key]!r}, and it must be one of {', '.join(DTYPES)}: "
+                    "correct it."
+                )
+    return raw
 
 
 def _refuse_codes(name: str, here: Checkpoint | None, revision: str | None) -> None:

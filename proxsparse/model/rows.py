@@ -60,7 +60,7 @@ def json_rows(path: Path) -> Iterator[str]:
         if text is not None:
             yield text
     if number and not found:
-        raise NoTextColumn(f"{path} needs a column 'text', and has {_few(fields or [])}.", "dataset")
+        raise _no_text(path, fields or [])
 
 
 def _text_of(row: Any, path: Path, number: int) -> str | None:
@@ -114,7 +114,7 @@ class JsonLines(Rows):
         self.data, self.path = data, path
         self.starts = array("q", _line_starts(data))
         if not any("text" in self._row(number) for number in range(len(self))):
-            raise NoTextColumn(f"{path} needs a column 'text', and has {_few(list(self._row(0)))}.", "dataset")
+            raise _no_text(path, list(self._row(0)))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -178,9 +178,12 @@ def _kind(value: object) -> str:
     return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(value), "a number")
 
 
-def _few(names: Sequence[str], count: int = 10) -> str:
+def _no_text(path: Path, names: Sequence[str], count: int = 10) -> NoTextColumn:
     more = [f"{len(names) - count} more"] if len(names) > count else []
-    return ", ".join([*names[:count], *more]) or "none"
+    found = ", ".join([*names[:count], *more]) or "none"
+    return NoTextColumn(
+        f"{path} needs a column 'text', and has {found}. Give that name to the one that holds the text.", "dataset"
+    )
 
 
 # Tables.
@@ -267,7 +270,7 @@ def _check_column(schema: Any, path: Path) -> None:
     import pyarrow
 
     if "text" not in schema.names:
-        raise NoTextColumn(f"{path} needs a column 'text', and has {_few(schema.names)}.", "dataset")
+        raise _no_text(path, schema.names)
     held = schema.field("text").type
     values = held.value_type if pyarrow.types.is_dictionary(held) else held
     if str(values) not in ("string", "large_string", "string_view", "null"):

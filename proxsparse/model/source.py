@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,9 +35,10 @@ def model_source(name: str) -> tuple[str, dict]:
         return str(embedded_checkpoint()), {}
     if not name.strip():
         raise UsageError("The name of the model is empty: give a folder, a .gguf file or a Hub id.", "model")
-    if name.startswith(("https://", "http://")):
-        parts = name.partition("://")[2].split("/")[1:3]
-        given = f", {'/'.join(parts)}" if len(parts) == 2 else ""
+    if re.match(r"\w+://", name):
+        scheme, _, rest = name.partition("://")
+        parts = rest.split("/")[1 if scheme.startswith("http") else 0 :][:2]
+        given = f", {'/'.join(parts)}" if len(parts) == 2 and scheme in ("http", "https", "hf") else ""
         raise UsageError(f"{name} is an address: give the Hub id{given}, or a folder.", "model")
     path = Path(name)
     ending = path.suffix.lower()
