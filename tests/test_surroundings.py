@@ -303,3 +303,35 @@ def test_commands_work_where_the_home_folder_can_not_be_written_to(checkpoint, c
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "command", "code", "sentence"),
+    [
+        ({"run.json": "{"}, ["eval"], 1, "run.json is damaged (Expecting"),
+        ({"run.json": '{"settings": 5}'}, ["eval"], 1, "run.json is damaged: delete it"),
+        ({"history.json": "{"}, ["report"], 1, "history.json is damaged (Expecting"),
+        ({"history.json": "{}"}, ["report"], 1, "history.json holds something else than a result of these commands"),
+        ({"dense.json": "[]"}, ["report"], 1, "dense.json holds something else than a result of these commands"),
+        ({"dense.json": "{"}, ["eval", "--max_windows", "1"], 0, ""),  # made again
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_or_made_again(
+    damage, command, code, sentence, checkpoint, corpus, mask, tmp_path, capsys
+):
+    settings = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "method": "masked", "samples": 2, "seed": 0}
+    files = {"run.json": json.dumps({"settings": settings}), "history.json": "[]"} | damage
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    shutil.copy(mask / "mask.safetensors", tmp_path)
+    assert console([*command, "--run", str(tmp_path)]) == code
+    assert sentence in capsys.readouterr().err
+    if code == 0:
+        assert json.loads((tmp_path / "dense.json").read_text())["perplexity"]
+
+
+def test_a_cache_folder_for_compiled_loops_that_can_not_be_written_to_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(cache.numba.config, "CACHE_DIR", "/proc/none")
+    cache.choose_cache()
+    assert "NUMBA_CACHE_DIR is /proc/none, which can't be written to" in caplog.text
+    assert "proxsparse-numba-" in cache.numba.config.CACHE_DIR

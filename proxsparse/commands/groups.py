@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.commands.cli import Parser
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file
@@ -28,7 +28,7 @@ from proxsparse.model.loading import (
     resolve_dtype,
 )
 from proxsparse.model.prunable import coverage, find_prunable
-from proxsparse.record import read_json, versions, write_json
+from proxsparse.record import read_record, versions, write_json
 from proxsparse.text import (
     NAMED,
     SELF,
@@ -114,7 +114,11 @@ def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) 
     """Whether a result of this run was measured before, the same way; says so."""
     if not args.run or not args.output or not Path(args.output).is_file():
         return False
-    if read_json(args.output).get("measured") != decisive:
+    try:
+        before = read_record(args.output)
+    except RunError:  # a damaged result is made again
+        return False
+    if before.get("measured") != decisive:
         return False
     print(f"{what}: done already ({args.output})")
     return True

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
 from proxsparse.model.channels import ORDER_FILE, load_order
@@ -32,7 +32,7 @@ from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import git_commit, read_json, versions
+from proxsparse.record import git_commit, read_json, read_record, versions
 from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
@@ -150,7 +150,10 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What run.json holds: settings, versions, commit; empty where there is none."""
-        return read_json(self._record_file) if self._record_file.is_file() else {}
+        found = read_record(self._record_file) if self._record_file.is_file() else {}
+        if not isinstance(found.get("settings", {}), dict):
+            raise RunError(f"{self._record_file} is damaged: delete it, and learn again.")
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -190,7 +193,7 @@ class Run:
 
     def share_24(self) -> float | None:
         """Share of the learned blocks that were 2:4 at the last look; None before the first."""
-        log = read_json(self.history_file) if self.history_file.is_file() else []
+        log = read_record(self.history_file, list) if self.history_file.is_file() else []
         return next((entry["share_24"] for entry in reversed(log) if "share_24" in entry), None)
 
     # What was learned
