@@ -1,5 +1,6 @@
 """Learning with models, tokenizers and checkpoints as they come."""
 
+import errno
 import json
 import os
 import pwd
@@ -335,3 +336,82 @@ def test_a_cache_folder_for_compiled_loops_that_can_not_be_written_to_is_named(m
     cache.choose_cache()
     assert "NUMBA_CACHE_DIR is /proc/none, which can't be written to" in caplog.text
     assert "proxsparse-numba-" in cache.numba.config.CACHE_DIR
+
+
+OWN_CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class Config(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, vocab_size=257, **rest):
+        self.vocab_size = vocab_size
+        super().__init__(**rest)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding, self.head = nn.Embedding(config.vocab_size, 32), nn.Linear(32, config.vocab_size)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids=None, **rest):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+"""
+
+
+def test_a_model_of_code_of_its_own_goes_from_learning_to_the_checkpoint(corpus, tmp_path, capsys):
+    code: dict = {"__name__": "own"}
+    exec(OWN_CODE, code)
+    torch.manual_seed(0)
+    folder = tmp_path / "own"
+    code["Model"](code["Config"]()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    learn = ["learn", "--model", str(folder), "--trust_remote_code", "true", "--ctx_len", "32", "--samples", "2",
+             "--use_cpu", "true", "--bf16", "false", "--output_dir", str(run), "--dataset"]  # fmt: skip
+    assert console([*learn, "self"]) == 2
+    assert "Model can't write text by itself: give another text than self" in capsys.readouterr().err
+    assert console([*learn, corpus]) == 0
+    assert console(["apply", "--run", str(run), "--max_windows", "1"]) == 0
+    assert console(["check", "--model", str(run / "pruned"), "--base", str(folder), "--trust_remote_code"]) == 0
+    assert {name.split(".", 2)[2] for name in load_mask(run).tensors} == {"up.weight", "down.weight"}
+    (folder / "own.py").write_text("import flash_attn_of_mars")
+    assert console(["eval", "--model", str(folder), "--trust_remote_code", "--ctx_len", "32"]) == 1
+    assert "needs the package flash_attn_of_mars" in capsys.readouterr().err
+
+
+def test_a_folder_for_model_code_that_can_not_be_written_to_is_named(monkeypatch, checkpoint, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "/read-only/huggingface/modules")
+
+    monkeypatch.setenv("HF_HOME", "/read-only/huggingface")
+    monkeypatch.setattr("proxsparse.model.loading.AutoConfig.from_pretrained", refuse)
+    assert console(["eval", "--model", checkpoint, "--dataset", "wiki"]) == 1
+    assert "The cache can't be written (/read-only/huggingface/modules): set HF_HOME to" in capsys.readouterr().err

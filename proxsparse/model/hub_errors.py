@@ -1,5 +1,6 @@
 """What transformers and the Hub's client print and raise while a model is loaded, in one sentence or not at all."""
 
+import errno
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ try:  # the Hub's client brings the one or the other, by its version
 except ImportError:
     import httpx  # type: ignore[no-redef]
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
 
 ADAPTER = "adapter_config.json"
@@ -68,6 +70,9 @@ class clear_errors:
             cause = cause.__cause__ or cause.__context__
         if "OutOfMemory" in type(error).__name__:
             return  # the command line says what helps
+        for cause in chain:
+            if isinstance(cause, OSError) and cause.errno in REFUSED and cause.filename:
+                raise cause  # it says so here too: which folder, and the variable of a cache
         raise (_of_the_hub(self.name, chain) or _of_the_model(self.name, self.part, chain)) from error
 
 

@@ -25,13 +25,21 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
     order = order_of(model)
     training, checkpointing = model.training, model.is_activation_checkpointing
-    config, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
+    config, generation = (
+        copy.deepcopy(vars(model.config)),
+        copy.deepcopy(
+            {
+                name: value for name, value in vars(model).items() if name == "generation_config"
+            }  # code of its own has none
+        ),
+    )
     try:
         yield
     finally:
         vars(model.config).clear()
         vars(model.config).update(config)
-        model.generation_config = generation
+        vars(model).pop("generation_config", None)
+        vars(model).update(generation)
         model.__dict__.pop("forward", None)
         model.__dict__.update(forward)
         if model.is_activation_checkpointing and not checkpointing:
