@@ -25,14 +25,9 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
     order = order_of(model)
     training, checkpointing = model.training, model.is_activation_checkpointing
-    config, generation = (
-        copy.deepcopy(vars(model.config)),
-        copy.deepcopy(
-            {
-                name: value for name, value in vars(model).items() if name == "generation_config"
-            }  # code of its own has none
-        ),
-    )
+    config = copy.deepcopy(vars(model.config))
+    # A model of code of its own may have none.
+    generation = copy.deepcopy({n: value for n, value in vars(model).items() if n == "generation_config"})
     try:
         yield
     finally:
