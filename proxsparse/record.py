@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 
 OWN = ".written-by-proxsparse"  # marks folders that may be replaced by a newer export
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
@@ -56,6 +56,22 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 
 
+def usual_cache() -> Path | None:
+    """The user's folder for caches; None where there is no home folder, as in containers with a user of no name."""
+    found = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return found if found.is_absolute() else None
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def write_json(path: Path | str, record: Any) -> None:
     """Write JSON atomically, with a final newline."""
     with atomic_path(path) as scratch:
@@ -64,6 +80,25 @@ def write_json(path: Path | str, record: Any) -> None:
 
 def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_record(path: Path | str, kind: type = dict, needs: str | None = None) -> Any:
+    """JSON that a command wrote.
+
+    Args:
+        kind: what it holds.
+        needs: a name that it must have.
+
+    Raises:
+        RunError: it is damaged; names it.
+    """
+    try:
+        found: Any = read_json(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and give the command that wrote it again.") from error
+    if not isinstance(found, kind) or (needs and needs not in found):  # type: ignore[operator]
+        raise RunError(f"{path} holds something else than a result of these commands: delete it, or name another file.")
+    return found
 
 
 def versions() -> dict[str, str]:

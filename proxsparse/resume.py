@@ -7,10 +7,11 @@ written last, with the size and checksum of every file, and only folders that ag
 Old checkpoints are removed after the new one has its marker, never before.
 """
 
+import contextlib
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,15 @@ from transformers import Trainer, TrainerCallback
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.record import read_json, write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 RUN_FILE = "run.json"
+LOCK = ".lock"  # held while a process learns
 MODEL_ONLY = "save_only_model"  # the Trainer's setting, kept in the marker
 
 
@@ -66,6 +73,27 @@ def claim(
         write_json(path, record)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path | str) -> Iterator[None]:
+    """Inside, no other process works in the folder of a run. The lock ends with the process, however it ends.
+
+    Raises:
+        RunError: another one does.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with Path(folder, LOCK).open("w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"Another process is learning in {folder}: wait until it is done, or give another `output_dir`."
+            ) from error
+        except OSError:  # a file system without locks
+            logger.info("%s has no locks: let no second process learn there", folder)
+        yield
+
+
 def _same(before: Any, now: Any) -> bool:
     """Equal, or two spellings of one path."""
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
@@ -85,6 +113,8 @@ def starting_point(output_dir: Path | str, asked: str | None = None) -> str | No
     if asked is None or str(asked).lower() in ("", "true", "false", "last"):
         return last_complete_checkpoint(output_dir, resuming=True)
     wrong = fault(Path(asked), resuming=True) if Path(asked).is_dir() else "there is no such folder"
+    if wrong and (inside := checkpoints(asked)):
+        wrong = f"it is the folder of a run, whose last checkpoint is {inside[-1]}"
     if wrong:
         raise UsageError(
             f"`resume_from_checkpoint={asked}` can't be obeyed: {wrong}. Give a checkpoint folder of a run, or "

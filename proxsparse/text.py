@@ -4,7 +4,7 @@
     c4                 allenai/c4 en: first training shard to calibrate; 256 random validation windows to evaluate
     c4_new             as c4, evaluated on the first 1,100 validation documents joined by spaces
     wiki, news         the embedded texts (see ``proxsparse/model/embedded.py``): every eighth document is held out
-    path               a .txt, .jsonl, .json (also .gz), .parquet or .arrow file, or a folder of them
+    path               a .txt, .jsonl, .json (also zipped), .parquet or .arrow file, or a folder of them
                        (see ``proxsparse/model/documents.py``): every eighth document is held out
 
 To calibrate there are two more:
@@ -18,7 +18,7 @@ Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 import random
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
-from proxsparse.model.documents import Documents, read_local
+from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, stamp_of
 from proxsparse.model.generating import sample_tokens
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
@@ -38,8 +38,6 @@ WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 EMBEDDED: dict[str, Callable[[], Sequence[str]]] = {"wiki": embedded.wikipedia, "news": embedded.news}
 NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SELF = "self"
-SPLITS = ("calibration", "heldout", "all")
-HELD_OUT = 8  # one document in eight
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
@@ -64,7 +62,7 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
 
 def _load(name: str, split: str) -> Sequence[str]:
     if name in EMBEDDED:
-        return _take(EMBEDDED[name](), split)
+        return split_of(EMBEDDED[name](), split)
     if name == "wikitext2":
         return _from_hub(*WIKITEXT2, split="train" if split == "calibration" else "test")
     if name in ("c4", "c4_new"):
@@ -76,7 +74,7 @@ def _load(name: str, split: str) -> Sequence[str]:
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.{mixture}",
             "dataset",
         )
-    return _take(read_local(path, in_pieces=split != "all"), split)
+    return split_of(read_local(path, in_pieces=split != "all"), split)
 
 
 def parts_of(name: str) -> dict[str, int]:
@@ -84,6 +82,16 @@ def parts_of(name: str) -> dict[str, int]:
     parts = [re.fullmatch(r"(.+):([1-9]\d*)", part, re.ASCII) for part in name.split(",")]
     found = {part[1]: int(part[2]) for part in parts if part}
     return {name: 1} if len(found) < len(parts) or Path(name).exists() else found
+
+
+def stamp(dataset: str) -> str | None:
+    """What tells that a text of files, or a mixture with such texts, may have changed: another stamp than before.
+
+    Returns:
+        None where no part is a file or a folder.
+    """
+    paths = [Path(name) for name in parts_of(dataset) if name not in (*NAMED, SELF) and Path(name).exists()]
+    return " ".join(stamp_of(path) for path in paths) or None
 
 
 def calibration_windows(
@@ -161,12 +169,10 @@ def _packed_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int,
     long text is many documents (see ``read_local``), so the cost depends on the samples and not on the text.
     """
     documents = load_documents(name, "calibration")
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
     need = samples * ctx_len
     spans: list[list[array]] = []
     first_spans = 0
-    for ids in _tokenize_each(tokenizer, documents, order):
+    for ids in _tokenize_each(tokenizer, shuffled(documents, random.Random(seed), samples)):
         spans.append([ids[i : i + ctx_len] for i in range(0, len(ids), ctx_len)])
         first_spans += min(len(ids), ctx_len)
         if first_spans >= need:
@@ -289,31 +295,16 @@ def _random_c4_windows(
     raise UsageError(f"The c4 validation text has too few documents of `ctx_len={ctx_len}` tokens; use c4_new.")
 
 
-def _take(documents: Sequence[str], split: str) -> Sequence[str]:
-    """One part of a corpus that has no split of its own: every eighth document, or the last eighth of a short one."""
-    if split == "all":
-        return documents
-    held_out = split == "heldout"
-    if len(documents) >= HELD_OUT:
-        chosen = [i for i in range(len(documents)) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
-        return Documents([documents], chosen)
-    cuts = [len(d) - len(d) // HELD_OUT for d in documents]
-    return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
-
-
-def _tokenize_each(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], order: Sequence[int]
-) -> Iterator[array]:
-    """Token ids of the documents in this order, some documents at a time; blank ones are left out."""
-    batch: list[str] = []
-    for place, index in enumerate(order, 1):
-        document = documents[index]
-        batch += [document] if document.strip() else []
-        if batch and (
-            place == len(order) or len(batch) == DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= CHARACTERS_AT_ONCE
-        ):
-            yield from (array("q", ids) for ids in tokenizer(batch).input_ids)
-            batch = []
+def _tokenize_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[list[str]]) -> Iterator[array]:
+    """Token ids of the documents, some documents at a time; blank ones are left out."""
+    for some in documents:
+        batch: list[str] = []
+        for place, document in enumerate(some, 1):
+            batch += [document] if document.strip() else []
+            enough = len(batch) == DOCUMENTS_AT_ONCE or sum(map(len, batch)) >= CHARACTERS_AT_ONCE
+            if batch and (enough or place == len(some)):
+                yield from (array("q", ids) for ids in tokenizer(batch).input_ids)
+                batch = []
 
 
 def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[str]:

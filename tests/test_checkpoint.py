@@ -1,5 +1,6 @@
 """What is saved is what was given, minus the pruned weights: byte for byte, from every place and under every name."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -451,3 +452,41 @@ def test_a_missing_shard_is_named(llama3, tmp_path, mask, capsys):
         words = [command[0], "--model", tmp_path / "base", "--mask", mask, *command[1:]]
         assert console([str(word) for word in words]) == 1
         assert gone.name in capsys.readouterr().err
+
+
+def test_a_compact_export_is_read_by_its_hub_id(llama3, hub, tmp_path, monkeypatch, corpus):
+    mask = magnitude_mask(llama3, tmp_path / "mask")
+    compact = tmp_path / "compact"
+    run("export", "--model", llama3, "--mask", tmp_path / "mask", "--form", "compact", "--to", compact)
+    remote = shutil.copytree(compact, tmp_path / "remote")
+    (remote / "compact.safetensors").rename(remote / "compact-00001-of-00001.safetensors")
+    snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / "abc123"
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        """Of the repository, what is wanted; as the Hub's client does."""
+        asked.append(allow_patterns)
+        for path in remote.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("proxsparse.model.loading.snapshot_download", download)
+    for path in snapshot.iterdir():
+        path.unlink()
+    for name in ("config.json", "compact.json", "generation_config.json"):
+        shutil.copy(remote / name, snapshot / name)
+    wanted = load_model(str(llama3))
+    apply_mask(wanted, mask)
+    for _ in range(2):  # downloaded, then from the cache
+        found = proxsparse.load(hub).state_dict()
+        assert all(torch.equal(bits(found[name]), bits(tensor)) for name, tensor in wanted.state_dict().items())
+    assert len(asked) == 2
+    (snapshot / "compact-00001-of-00001.safetensors").rename(snapshot / "compact-00001-of-00002.safetensors")
+    assert Checkpoint.find(hub) is None  # half of it: the download was interrupted
+    (snapshot / "compact-00001-of-00002.safetensors").rename(snapshot / "compact-00001-of-00001.safetensors")
+    run("check", "--model", hub, "--base", llama3)
+    run("eval", "--model", hub, "--dataset", corpus, "--ctx_len", 32, "--max_windows", 1)
+    run("export", "--model", hub, "--mask", tmp_path / "mask", "--to", tmp_path / "dense")
+    dense = tensors_of(tmp_path / "dense")
+    assert all(torch.equal(dense[name].to(tensor.dtype), tensor) for name, tensor in found.items())

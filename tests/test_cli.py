@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from proxsparse.__main__ import main as console
-from proxsparse.commands.cli import Parser, command, with_flags
+from proxsparse.commands.cli import Parser, command, describe_os_error, with_flags
 from proxsparse.errors import RunError, UsageError, doing
 
 
@@ -179,3 +179,34 @@ def test_help_fits_eighty_columns(name, monkeypatch, capsys):
 def test_a_python_caller_reads_a_sentence_without_flags():
     parser = argparse.ArgumentParser()
     assert "--" not in with_flags("`samples` must be at least 1", parser)
+
+
+def test_a_path_from_home_is_one_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    given = []
+
+    @command(small_parser)
+    def program(args):
+        given.append(args.dtype)
+
+    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"]):
+        assert program(words) == 0
+    assert given == [f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "inside"),
+    [
+        ("HF_HOME", "hub/models--a--b"),
+        ("HF_DATASETS_CACHE", "x.arrow"),
+        ("XDG_CACHE_HOME", "y"),
+        ("NUMBA_CACHE_DIR", "z"),
+    ],
+)
+def test_a_cache_that_can_not_be_written_to_is_named_with_its_variable(variable, inside, monkeypatch):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/read-only/cache")
+    found = describe_os_error(OSError(errno.EROFS, "Read-only file system", f"/read-only/cache/{inside}"))
+    assert found.startswith(f"The cache can't be written (/read-only/cache/{inside}): set {variable}")

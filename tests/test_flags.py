@@ -131,3 +131,24 @@ def test_a_terminal_that_knows_ascii_only_and_a_reader_that_has_enough_get_no_tr
     done = subprocess.run(command, shell=True, capture_output=True, cwd=tmp_path, env=env)
     assert b"Traceback" not in done.stderr
     assert b"pipe" not in done.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--report_to", "wandb", "tensorboard"], "'tensorboard' belongs to no flag: a flag takes one value"),
+        (["--load_best_model_at_end", "true"], "Evaluation strategy: IntervalStrategy.NO"),
+    ],
+)
+def test_what_transformers_refuses_is_told_to_its_end(flags, sentence, checkpoint, corpus, tmp_path, capsys):
+    common = ["--model", checkpoint, "--dataset", corpus, "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    assert console(["learn", *common, *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999", "1.5", "0x1"])
+def test_a_seed_that_generators_do_not_take_is_refused(seed, checkpoint, corpus, capsys):
+    flags = ["--model", checkpoint, "--dataset", corpus, "--prune_method", "wanda", "--save", "out", "--seed", seed]
+    assert console(["prune", *flags]) == 2
+    assert "--seed: must be an integer between 0 and 4294967295, got" in capsys.readouterr().err

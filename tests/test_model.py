@@ -94,7 +94,7 @@ def test_truncated_weights_are_one_sentence(checkpoint, tmp_path):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
 
-    with pytest.raises(RunError, match="can't be loaded"):
+    with pytest.raises(RunError, match="model.safetensors is damaged"):
         load_model(damaged(checkpoint, tmp_path, change))
 
 
@@ -130,3 +130,63 @@ def test_dtypes_and_devices_are_checked():
         resolve_device("cuda:77")
     assert resolve_dtype("auto") == "auto"
     assert resolve_device("cpu") == "cpu"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1234\n"
+
+
+def weights_are(folder, kind):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir() if kind == "folder" else (folder / "model.safetensors").symlink_to("/none/x")
+
+
+STRANGE = {
+    "a dtype with the package's name": (
+        lambda f: configured(f, dtype="torch.bfloat16"),
+        "has dtype 'torch.bfloat16', and it must be one of float32, bfloat16, float16: correct it",
+    ),
+    "a nested dtype": (lambda f: configured(f, text_config={"torch_dtype": "half"}), "has torch_dtype 'half'"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds .., and not an object"),
+    "null": (lambda f: (f / "config.json").write_text("null"), "holds None, and not an object"),
+    "a field of another type": (lambda f: configured(f, vocab_size="257"), "'vocab_size': .*Its config.json, or"),
+    "an unknown function": (lambda f: configured(f, hidden_act="zelu"), "KeyError: 'zelu'. Its config.json, or"),
+    "other shapes": (lambda f: configured(f, intermediate_size=128), "weights have other shapes than its config.json"),
+    "weights that Git LFS did not fetch": (
+        lambda f: (f / "model.safetensors").write_text(POINTER),
+        r"model.safetensors is a pointer of Git LFS, .*git lfs pull",
+    ),
+    "a folder instead of weights": (lambda f: weights_are(f, "folder"), "model.safetensors is a folder: get"),
+    "a link to nothing": (lambda f: weights_are(f, "link"), "is a link to a file that is not there: get the model"),
+}
+
+
+def configured(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strange_model_is_told_with_what_is_wrong_and_what_to_do(kind, checkpoint, tmp_path):
+    change, message = STRANGE[kind]
+    with pytest.raises(RunError, match=message) as found:
+        load_model(damaged(checkpoint, tmp_path, change))
+    assert "\n" not in str(found.value)
+
+
+def test_a_tokenizer_that_git_lfs_did_not_fetch_is_named(checkpoint, tmp_path):
+    folder = damaged(checkpoint, tmp_path, lambda folder: (folder / "tokenizer.json").write_text(POINTER))
+    with pytest.raises(RunError, match=r"tokenizer.json is a pointer of Git LFS"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf://some/model", "is an address: give the Hub id, some/model,"),
+        ("s3://bucket/model", "is an address: give the Hub id, or a folder"),
+        ("some/model@main", r"of the form organisation/name \(a revision is given with `revision`\)"),
+    ],
+)
+def test_names_of_other_programs_are_told(name, message):
+    with pytest.raises(UsageError, match=message):
+        load_model(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mixture, run
 
@@ -15,7 +16,7 @@ from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.copies import OriginalWeights
 from proxsparse.mask import load_mask
-from proxsparse.model import quantised
+from proxsparse.model import hub, loading, quantised
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import load_config, load_model
 from proxsparse.model.prunable import find_prunable
@@ -360,3 +361,65 @@ def test_codes_are_noticed_where_the_configuration_says_nothing(fp8, tmp_path, m
         load_model(str(folder))
     assert console(["export", "--model", str(folder), "--mask", str(mask), "--to", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_codes_on_the_hub_are_noticed_before_anything_is_downloaded(monkeypatch):
+    def head(*tensors):
+        return SafetensorsFileMetadata({}, {name: TensorInfo(dtype, [4], (0, 4)) for name, dtype in tensors})
+
+    heads = {
+        "a.safetensors": head(("norm.weight", "BF16"), ("mask", "U8")),
+        "b.safetensors": head(("layers.0.up_proj.qweight", "I32")),
+    }
+    repository = SafetensorsRepoMetadata({}, True, dict.fromkeys(("norm.weight",), "a.safetensors"), heads)
+    monkeypatch.setattr(hub.HfApi, "get_safetensors_metadata", lambda *_, **__: repository)
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: hf.LlamaConfig())
+    hub.hub_tensors.cache_clear()
+    for use in (load_model, load_config):
+        with pytest.raises(RunError, match=r"up_proj.qweight in b.safetensors holds I32 codes. Give the original"):
+            use("some/codes")
+    hub.hub_tensors.cache_clear()
+
+
+@pytest.mark.parametrize("size", [[128], "128", [0, 0], [16.5, 16], 128])
+def test_blocks_of_no_size_are_said(fp8, size):
+    folder, _ = fp8
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="weight_block_size .*, and it must be two sizes such as .128, 128."):
+        load_model(str(folder))
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({UP: t[UP].float().to(torch.int8)}), "up_proj.weight holds codes in a form .*I8"),
+        (
+            lambda t: t.update({f"{UP}_scale_inv": torch.ones(3, 5)}),
+            "is damaged .*up_proj.weight: scales of shape",
+        ),
+    ],
+)
+def test_integers_with_scales_and_scales_that_do_not_fit_are_refused(fp8, change, message, mask, tmp_path, capsys):
+    folder, _ = fp8
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=message):
+        load_model(str(folder))
+    assert console(["export", "--model", str(folder), "--mask", str(mask), "--to", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_entry_without_a_method_is_said(coded, capsys):
+    folder = coded(quantization_config={"bits": 4, "group_size": 128})
+    for command in ("plan", "eval"):
+        assert console([command, "--model", str(folder), "--ctx_len", "32"]) == 2
+        assert "is quantised with a method that it does not name" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="has quantization_config '{}', and it must be a mapping such as"):
+        load_config(str(coded(quantization_config={})))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
 from proxsparse.resume import (
     RUN_FILE,
     CompleteCheckpoints,
+    alone_in,
     checkpoints,
     claim,
     fault,
@@ -179,3 +181,21 @@ def test_the_checkpoint_that_is_asked_for_is_taken_or_refused(run, tmp_path):
     for asked, why in refused.items():
         with pytest.raises(UsageError, match=f"`resume_from_checkpoint=.*` can't be obeyed: {why}"):
             starting_point(run, str(asked))
+
+
+def test_a_second_process_does_not_learn_in_the_same_folder(checkpoint, corpus, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--bf16", "false"]
+    learn = ["learn", *flags, "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    with alone_in(tmp_path / "run"):  # a lock is of an open file, so this process can have both
+        assert console(learn) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"Another process is learning in {tmp_path / 'run'}: wait until it is done, or give another --out" in said
+        )
+        assert not (tmp_path / "run" / "mask.safetensors").exists()
+    assert console(learn) == 0
+
+
+def test_the_folder_of_a_run_is_no_checkpoint_to_resume_from(run):
+    with pytest.raises(UsageError, match=r"it is the folder of a run, whose last checkpoint is .*checkpoint-"):
+        starting_point(run / "new", str(run))

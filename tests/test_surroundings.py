@@ -1,21 +1,31 @@
 """Learning with models, tokenizers and checkpoints as they come."""
 
+import errno
 import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from conftest import byte_tokenizer, tiny_llama
+from conftest import TEXT, byte_tokenizer, tiny_llama
 from test_trainer import STEPS, config, data, trainer
 from transformers import GenerationConfig
 
+from proxsparse.__main__ import main as console
 from proxsparse.baselines import METHODS, Wanted
 from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.learning.copies import TakingTurns
 from proxsparse.learning.optim import scale_learning_rates
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import load_mask, save_mask
+from proxsparse.model import source
 from proxsparse.model.loading import load_model
+from proxsparse.operator.kernels import cache
 from proxsparse.operator.prox import kernel_for
 
 SIZES = {
@@ -185,3 +195,223 @@ def test_every_baseline_prunes_by_one_call_and_leaves_nothing(tmp_path, method, 
 
 def test_a_device_without_a_kernel_of_its_own_computes_in_torch():
     assert kernel_for(torch.empty(4, device="meta")) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ["-m", "not slow"]),
+        (["--all"], []),
+        (["-k", "a b"], ["-m", "not slow", "-k", "a b"]),
+        (["-x", "--all", "-k", "a"], ["-x", "-k", "a"]),
+        (["-m", "slow"], ["-m", "slow"]),
+    ],
+)
+def test_the_script_runs_slow_tests_where_they_are_asked_for(given, passed, tmp_path):
+    (tmp_path / "script").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(Path(__file__).parent.parent / "script" / "test.sh", tmp_path / "script")
+    (tmp_path / "script" / "setup.sh").write_text("")
+    stand_in = tmp_path / ".venv" / "bin" / "python"
+    stand_in.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "script" / "test.sh", *given], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[8:] == passed
+
+
+def test_what_was_made_of_a_text_that_has_changed_is_made_again_or_refused(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(16):
+        (text / f"{i:02}.txt").write_text(f"Document {i}. " + TEXT * 3)
+    out = str(tmp_path / "run")
+    learn = ["learn", "--model", checkpoint, "--dataset", str(text), "--ctx_len", "32", "--samples", "2", "--bf16",
+             "false", "--use_cpu", "true", "--output_dir", out]  # fmt: skip
+    prune = ["prune", "--run", out, "--prune_method", "wanda"]
+    commands = (learn, prune, ["eval", "--run", out], ["apply", "--run", out])
+    for command in commands:
+        assert console(command) == 0
+    masks = {name: load_mask(f"{out}/{name}").tensors for name in (".", "wanda")}
+
+    def said(command, code=0):
+        capsys.readouterr()
+        assert console(command) == code
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    (text / "03.txt").touch()  # the same text, newer
+    assert all("done already" in said(command) for command in (learn, prune))
+    for command in commands:
+        said(command)
+        assert "done already" in said(command)
+    for path in text.iterdir():
+        path.write_text(path.read_text().replace("dog", "cat").upper())
+    refused = said(learn, code=2)
+    assert "was learned from another text: the files of" in refused
+    assert "--output_dir" in refused
+    for command in commands[1:3]:
+        assert "done already" not in said(command)
+        assert "done already" in said(command)
+    assert all(torch.equal(load_mask(out).tensors[name], kept) for name, kept in masks["."].items())
+    assert any(not torch.equal(load_mask(f"{out}/wanda").tensors[name], kept) for name, kept in masks["wanda"].items())
+
+
+@pytest.mark.parametrize("home", [None, "/proc/none"])
+def test_without_a_cache_the_embedded_model_is_converted_for_the_process(home, monkeypatch, tmp_path, caplog):
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    gguf = tmp_path / source.EMBEDDED_FILE
+    gguf.write_bytes(b"GGUF")
+    made = []
+    monkeypatch.setattr(source, "package_file", lambda *_: gguf)
+    monkeypatch.setattr(source, "read_gguf", lambda *_: made.append(1) or tiny_llama())
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", lambda *_, **__: byte_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    source._temporary.cache_clear()
+    folder = source.embedded_checkpoint()
+    assert source.embedded_checkpoint() == folder
+    assert made == [1]
+    assert (folder / "model.safetensors").is_file()
+    assert "set XDG_CACHE_HOME to keep it" in caplog.text
+    assert "/proc/none/.cache can't be written" in caplog.text or home is None
+    cache.choose_cache()
+    assert [path.name for path in tmp_path.iterdir()] == [gguf.name]  # no folder named ~
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert source.embedded_checkpoint().is_relative_to(tmp_path / "mine")
+
+
+@pytest.mark.slow  # a process of its own, in which nothing is imported yet
+def test_commands_work_where_the_home_folder_can_not_be_written_to(checkpoint, corpus, tmp_path):
+    out, model, text = tmp_path / "run", ["--model", checkpoint], ["--dataset", corpus, "--ctx_len", "32"]
+    run = ["--run", str(out)]
+    commands = [
+        ["download", "--list"],
+        ["learn", *model, *text, "--samples", "2", "--bf16", "false", "--use_cpu", "true", "--output_dir", str(out)],
+        ["prune", *run, "--prune_method", "wanda"],
+        ["apply", *run],
+        ["export", *run, "--to", str(tmp_path / "out")],
+        ["report", *run],
+    ]
+    code = f"from proxsparse.__main__ import main\nassert not any([main(words) for words in {commands!r}])"
+    here = Path(__file__).parent.parent
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(here), "HOME": "/proc/none", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "command", "code", "sentence"),
+    [
+        ({"run.json": "{"}, ["eval"], 1, "run.json is damaged (Expecting"),
+        ({"run.json": '{"settings": 5}'}, ["eval"], 1, "run.json is damaged: delete it"),
+        ({"history.json": "{"}, ["report"], 1, "history.json is damaged (Expecting"),
+        ({"history.json": "{}"}, ["report"], 1, "history.json holds something else than a result of these commands"),
+        ({"dense.json": "[]"}, ["report"], 1, "dense.json holds something else than a result of these commands"),
+        ({"dense.json": "{"}, ["eval", "--max_windows", "1"], 0, ""),  # made again
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_or_made_again(
+    damage, command, code, sentence, checkpoint, corpus, mask, tmp_path, capsys
+):
+    settings = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "method": "masked", "samples": 2, "seed": 0}
+    files = {"run.json": json.dumps({"settings": settings}), "history.json": "[]"} | damage
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    shutil.copy(mask / "mask.safetensors", tmp_path)
+    assert console([*command, "--run", str(tmp_path)]) == code
+    assert sentence in capsys.readouterr().err
+    if code == 0:
+        assert json.loads((tmp_path / "dense.json").read_text())["perplexity"]
+
+
+def test_a_cache_folder_for_compiled_loops_that_can_not_be_written_to_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(cache.numba.config, "CACHE_DIR", "/proc/none")
+    cache.choose_cache()
+    assert "NUMBA_CACHE_DIR is /proc/none, which can't be written to" in caplog.text
+    assert "proxsparse-numba-" in cache.numba.config.CACHE_DIR
+
+
+OWN_CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class Config(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, vocab_size=257, **rest):
+        self.vocab_size = vocab_size
+        super().__init__(**rest)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding, self.head = nn.Embedding(config.vocab_size, 32), nn.Linear(32, config.vocab_size)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids=None, **rest):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+"""
+
+
+def test_a_model_of_code_of_its_own_goes_from_learning_to_the_checkpoint(corpus, tmp_path, capsys):
+    code: dict = {"__name__": "own"}
+    exec(OWN_CODE, code)
+    torch.manual_seed(0)
+    folder = tmp_path / "own"
+    code["Model"](code["Config"]()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    learn = ["learn", "--model", str(folder), "--trust_remote_code", "true", "--ctx_len", "32", "--samples", "2",
+             "--use_cpu", "true", "--bf16", "false", "--output_dir", str(run), "--dataset"]  # fmt: skip
+    assert console([*learn, "self"]) == 2
+    assert "Model can't write text by itself: give another text than self" in capsys.readouterr().err
+    assert console([*learn, corpus]) == 0
+    assert console(["apply", "--run", str(run), "--max_windows", "1"]) == 0
+    assert console(["check", "--model", str(run / "pruned"), "--base", str(folder), "--trust_remote_code"]) == 0
+    assert {name.split(".", 2)[2] for name in load_mask(run).tensors} == {"up.weight", "down.weight"}
+    (folder / "own.py").write_text("import flash_attn_of_mars")
+    assert console(["eval", "--model", str(folder), "--trust_remote_code", "--ctx_len", "32"]) == 1
+    assert "needs the package flash_attn_of_mars" in capsys.readouterr().err
+
+
+def test_a_folder_for_model_code_that_can_not_be_written_to_is_named(monkeypatch, checkpoint, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "/read-only/huggingface/modules")
+
+    monkeypatch.setenv("HF_HOME", "/read-only/huggingface")
+    monkeypatch.setattr("proxsparse.model.loading.AutoConfig.from_pretrained", refuse)
+    assert console(["eval", "--model", checkpoint, "--dataset", "wiki"]) == 1
+    assert "The cache can't be written (/read-only/huggingface/modules): set HF_HOME to" in capsys.readouterr().err

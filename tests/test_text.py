@@ -1,10 +1,14 @@
 """Texts: local files of every kind, splits that never overlap, full windows, the papers' protocols."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import TEXT, byte_tokenizer, tiny_llama
@@ -13,7 +17,7 @@ from tokenizers import processors
 
 from proxsparse import text
 from proxsparse.errors import RunError, UsageError, task_of
-from proxsparse.model import documents, embedded
+from proxsparse.model import documents, embedded, rows
 from proxsparse.model.generating import sample_tokens
 from proxsparse.text import (
     adds_bos,
@@ -94,7 +98,7 @@ def test_a_half_character_in_json_becomes_a_replacement_mark(tmp_path):
         ("wide.jsonl", b"\xff\xfe{\x00", "is not UTF-8 text"),
         ("none.parquet", b"", "is not a readable parquet file"),
         ("none.arrow", b"", "is not a readable arrow file"),
-        ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "is not a readable gzip file"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "is not a readable gz file"),
         ("wide.txt", "text".encode("utf-16"), "is not UTF-8 text"),
         ("none.jsonl", b"", "There is no text in"),
     ],
@@ -424,3 +428,85 @@ def test_folders_that_are_links_are_read_once_and_hidden_names_are_not(tmp_path)
 def test_a_mixture_without_shares_is_told_what_one_looks_like():
     with pytest.raises(UsageError, match=r"got 'wiki:2,self'\. A mixture gives each text a share, as wiki:2,news:1\."):
         load_documents("wiki:2,self")
+
+
+LONG_ROWS = [f"row {i} " + "".join(chr(97 + (i * k) % 26) for k in range(500)) for i in range(4000)]  # 2 MB
+
+
+def write_long(folder, kind):
+    lines = "".join(json.dumps({"text": row, "id": i}) + "\n" for i, row in enumerate(LONG_ROWS)).encode()
+    path = folder / f"rows.{kind}"
+    if kind == "parquet":
+        table = pyarrow.table({"text": LONG_ROWS, "id": range(4000)})
+        pyarrow.parquet.write_table(table, path, row_group_size=900, compression="none")
+    elif kind == "arrow":
+        Dataset.from_dict({"text": LONG_ROWS}).save_to_disk(str(folder / "saved"))
+        path = next((folder / "saved").glob("*.arrow")).rename(path)
+    elif kind == "zst":
+        with pyarrow.CompressedOutputStream(str(path.with_suffix(".jsonl.zst")), "zstd") as file:
+            file.write(lines)
+        path = path.with_suffix(".jsonl.zst")
+    else:
+        zip_ = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.bz2": bz2.compress, "jsonl.xz": lzma.compress}[kind]
+        path.write_bytes(zip_(lines))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "zst", "parquet", "arrow"])
+def test_of_a_long_table_the_rows_that_are_needed_are_read(tmp_path, monkeypatch, tokenizer, kind):
+    path = write_long(tmp_path, kind)
+    calibration, heldout = (load_documents(str(path), split) for split in ("calibration", "heldout"))
+    assert list(heldout) == LONG_ROWS[7::8]
+    assert [row for i, row in enumerate(LONG_ROWS) if i % 8 != 7] == list(calibration)
+    read = []
+    for place in (rows.JsonLines, rows.Table):
+        monkeypatch.setattr(
+            place, "take", lambda self, numbers, own=place.take: read.extend(numbers) or own(self, numbers)
+        )
+    windows = calibration_windows(str(path), tokenizer, 128, 8, seed=0)
+    assert len(set(read)) <= 9  # the first says that there is text
+    assert all(tokenizer.decode(window) in "".join(calibration) for window in windows)
+    order = list(range(3500))
+    random.Random(0).shuffle(order)
+    assert {tokenizer.decode(window) for window in windows} == {calibration[i][:128] for i in order[:8]}
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (b'{"text": ', "is not a readable json file .row 3"),
+        (b'{"text": "\xff"}', "is not UTF-8 text .byte 44"),
+        (b'{"text": 5}', "'text' of .* is a number in row 3"),
+        (b"[1]", "row 3 is a list"),
+    ],
+)
+def test_damage_in_long_json_lines_is_found_where_it_is_read(tmp_path, row, sentence):
+    line = b'{"text": "abc"}\n'
+    (tmp_path / "long.jsonl").write_bytes(line + b"\r\n" + line[:-1] + b"\n" + row + b"\n" + line * 70_000)
+    documents = load_documents(str(tmp_path), "calibration")
+    assert documents[1] == "abc"
+    with pytest.raises(UsageError, match=sentence):
+        documents[2]
+
+
+def test_a_long_table_without_text_and_a_long_row_are_told_and_read(tmp_path, tokenizer):
+    (tmp_path / "none.jsonl").write_text('{"body": "abc"}\n' * 70_000)
+    with pytest.raises(UsageError, match="needs a column 'text', and has body"):
+        load_documents(str(tmp_path / "none.jsonl"), "calibration")
+    lines = [json.dumps({"text": letter * size}) for letter, size in (("a", 20), ("b", 2_000_000), ("c", 20))]
+    (tmp_path / "long.jsonl").write_text("\n".join([*lines, *lines[:1] * 10]))
+    found = load_documents(str(tmp_path / "long.jsonl"), "calibration")
+    assert sorted({text[:1]: len(text) for text in found}.items()) == [("a", 20), ("b", 1 << 20), ("c", 20)]
+    (tmp_path / "few.jsonl").write_text(lines[1])
+    whole = load_documents(str(tmp_path / "few.jsonl"), "calibration")
+    assert sum(map(len, whole)) > 1_700_000
+
+
+def test_of_very_many_documents_only_those_that_are_needed_are_shuffled(monkeypatch):
+    monkeypatch.setattr(documents, "MANY", 10)
+    texts = [str(i) for i in range(1000)]
+    first = next(documents.shuffled(texts, random.Random(0), 5))
+    every = [text for some in documents.shuffled(texts, random.Random(0), 5) for text in some]
+    assert every[:5] == first
+    assert sorted(every, key=int) == texts
+    assert every != texts

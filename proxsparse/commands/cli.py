@@ -77,7 +77,7 @@ def command(arguments: Callable[[], Any]) -> Callable[[Callable[[Any], int | Non
             for stream in (sys.stdout, sys.stderr):  # a terminal that knows no such letter shows another
                 if isinstance(stream, io.TextIOWrapper):
                     stream.reconfigure(errors="replace")
-            words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+            words, debug = _without_debug([_from_home(word) for word in (sys.argv[1:] if argv is None else argv)])
             parser = None
             try:
                 parser = arguments()
@@ -103,6 +103,12 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
         if word == DEBUG and (i + 1 == len(words) or words[i + 1].startswith("-")):
             return words[:i] + words[i + 1 :], True
     return words, False
+
+
+def _from_home(word: str) -> str:
+    """A path from ~, in full: shells leave it as it is in --to=~/pruned, and a folder named ~ would be made."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value) if value.startswith("~/") else word
 
 
 def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bool) -> int:
@@ -173,7 +179,7 @@ def describe_os_error(error: OSError) -> str:
             return f"No permission to read or write{where}: choose another folder or change its permissions."
         case _, errno.EROFS:
             return f"The file system is read-only{where}: choose another output folder."
-    return f"{' '.join(str(error.strerror or error).split()) or type(error).__name__}{where}."
+    return f"{' '.join(str(error.strerror or error).split()).rstrip('.') or type(error).__name__}{where}."
 
 
 def _cache_of(path: str) -> str | None:

@@ -54,7 +54,7 @@ from proxsparse.mask import fit_mask
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.loading import EMBEDDED, empty_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import read_json, refuse_to_overwrite
+from proxsparse.record import read_record, refuse_to_overwrite
 
 MASKS = ("mask", "npz")  # forms without weights
 
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         mask.base_model = mask.base_model or args.model
     else:
         mask.base_model = args.model  # its weights are what is exported
-    results = read_json(args.results).get("perplexity") if args.results else None
+    results = read_record(args.results).get("perplexity") if args.results else None
     title = args.push_to_hub or to.name
     model = empty_model(args.model, **options_of(args))
     say_coverage(model)

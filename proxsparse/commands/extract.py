@@ -10,6 +10,7 @@ folder.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from rich.console import Console
@@ -17,9 +18,9 @@ from rich.table import Table
 
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import mask_digest
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import locate
-from proxsparse.record import read_json, versions, write_json
+from proxsparse.record import read_record, versions, write_json
 
 
 def arguments() -> Parser:
@@ -47,7 +48,10 @@ def main(args: argparse.Namespace) -> None:
             "weights."
         )
     record = Path(args.record) if args.record else (run.blocks_file if whole_run else None)
-    before = read_json(record) if record and record.is_file() else {}
+    before = {}
+    if record and record.is_file():
+        with contextlib.suppress(RunError):  # a damaged one is made again
+            before = read_record(record)
     if (
         whole_run
         and run.mask_file.is_file()

@@ -123,6 +123,12 @@ class LearnParser(HfArgumentParser):
                 unknown = re.search(r"not used by the HfArgumentParser: \['--([^']+)'", str(error))
                 if unknown:
                     raise UsageError(self._unknown(unknown[1])) from error
+                extra = re.search(r"not used by the HfArgumentParser: \['([^']*)'", str(error))
+                if extra:
+                    raise UsageError(
+                        f"{extra[1]!r} belongs to no flag: a flag takes one value, in quotes where it has spaces (see "
+                        "--help)"
+                    ) from error
                 raise UsageError(f"{str(error).splitlines()[0]} (see --help)") from error
         return run, config, own[0] if own else argparse.Namespace()
 

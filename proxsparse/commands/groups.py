@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.commands.cli import Parser
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file, mask_of_pruned
@@ -28,11 +28,21 @@ from proxsparse.model.loading import (
     resolve_dtype,
 )
 from proxsparse.model.prunable import coverage, find_prunable
-from proxsparse.record import read_json, versions, write_json
-from proxsparse.text import NAMED, SELF, SPLITS, adds_bos, check_ctx_len, check_tokens, evaluation_windows, parts_of
+from proxsparse.record import read_record, versions, write_json
+from proxsparse.text import (
+    NAMED,
+    SELF,
+    SPLITS,
+    adds_bos,
+    check_ctx_len,
+    check_tokens,
+    evaluation_windows,
+    parts_of,
+    stamp,
+)
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
-FILES_HELP = ".txt, .jsonl, .ndjson, .json (also .gz), .parquet or .arrow"
+FILES_HELP = ".txt, .jsonl, .ndjson, .json (these also as .gz, .bz2, .xz, .zst), .parquet or .arrow"
 TEXT_HELP = f"{', '.join(NAMED)}, or a {FILES_HELP} file, or a folder of them"
 CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model generates, and wiki:2,self:1 mixes texts two to one"
 
@@ -104,7 +114,11 @@ def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) 
     """Whether a result of this run was measured before, the same way; says so."""
     if not args.run or not args.output or not Path(args.output).is_file():
         return False
-    if read_json(args.output).get("measured") != decisive:
+    try:
+        before = read_record(args.output)
+    except RunError:  # a damaged result is made again
+        return False
+    if before.get("measured") != decisive:
         return False
     print(f"{what}: done already ({args.output})")
     return True
@@ -114,7 +128,8 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide a measured perplexity."""
     mask = getattr(args, "mask", None)
     names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
-    return {name: getattr(args, name) for name in names} | {"mask": None if mask is None else mask_digest(mask)}
+    decisive = {name: getattr(args, name) for name in names} | {"files": [stamp(text) for text in args.dataset]}
+    return decisive | {"mask": None if mask is None else mask_digest(mask)}
 
 
 def mask_digest(mask: str | Path) -> str:
@@ -130,6 +145,14 @@ def positive_int(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that every generator takes as its seed, for argparse."""
+    value = int(text) if text.isdigit() else -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer between 0 and 4294967295, got {text!r}")
     return value
 
 

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
@@ -30,6 +33,7 @@ from proxsparse.commands.groups import (
     model_of,
     options_of,
     positive_int,
+    seed,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
@@ -38,10 +42,11 @@ from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
 from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
+from proxsparse.model.inputs import digest
 from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
 
 
 def arguments() -> Parser:
@@ -73,7 +78,7 @@ def arguments() -> Parser:
         default=2048,
         help="tokens per sample; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the choice of samples; default: %(default)s")
     parser.add_argument(
         "--hidden_device",
         default="cpu",
@@ -137,15 +142,17 @@ def main(args: argparse.Namespace) -> None:
     check(args, wanted.pattern, changes_weights)
     method.check(wanted)
     info = information(args, changes_weights)
-    if pruned_already(args, info, wanted.pattern):
+    reads, own_text = method.reads_text or args.allocation == "owl", SELF in parts_of(args.dataset)
+    changeable = reads and not own_text and stamp(args.dataset) is not None
+    if not changeable and pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
-    windows, model = None, load(args) if SELF in parts_of(args.dataset) else None
-    if method.reads_text or args.allocation == "owl":
-        config = load_config(args.model, **options_of(args))
-        check_ctx_len(args.ctx_len, config)
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
-        check_tokens(windows, config)
+    model = load(args) if own_text else None
+    windows = samples_of(args, tokenizer, model) if reads else None
+    if changeable and windows is not None:
+        info["text"] = digest(windows)
+        if pruned_already(args, info, wanted.pattern):
+            return
     model = model or load(args)
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
@@ -170,6 +177,15 @@ def main(args: argparse.Namespace) -> None:
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
 
 
+def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> Tensor:
+    """Calibration samples, (N, T) token ids that the model knows."""
+    config = load_config(args.model, **options_of(args))
+    check_ctx_len(args.ctx_len, config)
+    windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
+    check_tokens(windows, config)
+    return windows
+
+
 def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, Any]:
     """What the mask's file says about how it was made."""
     always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
@@ -185,7 +201,8 @@ def pruned_already(args: argparse.Namespace, info: dict[str, Any], pattern: Patt
     if not args.run or args.save_model or args.eval_zero_shot is not None or not path.is_file():
         return False
     found = load_mask(path)
-    if found.info != info or found.pattern != pattern:
+    known = info if "text" in found.info else {name: value for name, value in info.items() if name != "text"}
+    if found.info != known or found.pattern != pattern:
         return False
     print(f"{args.prune_method}: done already ({path})")
     return True

@@ -19,7 +19,7 @@ from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
 from proxsparse.learning.folder import DENSE, PRUNED, RECOVERED, Run
 from proxsparse.mask import Mask, load_mask
-from proxsparse.record import read_json
+from proxsparse.record import read_record
 
 # The settings that a reader of the report asks for first.
 SHOWN = (
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     title = (
         f"{settings['model']}: {settings['samples']} samples of {settings['ctx_len']} tokens of {settings['dataset']}"
     )
-    draw_run(read_json(run.history_file), run.picture, title)
+    draw_run(read_record(run.history_file, list), run.picture, title)
     kinds = run.kinds_picture if draw_layer_kinds(run, others) else None
     subtitle = f"{run.pattern} mask, method {settings['method']}, commit {run.record.get('commit') or 'unknown'}"
     shown = {name: settings[name] for name in SHOWN if settings.get(name) not in (None, "")}
@@ -102,7 +102,7 @@ def read_rows(files: dict[str, str]) -> dict[str, dict]:
     Raises:
         UsageError: they measure different texts.
     """
-    rows = {name: read_json(file)["perplexity"] for name, file in files.items()}
+    rows = {name: read_record(file, needs="perplexity")["perplexity"] for name, file in files.items()}
     for name, found in rows.items():
         first = next(iter(rows.values()))
         if set(found) != set(first):
@@ -114,7 +114,7 @@ def read_rows(files: dict[str, str]) -> dict[str, dict]:
 
 def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
     """Draw what differs between layer kinds, where there is something to draw."""
-    zeros = read_json(run.blocks_file)["zeros"] if run.blocks_file.is_file() else {}
+    zeros = read_record(run.blocks_file, needs="zeros")["zeros"] if run.blocks_file.is_file() else {}
     if not zeros and not others:
         return False
     own = load_mask(run.mask_file) if others else None

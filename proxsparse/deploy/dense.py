@@ -334,7 +334,7 @@ def _save_from_memory(
         save_torch_state_dict(state, folder, filename_pattern="compact{suffix}.safetensors")
         write_index(folder, index, quantize)
         model.config.save_pretrained(folder)
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

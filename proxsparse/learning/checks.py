@@ -209,12 +209,13 @@ def settings_at_fault() -> Iterator[None]:
     """What transformers and TRL raise while they read the settings of a run is an argument's fault.
 
     Raises:
-        UsageError: with the first line of theirs.
+        UsageError: with the beginning of theirs.
     """
     try:
         yield
     except (UsageError, RunError):
         raise
     except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UsageError(f"{first}.") from error
+        said = " ".join(str(error).split()) or type(error).__name__  # the reason may follow in other lines
+        said = said if len(said) <= 300 else said[:300].rsplit(" ", 1)[0] + " ..."
+        raise UsageError(f"{said.rstrip('.')}.") from error

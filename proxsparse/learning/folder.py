@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.config import ProxSparseConfig, TrainingConfig
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
 from proxsparse.model.channels import ORDER_FILE, load_order
@@ -33,11 +33,12 @@ from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import git_commit, read_json, versions
+from proxsparse.record import git_commit, read_json, read_record, versions
 from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
 
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
 ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
+TEXT_FILES = "text_files"  # in the settings: the stamp of the text's files, see ``proxsparse.text.stamp``
 WINDOWS = "windows given in Python"  # instead of the name of a text
 # Names of results; PRUNED and RECOVERED are also folders of checkpoints.
 DENSE, PRUNED, RECOVERED, ZERO_SHOT = "dense", "pruned", "recovered", "zero_shot"
@@ -155,7 +156,10 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What run.json holds: settings, versions, commit; empty where there is none."""
-        return read_json(self._record_file) if self._record_file.is_file() else {}
+        found = read_record(self._record_file) if self._record_file.is_file() else {}
+        if not isinstance(found.get("settings", {}), dict):
+            raise RunError(f"{self._record_file} is damaged: delete it, and learn again.")
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,7 +199,7 @@ class Run:
 
     def share_24(self) -> float | None:
         """Share of the learned blocks that were 2:4 at the last look; None before the first."""
-        log = read_json(self.history_file) if self.history_file.is_file() else []
+        log = read_record(self.history_file, list) if self.history_file.is_file() else []
         return next((entry["share_24"] for entry in reversed(log) if "share_24" in entry), None)
 
     # What was learned
@@ -290,6 +294,8 @@ def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
 
 def _decides(name: str) -> bool:
     """Whether a setting decides the mask: those of the data do, and our own but for a few."""
+    if name == TEXT_FILES:  # another stamp only makes one look at the text
+        return False
     if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:
         own = TrainingConfig.__annotations__.keys() | ProxSparseConfig.__annotations__.keys()
         return name in DECISIVE or (name in own and name not in UNDECIDED)

@@ -4,6 +4,7 @@ Everything that reads weights without the model goes through ``Checkpoint``: whi
 order; what they hold; and every tensor as plain numbers, one at a time.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from proxsparse.errors import RunError
 from proxsparse.model.compact import Compact, compact_index, is_compact, unpacked
+from proxsparse.model.hub_errors import lfs_pointer
 from proxsparse.model.quantised import (
     FP8,
     SCALES,
+    block_of,
     dequantise_fp8,
     dequantise_mxfp4,
     quantisation,
@@ -30,7 +33,8 @@ from proxsparse.model.source import model_source
 from proxsparse.record import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")  # dtypes of quantised weights in a file
+FP8_CODES = ("F8_E4M3", "F8_E5M2")
+CODES = (*FP8_CODES, "I8", "U8", "I32")  # dtypes of quantised weights in a file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -119,6 +123,10 @@ class Checkpoint:
         """
         if self.is_compact:
             found = sorted(self.folder.glob("compact*.safetensors"))
+            parts = re.search(r"-of-(\d+)\.safetensors$", found[0].name) if found else None
+            if parts:  # a download may have been interrupted
+                names = (f"compact-{i:0{len(parts[1])}}-of-{parts[1]}.safetensors" for i in range(1, int(parts[1]) + 1))
+                return [self.folder / name for name in names]
             return found or [self.folder / "compact.safetensors"]
         path = self.folder / self.first
         if not path.is_file():
@@ -180,13 +188,7 @@ class Checkpoint:
         """
         for path, file in self._open.items():
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                dtype = file.get_slice(key).get_dtype()
-                integers = dtype.startswith(("I", "U")) and key.endswith("weight")  # .weight of int8, .qweight of GPTQ
-                if integers or dtype.startswith(("F8", "F4")):
-                    raise RunError(
-                        f"The model {self.name} is quantised, and its config.json does not say how: {key} in "
-                        f"{path.name} holds {dtype} codes. Give the original weights."
-                    )
+                refuse_code(self.name, path.name, key, file.get_slice(key).get_dtype())
 
     def of_file(self, path: Path) -> dict[str, Stored]:
         """The tensors of one file."""
@@ -240,15 +242,16 @@ class Checkpoint:
                 yield base, dense(base, index[base])
 
     def _dequantised(self, raw: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
-        entry = quantisation(self.config) or {}
-        sizes = entry.get("weight_block_size")
-        block = (int(sizes[0]), int(sizes[1])) if sizes else None
+        block = block_of(quantisation(self.config) or {})
 
-        def of_fp8(codes: Stored, scale: Stored) -> Stored:
+        def of_fp8(name: str, codes: Stored, scale: Stored) -> Stored:
             def read() -> Tensor:
                 with _naming(codes.file):
                     found = codes.read()
-                    return dequantise_fp8(found, scale.read(), block) if found.dtype in FP8 else found
+                    try:
+                        return dequantise_fp8(found, scale.read(), block) if found.dtype in FP8 else found
+                    except RunError as error:
+                        raise RunError(f"{codes.file} is damaged ({name}: {error}); get the model again.") from error
 
             return Stored(codes.shape, codes.file, read)
 
@@ -261,14 +264,19 @@ class Checkpoint:
             if name.endswith("_blocks") and (scales := raw.get(name.removesuffix("_blocks") + "_scales")):
                 yield name.removesuffix("_blocks"), of_mxfp4(stored, scales)
             elif (scale := next((raw[own] for own in _scales_of(name) if own in raw), None)) is not None:
-                yield name, of_fp8(stored, scale)
+                self._refuse_codes_but(FP8_CODES, name, stored)
+                yield name, of_fp8(name, stored, scale)
             elif not name.endswith(SCALES) and not self._is_scale(name, raw):
-                if self._open[stored.file].get_slice(name).get_dtype() in CODES:
-                    raise RunError(
-                        f"The model {self.name} is quantised: {name} holds codes in a form that is not read here. "
-                        "Give the original weights."
-                    )
+                self._refuse_codes_but((), name, stored)
                 yield name, stored
+
+    def _refuse_codes_but(self, known: tuple[str, ...], name: str, stored: Stored) -> None:
+        dtype = self._open[stored.file].get_slice(name).get_dtype()
+        if dtype in CODES and dtype not in known:
+            raise RunError(
+                f"The model {self.name} is quantised: {name} holds codes in a form that is not read here ({dtype}). "
+                "Give the original weights."
+            )
 
     @staticmethod
     def _is_scale(name: str, raw: dict[str, Stored]) -> bool:
@@ -278,6 +286,23 @@ class Checkpoint:
             if name.endswith(ending) and name.removesuffix(ending) + weight in raw:
                 return True
         return False
+
+
+def refuse_code(model: str, file: str, key: str, dtype: str) -> None:
+    """Refuse a tensor that holds codes, in a model whose config.json does not say that it is quantised.
+
+    Args:
+        dtype: as safetensors names it.
+
+    Raises:
+        RunError: names all four.
+    """
+    integers = dtype.startswith(("I", "U")) and key.endswith("weight")  # .weight of int8, .qweight of GPTQ
+    if integers or dtype.startswith(("F8", "F4")):
+        raise RunError(
+            f"The model {model} is quantised, and its config.json does not say how: {key} in {file} holds {dtype} "
+            "codes. Give the original weights."
+        )
 
 
 def _scales_of(name: str) -> tuple[str, ...]:
@@ -297,6 +322,10 @@ class _naming:
     def __exit__(self, kind, error, trace) -> None:
         wrong = isinstance(error, (KeyError, ValueError)) or "Safetensor" in type(error).__name__
         if wrong or (isinstance(error, OSError) and "safetensors" in str(error)):
+            if pointer := lfs_pointer(self.path if self.path.is_dir() else self.path.parent):
+                raise RunError(
+                    f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
+                ) from error
             raise RunError(f"{self.path} is damaged ({error}); get the model again.") from error
 
 

@@ -1,37 +1,40 @@
 """Documents in local files: plain text, JSON lines, Parquet and Arrow, alone or in folders.
 
-    .txt, .txt.gz              one document per file
-    .jsonl, .json (and .gz)    one document per row: the string in its field 'text', whatever the other fields hold
+    .txt                       one document per file
+    .jsonl, .ndjson, .json     one document per row: the string in its field 'text', whatever the other fields hold
     .parquet, .arrow           one document per row: the string in the column 'text'; no other column is read
 
-Endings are read in either case. In folders, names that begin with a dot are skipped, and so are tables without 'text'
-next to files that have text.
+Text and JSON may be zipped: .gz, .bz2, .xz or .zst follows. Endings are read in either case. In folders, names that
+begin with a dot are skipped, and so are tables without 'text' next to files that have text.
 """
 
-import contextlib
-import gzip
-import json
+import hashlib
 import logging
 import mmap
 import os
-import zlib
+import random
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from proxsparse.errors import UsageError
+from proxsparse.model.rows import NoTextColumn, Rows, Table, json_rows, long_json, long_table
+from proxsparse.model.zipped import ENDINGS, LONG, contents, inner_name, not_utf8
 
 logger = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".txt.gz")
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
-TABLE_SUFFIXES = (".parquet", ".arrow")
+JSON = (".jsonl", ".json", ".ndjson")
+TABLES = (".parquet", ".arrow")
 # What the package datasets and clones of data sets write next to the rows.
 METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-LONG = 1 << 20  # bytes; a longer plain text can be read in pieces
 PIECE = 1 << 16  # bytes of a piece
+AT_ONCE = 1 << 12  # documents, where all are read one after the other
+SOME_AT_ONCE = 512  # documents, where they are read in a random order
+MANY = 1 << 20  # documents; of more, only those that are needed are shuffled
+SPLITS = ("calibration", "heldout", "all")
+HELD_OUT = 8  # one document in eight
 REACH = 1 << 12  # bytes: how far a piece is lengthened to end at a paragraph, a line or a word
 
 
@@ -48,10 +51,29 @@ class Documents(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Documents(self.sources, self.chosen[index])
-        place = self.chosen[index]
-        source = bisect_right(self.ends, place)
-        return self.sources[source][place - self.ends[source]]  # counted from the source's end
+            return Documents(self.sources, [self.chosen[i] for i in range(len(self))[index]])
+        return self.take([range(len(self))[index]])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        start, size = 0, 1  # who looks at the first only does not wait for more
+        while start < len(self):
+            yield from self.take(range(start, min(start + size, len(self))))
+            start, size = start + size, min(2 * size, AT_ONCE)
+
+    def take(self, indices: Sequence[int]) -> list[str]:
+        """Several documents: those that lie together in a file are read together."""
+        of_source: dict[int, list[int]] = {}  # -> places in the result
+        places = [self.chosen[index] for index in indices]
+        for i, place in enumerate(places):
+            of_source.setdefault(bisect_right(self.ends, place), []).append(i)
+        found = [""] * len(places)
+        for number, own in of_source.items():
+            source = self.sources[number]
+            inside = [places[i] - self.ends[number] + len(source) for i in own]
+            texts = source.take(inside) if isinstance(source, (Rows, Documents)) else [source[n] for n in inside]
+            for i, text in zip(own, texts, strict=True):
+                found[i] = text
+        return found
 
 
 class Pieces(Sequence[str]):
@@ -68,17 +90,13 @@ class Pieces(Sequence[str]):
         return _piece(self.data, self.path, range(len(self))[index])
 
 
-class NoTextColumn(UsageError):
-    """A table has no 'text': an error for a file on its own, and a file to pass over in a folder."""
-
-
 def read_local(path: Path, in_pieces: bool = False) -> Documents:
     """Documents of a file, or of all files of a folder in the order of their paths; blank ones are left out.
 
     Args:
         in_pieces: a document of more than ``LONG`` bytes counts as many of about ``PIECE`` bytes, cut after a
-            paragraph, a line or a word. The pieces of a .txt are read, decoded and checked when they are asked for, and
-            the first at once.
+            paragraph, a line or a word. Of a long file, documents are read and checked when they are asked for, and the
+            first at once; a row without text is then a blank document.
 
     Raises:
         UsageError: there is no text, or a file can't be read as what its name says.
@@ -90,12 +108,21 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
             sources += _sources(file, in_pieces)
         except NoTextColumn as error:
             without = without or error
-            if file.name not in METADATA:
+            if file != path and file.name not in METADATA:
                 logger.warning("passed over: %s", error)
     documents = Documents(sources)
     if any(document.strip() for document in documents):
         return documents
     raise without or UsageError(f"There is no text in {path}.", "dataset")
+
+
+def stamp_of(path: Path) -> str:
+    """SHA-256 of the names, sizes and times of change of a text's files: another one says that it may have changed."""
+    found = hashlib.sha256()
+    for file in _readable(path):
+        about = file.stat()
+        found.update(f"{file.relative_to(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return found.hexdigest()
 
 
 def _readable(path: Path) -> list[Path]:
@@ -104,12 +131,12 @@ def _readable(path: Path) -> list[Path]:
         files = sorted(p for p in _below(path) if not (p.suffix == ".arrow" and p.name.startswith("cache-")))
     else:
         files = [path]
-    found = [p for p in files if p.name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))]
+    found = [p for p in files if inner_name(p).endswith((".txt", *JSON)) or p.suffix.lower() in TABLES]
     if not found:
         what = "has no" if path.is_dir() else "is no"
         raise UsageError(
-            f"{path} {what} .txt, .jsonl, .json, .ndjson, .parquet or .arrow file (the first four may end in .gz too): "
-            "convert or rename it.",
+            f"{path} {what} .txt, .jsonl, .json, .ndjson, .parquet or .arrow file (the first four may be zipped: "
+            f"{', '.join(ENDINGS)}): convert or rename it.",
             "dataset",
         )
     return found
@@ -127,13 +154,14 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _sources(path: Path, in_pieces: bool) -> list[Sequence[str]]:
-    name = path.name.lower()
-    if name.endswith(TEXT_SUFFIXES):
+    table = path.suffix.lower() in TABLES
+    if not table and inner_name(path).endswith(".txt"):
         return [_plain(path, in_pieces)]
-    rows = _json_rows(path) if name.endswith(JSON_SUFFIXES) else _table_rows(path)
+    if in_pieces and (found := long_table(path) if table else long_json(path)) is not None:
+        return [found]
     sources: list[Sequence[str]] = []
     short: list[str] = []
-    for row in rows:
+    for row in Table(path) if table else json_rows(path):
         if in_pieces and len(row) > LONG:
             sources += [short, Pieces(row.encode(), path)]
             short = []
@@ -146,18 +174,10 @@ def _sources(path: Path, in_pieces: bool) -> list[Sequence[str]]:
 
 
 def _plain(path: Path, in_pieces: bool) -> Sequence[str]:
-    if path.name.lower().endswith(".gz"):
-        with _unzipping(path, "gzip"), gzip.open(path) as file:
-            data = file.read()
-    elif in_pieces and path.stat().st_size > LONG:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return Pieces(mapped, path)
-    else:
-        data = path.read_bytes()
+    data = contents(path)
     if in_pieces and len(data) > LONG:
         return Pieces(data, path)
-    text = _decode(data, path)
+    text = _decode(data[:], path)
     return [text] if text.strip() else []
 
 
@@ -189,140 +209,62 @@ def _decode(data: bytes, path: Path, start: int = 0) -> str:
     try:
         text = data.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text (byte {start + error.start}). Convert it, for example with iconv.", "dataset"
-        ) from error
+        raise not_utf8(path, start + error.start) from error
     if "\0" in text:
         raise UsageError(f"{path} is a binary file, not text.", "dataset")
     return text
 
 
-# Rows of JSON.
+# Some of the documents.
 
 
-def _json_rows(path: Path) -> Iterator[str]:
-    """The strings in the field 'text' of every row."""
-    fields: list[str] | None = None
-    found = False
-    number = 0
-    for number, row in enumerate(_json_values(path), 1):
-        if not isinstance(row, dict):
-            raise NoTextColumn(f"{path} needs rows with a field 'text', and row {number} is {_kind(row)}.", "dataset")
-        fields = list(row) if fields is None else fields
-        found = found or "text" in row
-        text = row.get("text")
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise UsageError(f"The field 'text' of {path} is {_kind(text)} in row {number}; give a string.", "dataset")
-        yield _encodable(text)
-    if number and not found:
-        raise NoTextColumn(f"{path} needs a column 'text', and has {_few(fields or [])}.", "dataset")
+def split_of(documents: Sequence[str], split: str) -> Sequence[str]:
+    """One part of a corpus that has no split of its own: every eighth document, or the last eighth of a short one."""
+    if split == "all":
+        return documents
+    held_out = split == "heldout"
+    if len(documents) >= HELD_OUT:
+        return Documents([documents], _Numbers(len(documents), held_out))
+    cuts = [len(d) - len(d) // HELD_OUT for d in documents]
+    return [d[cut:] if held_out else d[:cut] for d, cut in zip(documents, cuts, strict=True)]
 
 
-def _json_values(path: Path) -> Iterator[Any]:
-    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    with _unzipping(path, "json"), opened(path, "rt", encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if number > 1:
-                    raise UsageError(
-                        f"{path} is not a readable json file (line {number}: {error}).", "dataset"
-                    ) from error
-                yield from _spread_values(line + file.read(), path)
-                return
-            yield from value if isinstance(value, list) else [value]
+class _Numbers(Sequence[int]):
+    """Numbers of the documents of one part; no list of them is made, as a large file has millions."""
+
+    def __init__(self, count: int, held_out: bool):
+        self.held_out, self.size = held_out, count // HELD_OUT if held_out else count - count // HELD_OUT
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(self.size)[index]
+        return place * HELD_OUT + HELD_OUT - 1 if self.held_out else place + place // (HELD_OUT - 1)
 
 
-def _spread_values(text: str, path: Path) -> Iterator[Any]:
-    """Values of JSON that is spread over lines: an array, or one object after the other."""
-    decoder, place = json.JSONDecoder(), 0
-    try:
-        while text[place:].strip():
-            place += len(text) - place - len(text[place:].lstrip())
-            value, place = decoder.raw_decode(text, place)
-            yield from value if isinstance(value, list) else [value]
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not a readable json file ({error}).", "dataset") from error
+def shuffled(documents: Sequence[str], rng: random.Random, first: int) -> Iterator[list[str]]:
+    """The documents in a random order, some at a time, which are read together.
+
+    Args:
+        first: how many are read at first: not many more than will be needed.
+    """
+    order: Iterable[int]
+    if len(documents) <= MANY:
+        order = list(range(len(documents)))
+        rng.shuffle(order)
+    else:
+        order = _drawn(len(documents), rng)
+    numbers, size = iter(order), min(first, SOME_AT_ONCE)
+    while some := list(islice(numbers, size)):
+        yield documents.take(some) if isinstance(documents, Documents) else [documents[i] for i in some]
+        size = min(2 * size, SOME_AT_ONCE)
 
 
-@contextlib.contextmanager
-def _unzipping(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a damaged file raises into a sentence."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text (byte {error.start}). Convert it, for example with iconv.", "dataset"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} is not a readable {kind} file ({error}).", "dataset") from error
-
-
-def _encodable(text: str) -> str:
-    """The text, with half characters (which JSON can hold, and UTF-8 can't) replaced."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(value), "a number")
-
-
-def _few(names: Sequence[str], count: int = 10) -> str:
-    more = [f"{len(names) - count} more"] if len(names) > count else []
-    return ", ".join([*names[:count], *more]) or "none"
-
-
-# Tables.
-
-
-def _table_rows(path: Path) -> Iterator[str]:
-    """The strings of the column 'text'."""
-    import pyarrow
-
-    kind = path.suffix.lower()[1:]
-    try:
-        schema, batches = _parquet(path) if kind == "parquet" else _arrow(path)
-        if "text" not in schema.names:
-            raise NoTextColumn(f"{path} needs a column 'text', and has {_few(schema.names)}.", "dataset")
-        held = schema.field("text").type
-        values = held.value_type if pyarrow.types.is_dictionary(held) else held
-        if str(values) not in ("string", "large_string", "string_view", "null"):
-            raise UsageError(f"The column 'text' of {path} holds values of type {held}; give strings.", "dataset")
-        for batch in batches:
-            yield from (row for row in batch.column("text").to_pylist() if row is not None)
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UsageError(f"{path} is not a readable {kind} file ({reason}).", "dataset") from error
-
-
-def _parquet(path: Path) -> tuple[Any, Iterator[Any]]:
-    from pyarrow.parquet import ParquetFile
-
-    file = ParquetFile(path)
-    schema = file.schema_arrow
-    return schema, file.iter_batches(columns=["text"]) if "text" in schema.names else iter(())
-
-
-def _arrow(path: Path) -> tuple[Any, Iterator[Any]]:
-    """Both kinds of Arrow files: the stream, which the package datasets writes, and the one with a footer."""
-    import pyarrow
-
-    source = pyarrow.memory_map(str(path))
-    try:
-        stream = pyarrow.ipc.open_stream(source)
-        return stream.schema, iter(stream)
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        file = pyarrow.ipc.open_file(source)
-        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+def _drawn(count: int, rng: random.Random) -> Iterator[int]:
+    """The numbers below ``count`` in a random order: what is drawn changes places with the first that is left."""
+    moved: dict[int, int] = {}
+    for place in range(count):
+        drawn = rng.randrange(place, count)
+        yield moved.get(drawn, drawn)
+        moved[drawn] = moved.pop(place, place)

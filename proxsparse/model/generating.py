@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from proxsparse.errors import UsageError
+
 TOKENS_AT_ONCE = 1 << 14  # sequences are written together up to this many tokens, which bounds the cache
 
 
@@ -22,9 +24,16 @@ def sample_tokens(model: PreTrainedModel, first: Tensor, length: int, seed: int)
 
     Returns:
         (N, length) int64 on the CPU.
+
+    Raises:
+        UsageError: the model can't generate.
     """
     # An end token would fill the rest with padding. Without one here generate() asks the model's own configuration.
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0, use_cache=True)
+    if not model.can_generate():  # code of its own that computes logits only
+        raise UsageError(
+            f"The {type(model).__name__} can't write text by itself: give another text than self.", "dataset"
+        )
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
     own, training = model.generation_config, model.training
     kind, index = model.device.type, model.device.index or 0

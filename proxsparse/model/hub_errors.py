@@ -1,11 +1,13 @@
 """What transformers and the Hub's client print and raise while a model is loaded, in one sentence or not at all."""
 
+import errno
 import importlib.util
 import logging
 import os
 import re
 from pathlib import Path
 
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import logging as hf_logging
@@ -18,9 +20,14 @@ try:  # the Hub's client brings the one or the other, by its version
 except ImportError:
     import httpx  # type: ignore[no-redef]
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
 
 ADAPTER = "adapter_config.json"
+AGAIN = (
+    "Its config.json, or another of its files, says something that transformers "
+    f"{transformers.__version__} does not know: get the model again, or install another version."
+)
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
@@ -63,6 +70,9 @@ class clear_errors:
             cause = cause.__cause__ or cause.__context__
         if "OutOfMemory" in type(error).__name__:
             return  # the command line says what helps
+        for cause in chain:
+            if isinstance(cause, OSError) and cause.errno in REFUSED and cause.filename:
+                raise cause  # it says so here too: which folder, and the variable of a cache
         raise (_of_the_hub(self.name, chain) or _of_the_model(self.name, self.part, chain)) from error
 
 
@@ -87,8 +97,16 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
             "(private ones need 'hf auth login')."
         )
     if HFValidationError in kinds:
-        return UsageError(f"{name!r} is neither a folder here nor a Hub id of the form organisation/name.", "model")
+        revision = " (a revision is given with `revision`)" if re.search("[@:]", name) else ""
+        return UsageError(
+            f"{name!r} is neither a folder here nor a Hub id of the form organisation/name{revision}.", "model"
+        )
+    if pointer := lfs_pointer(Path(name)):
+        return RunError(f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.")
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        if (single := Path(name, "model.safetensors")).is_dir() or single.is_symlink():
+            what = "a folder" if single.is_dir() else "a link to a file that is not there"
+            return RunError(f"{single} is {what}: get the model again.")
         if other := sorted(path.name for path in Path(name).glob("*.safetensors")):
             return RunError(
                 f"The folder {name} has {other[0]}, which transformers does not open: name it model.safetensors, where "
@@ -141,10 +159,27 @@ def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception
     if "trust_remote_code" in text:
         return RunError(f"The model {name} needs its own code: read it, then pass `trust_remote_code=True`.")
     subject = f"The model {name}" if part == "model" else f"The {part} of {name}"
+    if "ignore_mismatched_sizes" in text:
+        return RunError(
+            f"{subject} can't be loaded: its weights have other shapes than its config.json says, so these do not "
+            "belong together. Get the model again."
+        )
+    if "Validation error for" in text or "validation error for" in text:  # the reason follows in other lines
+        return RunError(f"{subject} can't be loaded: {' '.join(str(chain[0]).split())[:300].rstrip('.')}. {AGAIN}")
     first = (str(chain[0]).strip().splitlines() or [""])[0]
     plain = isinstance(chain[0], (OSError, ValueError, RuntimeError)) or "Safetensor" in type(chain[0]).__name__
-    reason = first if plain and first else f"{type(chain[0]).__name__}: {first}".removesuffix(": ")
-    return RunError(f"{subject} can't be loaded: {reason}")
+    if plain and first:
+        return RunError(f"{subject} can't be loaded: {first}")
+    reason = f"{type(chain[0]).__name__}: {first}".removesuffix(": ").rstrip(".")
+    return RunError(f"{subject} can't be loaded: {reason}. {AGAIN}")
+
+
+def lfs_pointer(folder: Path) -> Path | None:
+    """A file of a folder that a clone without Git LFS left as a pointer; None: there is none."""
+    if not folder.is_dir():
+        return None
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size < 1024)
+    return next((path for path in files if path.read_bytes().startswith(b"version https://git-lfs")), None)
 
 
 def _missing_package(chain: list[BaseException]) -> str | None:

@@ -8,7 +8,8 @@
 Weights are read from safetensors or GGUF only, never from pickle files.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model.channels import ORDER_FILE, recall_order
-from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files
+from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files, refuse_code
+from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import is_compact
 from proxsparse.model.embedded import EMBEDDED as EMBEDDED
+from proxsparse.model.hub import hub_file, hub_tensors
 from proxsparse.model.hub_errors import clear_errors, quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.quantised import KEYS, refuse_quantised
 from proxsparse.model.source import model_source, read_gguf
+from proxsparse.record import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -115,7 +118,7 @@ def load_model(
         if extra:
             wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
             found: Any = read_gguf(source, extra["gguf_file"], wanted, output_loading_info=True, **hub, **kwargs)
-        elif quantised == "read" or is_compact(source):
+        elif quantised == "read" or _is_compact(source, revision):
             found = _from_tensors(fetch(name, revision), config, dtype, trust_remote_code, kwargs)
         else:
             if quantised == "package":
@@ -123,8 +126,6 @@ def load_model(
             found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub, **kwargs
             )
-            if quantised is None and (checkpoint := Checkpoint.find(name, revision)):
-                checkpoint.refuse_codes()
     model, loaded = found
     if loaded["missing_keys"]:  # transformers would go on with random numbers instead of them
         missing = sorted(loaded["missing_keys"])
@@ -133,15 +134,15 @@ def load_model(
             "its config.json and its weights do not belong together, or it is no causal language model."
         )
     model.config._name_or_path = name  # GGUF files carry a title here that nobody can load
-    recall_order(model, source if Path(source).is_dir() else _hub_folder(source, revision))
+    ordered = None if Path(source).is_dir() else hub_file(source, ORDER_FILE, revision)
+    recall_order(model, source if ordered is None else ordered.parent)
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-def _hub_folder(name: str, revision: str | None) -> Path | None:
-    """Folder in the cache of a Hub model whose channels stand in an order of their own; None: of any other model."""
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(name, ORDER_FILE, revision=revision, **missing)
-    return Path(found).parent if found else None
+def _is_compact(source: str, revision: str | None) -> bool:
+    if Path(source).is_dir():
+        return is_compact(source)
+    return hub_file(source, COMPACT_INDEX, revision) is not None
 
 
 def _from_tensors(
@@ -177,15 +178,46 @@ def _configuration(
     """The configuration, and how the weights are quantised."""
     source, extra = model_source(name)
     with doing(f"loading the configuration of {name}"), clear_errors(name):
-        raw = {} if extra else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+        raw = {} if extra else _raw_configuration(name, source, revision)
         quantised = refuse_quantised(name, raw, evaluating)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
         _refuse_other_models(name, config)
         if quantised == "read":
             _as_dequantised(config)
-        elif config.dtype is None and (checkpoint := None if extra else Checkpoint.find(name, revision)):
-            config.dtype = checkpoint.dtype
+        elif not extra:
+            here = Checkpoint.find(name, revision)
+            if quantised is None:
+                _refuse_codes(name, here, revision)
+            if config.dtype is None and here:
+                config.dtype = here.dtype
     return config, quantised
+
+
+def _raw_configuration(name: str, source: str, revision: str | None) -> Mapping[str, Any]:
+    """What config.json says; one that is no object, or has a dtype that is none of a plain model, is refused."""
+    own = Path(source, "config.json")
+    with contextlib.suppress(ValueError):  # no JSON, as transformers will say
+        if own.is_file() and not isinstance(raw := read_json(own), Mapping):
+            raise RunError(f"The config.json of {name} holds {str(raw)[:40]}, and not an object {{...}}: get it again.")
+    raw = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    nested = [value for key, value in raw.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    for part in (raw, *nested):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str) and part[key] not in ("auto", "float64", *DTYPES):
+                raise RunError(
+                    f"The config.json of {name} has {key} {part[key]!r}, and it must be one of {', '.join(DTYPES)}: "
+                    "correct it."
+                )
+    return raw
+
+
+def _refuse_codes(name: str, here: Checkpoint | None, revision: str | None) -> None:
+    """Refuse weights that are codes though config.json does not say so, before they are downloaded or loaded."""
+    if here is not None and not here.is_compact:
+        here.refuse_codes()
+    elif here is None and not Path(name).is_dir():
+        for file, key, dtype in hub_tensors(name, revision):
+            refuse_code(name, file, key, dtype)
 
 
 def _as_dequantised(config: PreTrainedConfig) -> None:
@@ -260,7 +292,9 @@ def fetch(name: str, revision: str | None = None) -> Checkpoint:
             folder = Path(
                 snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, ORDER_FILE, SINGLE])
             )
-            if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+            if is_compact(folder):
+                snapshot_download(source, revision=revision, allow_patterns=["compact*.safetensors"])
+            elif not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
                 shards = [path.name for path in index_files(folder / INDEX)]
                 snapshot_download(source, revision=revision, allow_patterns=shards)
             found = Checkpoint.find(name, revision)

@@ -53,8 +53,8 @@ def quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
         UsageError: the entry is no mapping.
     """
     for key in KEYS:
-        if config.get(key):
-            if not isinstance(config[key], Mapping):
+        if config.get(key) is not None:
+            if not isinstance(config[key], Mapping) or not config[key]:
                 raise UsageError(
                     f"The config.json of the model has {key} {str(config[key])[:80]!r}, and it must be a mapping such "
                     'as {"quant_method": "fp8"}: get the file again.',
@@ -69,7 +69,8 @@ def scheme_of(entry: Mapping[str, Any]) -> str:
     """Short name of a quantisation, as 'gptq' or 'fp8'."""
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         return "bitsandbytes"
-    return str(entry.get("quant_method") or entry.get("quant_library") or "compressed-tensors").lower()
+    unnamed = "compressed-tensors" if {"config_groups", "format"} & set(entry) else "a method that it does not name"
+    return str(entry.get("quant_method") or entry.get("quant_library") or unnamed).lower()
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +127,24 @@ def refuse_quantised(name: str, config: Mapping[str, Any], evaluating: bool = Fa
 def _packed_otherwise(entry: Mapping[str, Any]) -> bool:
     """Float8 in a layout that is not read here: experts packed in 4 bits."""
     return "fp4" in str(entry.get("expert_dtype", "")).lower() or "fp4" in str(entry.get("fmt", "")).lower()
+
+
+def block_of(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Size of the float8 blocks of a weight (O, I); None: the shape of the scales says it.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    sizes = entry.get("weight_block_size")
+    if sizes is None:
+        return None
+    if isinstance(sizes, (list, tuple)) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes):
+        return sizes[0], sizes[1]
+    raise UsageError(
+        f"The config.json of the model has weight_block_size {str(sizes)[:80]}, and it must be two sizes such as "
+        "[128, 128]: get the file again.",
+        "model",
+    )
 
 
 def dequantise_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:

@@ -25,13 +25,16 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
     order = order_of(model)
     training, checkpointing = model.training, model.is_activation_checkpointing
-    config, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
+    config = copy.deepcopy(vars(model.config))
+    # A model of code of its own may have none.
+    generation = copy.deepcopy({n: value for n, value in vars(model).items() if n == "generation_config"})
     try:
         yield
     finally:
         vars(model.config).clear()
         vars(model.config).update(config)
-        model.generation_config = generation
+        vars(model).pop("generation_config", None)
+        vars(model).update(generation)
         model.__dict__.pop("forward", None)
         model.__dict__.update(forward)
         if model.is_activation_checkpointing and not checkpointing:

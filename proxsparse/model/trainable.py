@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ def clean_generation_config(model: PreTrainedModel) -> None:
 
     What the model generates stays the same. The object is replaced and not changed, so that a caller can put it back.
     """
+    if not hasattr(model, "generation_config"):  # code of its own, which only computes logits
+        model.generation_config = GenerationConfig()  # TRL's trainer writes into it
     if model.generation_config is None or not _fault(model.generation_config):
         return
     found = type(model.generation_config).from_dict(model.generation_config.to_dict())

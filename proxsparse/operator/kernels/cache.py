@@ -2,12 +2,13 @@
 
 import atexit
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import numba
+
+from proxsparse.record import usual_cache, writable
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +19,9 @@ def choose_cache() -> None:
     The folder is a process's own, and loops are then compiled by every process: what numba reads from its cache is
     pickled code, so that no folder will do that other users could have filled.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    given = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    usual = [Path(given)] if given else [Path(__file__).parent / "__pycache__", Path(home) / "numba"]
+    given, home = numba.config.CACHE_DIR, usual_cache()  # type: ignore[attr-defined]
+    own = Path(__file__).parent / "__pycache__"
+    usual = [Path(given)] if given else [own, home / "numba"] if home else [own]
     if any(map(writable, usual)):
         return
     if given:
@@ -28,13 +29,3 @@ def choose_cache() -> None:
     folder = tempfile.mkdtemp(prefix="proxsparse-numba-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
-
-
-def writable(folder: Path) -> bool:
-    """Whether a file can be made in a folder, which is made where it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
