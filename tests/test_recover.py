@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
             2,
             "--learning_rate must be a finite number > 0",
         ),
-        (["--model", checkpoint, "--to", "x", "--seed", "-1"], 2, "--seed must be between 0"),
+        (["--model", checkpoint, "--to", "x", "--seed", "-1"], 2, "must be an integer between 0"),
         (["--model", checkpoint, "--to", "x"], 2, "give the dense one as --base, or a --mask"),
         (["--model", checkpoint, "--mask", str(mask)], 2, "required: --to, or --run"),
         (["--model", checkpoint, "--mask", str(mask), "--to", corpus], 2, "holds something else"),

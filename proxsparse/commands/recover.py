@@ -32,6 +32,7 @@ from proxsparse.commands.groups import (
     positive_int,
     read_mask,
     require,
+    seed,
     tokenizer_to_save,
 )
 from proxsparse.deploy.dense import save_pruned
@@ -54,7 +55,7 @@ def arguments() -> Parser:
     parser.add_argument("--dataset", default=None, metavar="TEXT", help=f"text to learn from: {CALIBRATION_HELP}")
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
     parser.add_argument("--samples", type=positive_int, default=400, help="windows; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=43, help="seed of the choice of windows; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=43, help="seed of the choice of windows; default: %(default)s")
     parser.add_argument("--scope", default="full", choices=SCOPES, help="what learns; default: %(default)s")
     rates = ", ".join(f"{rate} with {scope}" for scope, rate in RATES.items())
     parser.add_argument(
