@@ -4,7 +4,8 @@ import functools
 import types
 
 import torch
-from pretended import Card, Generator, OnCard, launch_interpreted
+from pretended import Card, launch_interpreted
+from pretended_tensors import Generator, OnCard
 from torch import Tensor
 
 
@@ -26,10 +27,10 @@ class Nothing:
 
 class Event(Nothing):
     def synchronize(self):
-        Card.current.wait("event")  # type: ignore[union-attr]
+        OnCard.card.wait("event")
 
     def elapsed_time(self, other):
-        return Card.current.milliseconds.pop(0) if getattr(Card.current, "milliseconds", None) else 1.0
+        return OnCard.card.milliseconds.pop(0) if getattr(OnCard.card, "milliseconds", None) else 1.0
 
 
 def patch(patches, card: Card) -> None:
