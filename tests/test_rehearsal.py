@@ -1,19 +1,27 @@
-"""Learning as GPUs run it, on a pretended one: no mixed devices, the masks of the CPU, and no waiting in vain."""
+"""Learning and the commands as GPUs run them, on a pretended one: the masks of the CPU, and no waiting in vain."""
 
+import contextlib
 import functools
+import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from datasets import Dataset
 from pretended import Card, OnCard
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from proxsparse.__main__ import main
+from proxsparse.baselines import METHODS
+from proxsparse.commands.export import FORMS, MASKS
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.mask import MASK_FILE, load_mask
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing runs")
 
@@ -176,3 +184,53 @@ def test_the_whole_logits_never_exist_where_the_head_is_plain(tmp_path, monkeypa
     monkeypatch.setattr("proxsparse.learning.trainer.plain_head", lambda model: None)
     whole = counts_of_a_step(tmp_path / "whole", model=small_model(vocab_size=2048)).largest
     assert plain <= logits / 4 < logits <= whole
+
+
+def command(capsys, device, *words):
+    """What a command prints last, on a device."""
+    with Card() if device == "cuda" else contextlib.nullcontext() as card:
+        code = main([*map(str, words), "--device", device])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert not card or (card.count.launches and not card.count.faults)
+    return json.loads(printed.out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_baseline_gives_the_mask_of_the_cpu_on_a_gpu(method, checkpoint, corpus, tmp_path, capsys):
+    text = ["--dataset", corpus, "--ctx_len", 32, "--nsamples", 4, "--bf16", "false", "--mask_only"]
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        prune = ["prune", "--model", checkpoint, "--prune_method", method, *text, "--save", folder]
+        command(capsys, device, *prune)
+    want, found = (load_mask(tmp_path / device / MASK_FILE).tensors for device in ("cpu", "cuda"))
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[weight], want[weight]) for weight in want)
+
+
+def test_a_pruned_checkpoint_is_measured_and_written_on_a_gpu_as_on_the_cpu(checkpoint, corpus, mask, tmp_path, capsys):
+    text, found = ["--dataset", corpus, "--ctx_len", 32, "--max_windows", 3], {}
+    for device in ("cpu", "cuda"):
+        saved = tmp_path / device
+        apply = ["apply", "--model", checkpoint, "--mask", mask, *text, "--save", saved]
+        printed = command(capsys, device, *apply) | command(capsys, device, "eval", "--model", saved, *text)
+        found[device] = {name: value for name, value in printed.items() if isinstance(value, float)}
+    assert corpus in found["cpu"]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-6)  # sums in another order
+    written = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("form", [*FORMS, *MASKS])
+def test_exports_are_the_same_where_there_is_a_gpu(form, checkpoint, mask, tmp_path):
+    written = []
+    for folder, machine in ((tmp_path / "cpu", contextlib.nullcontext()), (tmp_path / "cuda", Card())):
+        with machine:
+            words = ["export", "--model", checkpoint, "--mask", str(mask), "--form", form, "--to", str(folder)]
+            assert main(words) == 0
+        read = {".safetensors": load_file, ".npz": lambda path: {k: torch.tensor(v) for k, v in np.load(path).items()}}
+        files = {path.name: read[path.suffix](path) for path in folder.iterdir() if path.suffix in read}
+        written.append({(name, key): tensor for name, found in files.items() for key, tensor in found.items()})
+    assert written[0].keys() == written[1].keys() != set()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
