@@ -129,6 +129,14 @@ def _multiply(packed: Tensor, other: Tensor, bias=None, alpha=None, out_dtype=No
     return out.t().contiguous() if transpose_result else out
 
 
+def _multiply_padded(dense, packed, bias, out_features, min_rows, min_cols, fused, algorithm, transposed=False):
+    """torch's own operator around the one above, of newer versions; it pads what cuSPARSELt does not take."""
+    other = dense.t() if transposed else dense
+    out = _DENSE[packed.untyped_storage().data_ptr()][1] @ other
+    out = out if bias is None else out + bias[:, None]
+    return out.t().contiguous() if fused else out
+
+
 def _wide_sum(added: Tensor, first: Tensor, second: Tensor, out_dtype=None, *, out=None, **_) -> Tensor:
     """Products of a 16-bit type that are summed in float32."""
     value = torch.addmm(added.float(), first.float(), second.float())
@@ -148,4 +156,5 @@ EMULATED = {
     "aten.histc.default": _histc,
     "aten._cslt_compress.default": _compress,
     "aten._cslt_sparse_mm.default": _multiply,
+    "semi_structured.cusparselt_mm.default": _multiply_padded,
 }
