@@ -203,7 +203,7 @@ def command(capsys, device, *words):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_baseline_gives_the_mask_of_the_cpu_on_a_gpu(method, checkpoint, corpus, tmp_path, capsys):
-    text = ["--dataset", corpus, "--ctx_len", 32, "--nsamples", 4, "--bf16", "false", "--mask_only"]
+    text = ["--dataset", corpus, "--ctx_len", 32, "--nsamples", 2, "--bf16", "false", "--mask_only"]
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
         prune = ["prune", "--model", checkpoint, "--prune_method", method, *text, "--save", folder]
