@@ -12,6 +12,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,18 @@ def _same(before: Any, now: Any) -> bool:
 def starting_point(output_dir: Path | str, asked: str | None = None) -> str | None:
     """The checkpoint that a run goes on from, or None at its start.
 
+    Of several processes the first reads the files, whose checksums take minutes for a large model; all get its answer.
+
     Args:
         asked: ``resume_from_checkpoint`` of the Trainer: a folder. True and False are ignored: a run always goes on.
 
     Raises:
         UsageError: the folder asked for is not a complete checkpoint.
     """
+    return _of_the_first(lambda: _starting_point(output_dir, asked))
+
+
+def _starting_point(output_dir: Path | str, asked: str | None) -> str | None:
     if asked is None or str(asked).lower() in ("", "true", "false", "last"):
         return last_complete_checkpoint(output_dir, resuming=True)
     wrong = fault(Path(asked), resuming=True) if Path(asked).is_dir() else "there is no such folder"
@@ -121,6 +128,22 @@ def starting_point(output_dir: Path | str, asked: str | None = None) -> str | No
             "leave it out: a run goes on from its last complete checkpoint by itself."
         )
     return str(asked)
+
+
+def _of_the_first(find: Callable[[], str | None]) -> str | None:
+    """What the first process finds, or its UsageError, in every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return find()
+    found: list[str | None] = [None, None]  # the answer, or why there is none
+    if torch.distributed.get_rank() == 0:
+        try:
+            found[0] = find()
+        except UsageError as error:
+            found[1] = str(error)
+    torch.distributed.broadcast_object_list(found)
+    if found[1]:
+        raise UsageError(found[1])
+    return found[0]
 
 
 def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None = None) -> None:
@@ -198,13 +221,14 @@ def fault(folder: Path, resuming: bool = False) -> str | None:
         recorded = {name: (file["bytes"], file["sha256"]) for name, file in marker["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} is damaged"
-    for name, (size, checksum) in recorded.items():
+    for name, (size, _) in recorded.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if _sha256(path) != checksum:
+    for (name, (_, checksum)), found in zip(recorded.items(), _checksums(folder / n for n in recorded), strict=True):
+        if found != checksum:
             return f"{name} has changed since it was written (its checksum differs)"
     if resuming and marker.get(MODEL_ONLY):
         return f"it holds the model without the optimizer's state, as `{MODEL_ONLY}=True` asked for"
@@ -212,8 +236,17 @@ def fault(folder: Path, resuming: bool = False) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, dict]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER)
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER]
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(files, _checksums(files), strict=True)
+    }
+
+
+def _checksums(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, several at a time: other processes may wait for it."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:

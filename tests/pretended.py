@@ -22,12 +22,11 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_tensors import CARD, OnCard, Translation, WrongDevice
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-CARD = torch.device("cuda:0")
 aten = torch.ops.aten
 PACKAGE = "/proxsparse/"
 # What waits for the device, because the host needs an answer.
@@ -49,10 +48,6 @@ VIEWS = ("view", "_unsafe_view", "expand", "t.", "transpose", "permute", "detach
          "_reshape_alias")  # fmt: skip
 
 
-class WrongDevice(RuntimeError):
-    """What torch would raise on a GPU."""
-
-
 class Counts:
     """What was asked of the card. Keys of the counters: (what, place in proxsparse)."""
 
@@ -68,133 +63,6 @@ class Counts:
         return sum(size for (way, _), size in self.bytes.items() if way == direction)
 
 
-class OnCard(Tensor):
-    """A tensor on the card; ``inner`` is the CPU tensor with its values."""
-
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, inner: Tensor, requires_grad: bool = False):
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device="meta", requires_grad=requires_grad,
-        )  # fmt: skip
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if Card.current is None:
-            raise WrongDevice(f"{func} on a tensor of a card that is no longer there")
-        return Card.current.run(func, types, args, kwargs or {})
-
-    @property
-    def device(self):
-        return CARD
-
-    is_cuda = property(lambda self: True)
-    is_cpu = is_meta = property(lambda self: False)
-
-    @property
-    def data(self):
-        return Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, value):
-        Tensor.data.__set__(self, value)
-        self.inner = value.inner
-
-    def to(self, *args, **kwargs):
-        """As torch's, which would find this tensor on another device than the card."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **_plain(kwargs))
-        if device is not None and device.type == "meta":  # of another tensor of the card
-            device = CARD
-        moves = device is not None and device != CARD and device.type != CARD.type
-        if moves or kwargs.get("copy"):
-            return Tensor.to(
-                self, device=device or CARD, dtype=dtype or self.dtype, non_blocking=non_blocking, copy=True
-            )
-        return self if dtype in (None, self.dtype) else Tensor.to(self, dtype=dtype)
-
-    def cuda(self, *args, **kwargs):
-        return self
-
-    def numpy(self, *args, **kwargs):
-        raise Card.current.fault("can't convert cuda:0 device type tensor to numpy")  # type: ignore[union-attr]
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-    def untyped_storage(self):
-        return self.inner.untyped_storage()
-
-    def data_ptr(self):
-        return self.inner.data_ptr()
-
-    def __reduce_ex__(self, protocol):
-        return self.inner.__reduce_ex__(protocol)  # a file holds plain tensors
-
-    def __deepcopy__(self, memo):
-        copied = memo[id(self)] = OnCard(self.inner.clone(), self.requires_grad)
-        if isinstance(self, torch.nn.Parameter):
-            copied = memo[id(self)] = torch.nn.Parameter(copied.detach(), self.requires_grad)
-        return copied
-
-    def __repr__(self, **options):
-        return f"OnCard({self.inner!r})"
-
-
-def _plain(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name != "copy"}
-
-
-class Generator(torch.Generator):
-    """A generator that knows for which device it was made."""
-
-    def __new__(cls, device="cpu"):
-        made = super().__new__(cls, "cpu")
-        made.on_card = torch.device(device).type == CARD.type
-        return made
-
-    @property
-    def device(self):
-        return CARD if self.on_card else torch.device("cpu")
-
-
-class Translation(TorchFunctionMode):
-    """Says "meta" to C++ where Python says "cuda", which a CPU build can't do anything with.
-
-    Attributes:
-        means_meta: the call at work said "meta" by itself.
-    """
-
-    means_meta = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, before = kwargs or {}, self.means_meta
-        if func in (torch.device, torch._C._nn._parse_to):  # which say it to Python
-            return func(*args, **kwargs)
-        if func is Tensor.cuda:
-            func, args, kwargs = Tensor.to, (args[0], CARD), {}
-        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")).startswith(CARD.type):
-            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")  # C++ would drop the values
-        said = [value for value in (*args, kwargs.get("device")) if isinstance(value, (torch.device, str))]
-        try:
-            if said:
-                self.means_meta = any(str(value) == "meta" for value in said)
-                args = tuple(self._translated(value) for value in args)
-                kwargs = {name: self._translated(value) for name, value in kwargs.items()}
-            return func(*args, **kwargs)
-        finally:
-            self.means_meta = before
-
-    @staticmethod
-    def _translated(value):
-        named = isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda"))
-        return torch.device("meta") if named and torch.device(value).type == CARD.type else value
-
-
 class Card(TorchDispatchMode):
     """The card, which is there inside the block; see the module's docstring.
 
@@ -202,8 +70,6 @@ class Card(TorchDispatchMode):
         native_bf16: whether it multiplies bfloat16 by itself, as GPUs since Ampere do.
         memory: bytes of it.
     """
-
-    current: "Card | None" = None
 
     def __init__(self, native_bf16: bool = True, memory: int = 80 << 30):
         super().__init__()
@@ -217,7 +83,7 @@ class Card(TorchDispatchMode):
         from pretended_surroundings import patch
 
         patch(self._patches, self)
-        Card.current = self
+        OnCard.card = self
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes CPU tensors and then copies them, seen
         self._translation.__enter__()
         return super().__enter__()
@@ -226,7 +92,7 @@ class Card(TorchDispatchMode):
         super().__exit__(*error)
         self._translation.__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(False)
-        Card.current = None
+        OnCard.card = None
         self._patches.undo()
         from pretended_surroundings import forget
 
@@ -397,7 +263,7 @@ def launch_interpreted(real: Callable) -> Callable:
     """Triton's interpreter for tensors of the card: those of the host are refused, as a GPU's pointers are."""
 
     def call(executor, *args, **kwargs):
-        card = Card.current
+        card = OnCard.card
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if card is not None and any(isinstance(t, OnCard) for t in tensors):
             if not all(isinstance(t, OnCard) for t in tensors):

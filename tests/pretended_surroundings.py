@@ -4,7 +4,8 @@ import functools
 import types
 
 import torch
-from pretended import Card, Generator, OnCard, launch_interpreted
+from pretended import Card, launch_interpreted
+from pretended_tensors import Generator, OnCard
 from torch import Tensor
 
 
@@ -26,10 +27,10 @@ class Nothing:
 
 class Event(Nothing):
     def synchronize(self):
-        Card.current.wait("event")  # type: ignore[union-attr]
+        OnCard.card.wait("event")
 
     def elapsed_time(self, other):
-        return Card.current.milliseconds.pop(0) if getattr(Card.current, "milliseconds", None) else 1.0
+        return OnCard.card.milliseconds.pop(0) if getattr(OnCard.card, "milliseconds", None) else 1.0
 
 
 def patch(patches, card: Card) -> None:
@@ -128,6 +129,14 @@ def _multiply(packed: Tensor, other: Tensor, bias=None, alpha=None, out_dtype=No
     return out.t().contiguous() if transpose_result else out
 
 
+def _multiply_padded(dense, packed, bias, out_features, min_rows, min_cols, fused, algorithm, transposed=False):
+    """torch's own operator around the one above, of newer versions; it pads what cuSPARSELt does not take."""
+    other = dense.t() if transposed else dense
+    out = _DENSE[packed.untyped_storage().data_ptr()][1] @ other
+    out = out if bias is None else out + bias[:, None]
+    return out.t().contiguous() if fused else out
+
+
 def _wide_sum(added: Tensor, first: Tensor, second: Tensor, out_dtype=None, *, out=None, **_) -> Tensor:
     """Products of a 16-bit type that are summed in float32."""
     value = torch.addmm(added.float(), first.float(), second.float())
@@ -147,4 +156,5 @@ EMULATED = {
     "aten.histc.default": _histc,
     "aten._cslt_compress.default": _compress,
     "aten._cslt_sparse_mm.default": _multiply,
+    "semi_structured.cusparselt_mm.default": _multiply_padded,
 }

@@ -1,19 +1,31 @@
-"""Learning as GPUs run it, on a pretended one: no mixed devices, the masks of the CPU, and no waiting in vain."""
+"""Learning and the commands as GPUs run them, on a pretended one: the masks of the CPU, and no waiting in vain."""
 
+import contextlib
 import functools
+import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from datasets import Dataset
 from pretended import Card, OnCard
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from proxsparse.__main__ import main
+from proxsparse.baselines import METHODS
+from proxsparse.commands.export import FORMS, MASKS
+from proxsparse.deploy.sparse import use_semi_structured
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.trainer import ProxSparseTrainer
+from proxsparse.learning.transfers import pinned_bytes, pinned_rooms
+from proxsparse.mask import MASK_FILE, load_mask
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import top2_mask
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing runs")
 
@@ -176,3 +188,100 @@ def test_the_whole_logits_never_exist_where_the_head_is_plain(tmp_path, monkeypa
     monkeypatch.setattr("proxsparse.learning.trainer.plain_head", lambda model: None)
     whole = counts_of_a_step(tmp_path / "whole", model=small_model(vocab_size=2048)).largest
     assert plain <= logits / 4 < logits <= whole
+
+
+def command(capsys, device, *words):
+    """What a command prints last, on a device."""
+    with Card() if device == "cuda" else contextlib.nullcontext() as card:
+        code = main([*map(str, words), "--device", device])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert not card or (card.count.launches and not card.count.faults)
+    return json.loads(printed.out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_baseline_gives_the_mask_of_the_cpu_on_a_gpu(method, checkpoint, corpus, tmp_path, capsys):
+    text = ["--dataset", corpus, "--ctx_len", 32, "--nsamples", 2, "--bf16", "false", "--mask_only"]
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        prune = ["prune", "--model", checkpoint, "--prune_method", method, *text, "--save", folder]
+        command(capsys, device, *prune)
+    want, found = (load_mask(tmp_path / device / MASK_FILE).tensors for device in ("cpu", "cuda"))
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[weight], want[weight]) for weight in want)
+
+
+def test_a_pruned_checkpoint_is_measured_and_written_on_a_gpu_as_on_the_cpu(checkpoint, corpus, mask, tmp_path, capsys):
+    text, found = ["--dataset", corpus, "--ctx_len", 32, "--max_windows", 3], {}
+    for device in ("cpu", "cuda"):
+        saved = tmp_path / device
+        apply = ["apply", "--model", checkpoint, "--mask", mask, *text, "--save", saved]
+        printed = command(capsys, device, *apply) | command(capsys, device, "eval", "--model", saved, *text)
+        found[device] = {name: value for name, value in printed.items() if isinstance(value, float)}
+    assert corpus in found["cpu"]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-6)  # sums in another order
+    written = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("form", [*FORMS, *MASKS])
+def test_exports_are_the_same_where_there_is_a_gpu(form, checkpoint, mask, tmp_path):
+    written = []
+    for folder, machine in ((tmp_path / "cpu", contextlib.nullcontext()), (tmp_path / "cuda", Card())):
+        with machine:
+            words = ["export", "--model", checkpoint, "--mask", str(mask), "--form", form, "--to", str(folder)]
+            assert main(words) == 0
+        read = {".safetensors": load_file, ".npz": lambda path: {k: torch.tensor(v) for k, v in np.load(path).items()}}
+        files = {path.name: read[path.suffix](path) for path in folder.iterdir() if path.suffix in read}
+        written.append({(name, key): tensor for name, found in files.items() for key, tensor in found.items()})
+    assert written[0].keys() == written[1].keys() != set()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in written[0])
+
+
+def test_weights_that_wait_on_the_host_take_hardly_more_than_their_size():
+    width, inner, layers = 5120, 13824, 40  # of Llama-2-13B; a block per weight would take 40 GiB for 24
+    sizes = layers * (4 * [2 * width * width] + 3 * [2 * width * inner])
+    assert sum(sizes) <= pinned_bytes(sizes) <= 1.1 * sum(sizes)
+    tensors = {str(n): torch.empty(n, 8, dtype=torch.bfloat16) for n in range(1, 40)}
+    with Card():
+        rooms = pinned_rooms(tensors)
+        assert all(room.is_pinned() for room in rooms.values())
+    for n, room in enumerate(rooms.values()):
+        room.fill_(n)
+    assert all((room == n).all() for n, room in enumerate(rooms.values()))  # none lies in another
+
+
+@pytest.fixture
+def pruned_in_halves():
+    model = small_model(hidden_size=64, intermediate_size=128).to(torch.bfloat16).eval()
+    for target in find_prunable(model):
+        target.weight.data.mul_(top2_mask(target.weight))
+    return model
+
+
+def test_sparse_weights_compute_what_dense_ones_do_and_each_use_decides_anew(pruned_in_halves, monkeypatch):
+    monkeypatch.setattr("proxsparse.deploy.sparse.WORTHWHILE", 0.0)  # convert whatever its gain
+    ids = torch.arange(1, 17)[None]
+    with Card() as card, torch.no_grad():
+        model = pruned_in_halves.to("cuda")
+        ids, count = ids.to("cuda"), len(find_prunable(model))
+        dense = model(input_ids=ids).logits.cpu()
+        for tokens in (1, 16):
+            converted = use_semi_structured(model, tokens)
+            assert converted["sparse"] > 0
+            assert sum(converted.values()) == count
+            assert torch.allclose(model(input_ids=ids).logits.cpu(), dense, atol=0.02)
+    assert not card.count.faults
+
+
+@pytest.mark.slow
+def test_bench_measures_prefill_and_decoding_each_with_its_own_sparse_layers(pruned_in_halves, tmp_path, capsys):
+    pruned_in_halves.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with Card() as card:
+        assert main(["bench", "--model", str(tmp_path), "--prompt", "8", "--tokens", "2", "--repeat", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("prefill: ") == shown.count("decode: ") == 1
+    assert not card.count.faults

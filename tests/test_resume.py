@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from proxsparse import resume
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
 from proxsparse.resume import (
@@ -199,3 +201,38 @@ def test_a_second_process_does_not_learn_in_the_same_folder(checkpoint, corpus, 
 def test_the_folder_of_a_run_is_no_checkpoint_to_resume_from(run):
     with pytest.raises(UsageError, match=r"it is the folder of a run, whose last checkpoint is .*checkpoint-"):
         starting_point(run / "new", str(run))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_reads_the_checkpoints_and_all_take_its_word(rank, run, monkeypatch):
+    read, sent = [], {"answer": [str(run / "checkpoint-6"), None]}
+    real = resume._sha256
+    monkeypatch.setattr(resume, "_sha256", lambda path: read.append(path) or real(path))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+
+    def broadcast(objects):
+        if rank:
+            objects[:] = sent["answer"]
+        sent["answer"] = list(objects)
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    assert starting_point(run) == str(run / "checkpoint-6")
+    assert sent["answer"] == [str(run / "checkpoint-6"), None]
+    assert bool(read) == (rank == 0)
+    if rank:
+        sent["answer"] = [None, "refused"]
+    with pytest.raises(UsageError, match="refused" if rank else "there is no such folder"):
+        starting_point(run, str(run / "none"))
+    assert sent["answer"][0] is None
+
+
+def test_checksums_of_several_files_are_made_at_the_same_time(run, monkeypatch):
+    both, real = threading.Barrier(2, timeout=20), resume._sha256
+
+    def wait_for_the_other(path):
+        both.wait()
+        return real(path)
+
+    monkeypatch.setattr(resume, "_sha256", wait_for_the_other)
+    assert fault(run / "checkpoint-6") is None

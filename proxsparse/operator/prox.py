@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 _KERNELS: dict[str, ModuleType | None] = {"eager": eager, "cpu": None, "triton": None}
 _PRODUCTS = dict(_KERNELS)  # with top2_product_ and survey_
 try:
-    from proxsparse.operator.kernels import cpu
+    from proxsparse.operator.kernels import cpu, cpu_products
 
-    _KERNELS["cpu"] = _PRODUCTS["cpu"] = cpu
+    _KERNELS["cpu"], _PRODUCTS["cpu"] = cpu, cpu_products
 except ImportError:  # numba has no wheel for this Python or platform
     logger.warning("numba can't be imported: the proximal operator runs in plain torch on the CPU, many times slower")
 try:

@@ -28,12 +28,14 @@ MAX_STEPS = 32
 _FAST = {"contract", "nsz", "nnan"}
 _inline = numba.njit(fastmath=_FAST, error_model="numpy", cache=True)
 
-F, U8 = np.float32, np.uint8
+F, I32 = np.float32, np.int32
 ZERO, HALF, ONE, TWO, THREE, FOUR = F(0), F(0.5), F(1), F(2), F(3), F(4)
 ONE_HALF, TWO_HALF = F(1.5), F(2.5)
 TINY, HUGE, SETTLED, STRONGEST = F(1e-30), F(3.4028235e38), F(1e-7), F(3)
 SWEEP_SETTLED = F(1e-6)  # movement between two sweeps; the error after the second is far smaller
-NONE, SOME = np.int32(0), np.int32(1)  # integer sums vectorise, float maxima do not
+# Integer sums vectorise, float maxima do not. numba widens them to 64 bits, and the loop would have half the lanes: so
+# each is cut.
+NONE, SOME = I32(0), I32(1)
 INFINITE = np.uint32(0x7F800000)  # exponent bits of infinities and NaNs
 
 
@@ -150,7 +152,7 @@ def _sort(measured, bits, z, lam_block, x, count, lam):
         ea, eb = bits[0, j] & INFINITE, bits[1, j] & INFINITE
         ec, ed = bits[2, j] & INFINITE, bits[3, j] & INFINITE
         finite = max(max(ea, eb), max(ec, ed)) != INFINITE
-        bad += NONE if finite else SOME
+        bad = I32(bad + (NONE if finite else SOME))
         scaled = lam * z1
         active = finite and z3 > ZERO and scaled > ZERO
         # A block with nothing to solve gets strength 0 and a harmless shape.
@@ -158,8 +160,8 @@ def _sort(measured, bits, z, lam_block, x, count, lam):
         top = z1 if active else ONE
         z2, z3, z4 = (z2 / top if active else ONE), (z3 / top if active else ZERO), (z4 / top if active else ZERO)
         is_strong = TWO * scaled * (ONE + z2 + z3 - z4) >= ONE
-        gentle += SOME if active and not is_strong else NONE
-        strong += SOME if is_strong else NONE
+        gentle = I32(gentle + (SOME if active and not is_strong else NONE))
+        strong = I32(strong + (SOME if is_strong else NONE))
         z[0, j], z[1, j], z[2, j], z[3, j] = z2, z3, z4, top
         x[0, j], x[1, j], x[2, j], x[3, j] = ONE, z2, z3, z4
         lam_block[j] = scaled
@@ -191,7 +193,7 @@ def _gentle(z, lam_block, x, count):
             x[0, j], x[1, j], x[2, j], x[3, j] = a, b, c, d
             # One entry alone may stand still while it turns round, and the others still move.
             moved = max(max(abs(a - old_a), abs(b - old_b)), abs(c - old_c))
-            moving += SOME if moved > SWEEP_SETTLED else NONE
+            moving = I32(moving + (SOME if moved > SWEEP_SETTLED else NONE))
         if moving == NONE:
             break
 
@@ -266,7 +268,7 @@ def _three(z, lam_block, t, exists, count):
             found = ONE if min(slope, exists[j]) > ZERO else ZERO
             found = found if new >= ZERO else ZERO
             new = new if found > ZERO else old
-            moving += SOME if old - new > SETTLED * z3 else NONE
+            moving = I32(moving + (SOME if old - new > SETTLED * z3 else NONE))
             t[j] = new
             exists[j] = found
         if moving == NONE:
@@ -291,7 +293,7 @@ def _four(z, lam_block, q_tile, exists, count):
             slope = HALF * (ONE + q / max(d1, TINY) + q / max(d2, TINY) + q / max(d3, TINY)) + q / max(root, TINY)
             found = ONE if min(slope, exists[j]) > ZERO else ZERO
             new = min(q + value / max(slope, TINY), q) if found > ZERO else q
-            moving += SOME if q - new > SETTLED else NONE
+            moving = I32(moving + (SOME if q - new > SETTLED else NONE))
             q_tile[j] = new
             exists[j] = found
         if moving == NONE:
@@ -312,7 +314,7 @@ def _finish(measured, z, lam_block, x, count):
         s3 = lam * (x1 * x2 + x4 * (x1 + x2)) * top
         s4 = lam * (x1 * x2 + x3 * (x1 + x2)) * top
         s3, s4 = live * (s3 if x3 > ZERO else HUGE), live * (s4 if x4 > ZERO else HUGE)
-        sparse += NONE if x3 > ZERO else SOME
+        sparse = I32(sparse + (NONE if x3 > ZERO else SOME))
         # Rank of every weight in its block; ties go to the earlier one.
         wa, wb, wc, wd = measured[0, j], measured[1, j], measured[2, j], measured[3, j]
         a, b, c, d = abs(wa), abs(wb), abs(wc), abs(wd)
@@ -385,84 +387,6 @@ def prox_flat_(weight, scale, lam, stochastic, seed, origin, parts):
     return counts.sum(axis=0)
 
 
-@numba.njit(error_model="numpy", cache=True)  # no fast-math, under which a NaN may compare in any way
-def _pattern(measured, code, count):
-    """The mask of every block of the tile as four bits: bit k is set where entry k is kept."""
-    for j in range(count):
-        a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
-        # Kept where fewer than two others are larger; ties go to the earlier entry, as in top2_mask.
-        bits = U8((b > a) + (c > a) + (d > a) < 2)
-        bits |= U8((a >= b) + (c > b) + (d > b) < 2) << U8(1)
-        bits |= U8((a >= c) + (b >= c) + (d > c) < 2) << U8(2)
-        bits |= U8((a >= d) + (b >= d) + (c >= d) < 2) << U8(3)
-        code[j] = bits
-
-
-@numba.njit(parallel=True, error_model="numpy", cache=True)
-def _product_flat_(out, base, learned, scale, parts):
-    """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
-
-    Args:
-        out, base, learned: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4; ``out`` is overwritten.
-        scale, parts: as in prox_flat_.
-    """
-    blocks = learned.size // 4
-    scaled, zero = scale.size > 0, np.zeros(1, out.dtype)[0]
-    for part in numba.prange(parts):
-        bits, code = np.empty((4, TILE), np.uint32), np.empty(TILE, np.uint8)
-        tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
-        last = (part + 1) * blocks // parts
-        for start in range(part * blocks // parts, last, TILE):
-            count = min(TILE, last - start)
-            _load(learned, 4 * start, count, tile, bits)
-            if scaled:
-                _times(tile, scale, own, start % scale.shape[1], count)
-            _pattern(own if scaled else tile, code, count)
-            kept, masked = base[4 * start : 4 * (start + count)], out[4 * start : 4 * (start + count)]
-            for j in range(count):
-                for k in range(4):
-                    masked[4 * j + k] = kept[4 * j + k] if code[j] >> U8(k) & U8(1) else zero
-
-
-@numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def _survey_flat_(weight, scale, codes, parts):
-    """Look at every block once: how many mask entries changed since the last call, and the sum of R.
-
-    Args:
-        weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
-        codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
-        scale, parts: as in prox_flat_.
-
-    Returns:
-        (2,) float64: changed entries, sum of R(weight * scale).
-    """
-    blocks = weight.size // 4
-    scaled = scale.size > 0
-    found = np.zeros((parts, 2), np.float64)
-    for part in numba.prange(parts):
-        bits, code = np.empty((4, TILE), np.uint32), np.empty(TILE, np.uint8)
-        tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
-        changed, penalty = 0, 0.0
-        last = (part + 1) * blocks // parts
-        for start in range(part * blocks // parts, last, TILE):
-            count = min(TILE, last - start)
-            _load(weight, 4 * start, count, tile, bits)
-            if scaled:
-                _times(tile, scale, own, start % scale.shape[1], count)
-            measured = own if scaled else tile
-            _pattern(measured, code, count)
-            before = codes[start : start + count]
-            for j in range(count):
-                a, b, c, d = abs(measured[0, j]), abs(measured[1, j]), abs(measured[2, j]), abs(measured[3, j])
-                penalty += a * b * (c + d) + c * d * (a + b)
-                # Both codes have two bits set, so entries change in pairs: one leaves, one comes.
-                difference = code[j] ^ before[j]
-                changed += (difference & 1) + (difference >> 1 & 1) + (difference >> 2 & 1) + (difference >> 3)
-                before[j] = code[j]
-        found[part, 0], found[part, 1] = changed, penalty
-    return found.sum(axis=0)
-
-
 def parts() -> int:
     """Number of parts that a weight is cut into: several per torch thread, so that the threads end together."""
     return 8 * match_torch()
@@ -483,30 +407,6 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, noise: Noise | None,
         flat(weight), columns(scale), strength, noise is not None, np.uint32(seed & 0xFFFFFFFF), first, parts()
     )
     counts += torch.from_numpy(found)
-
-
-def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None) -> None:
-    """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
-
-    Args:
-        out, base, learned: contiguous, of one dtype, float32 or bfloat16; ``out`` may be one of the others.
-        scale: (I,), or None for ones.
-    """
-    _product_flat_(flat(out), flat(base), flat(learned), columns(scale), parts())
-
-
-def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
-    """Look at every block once.
-
-    Args:
-        weight: contiguous float32 or bfloat16.
-        codes: (blocks,) uint8, bit k set where entry k of a block is kept; overwritten.
-        scale: (I,), or None for ones.
-
-    Returns:
-        (2,) float64: entries of the mask that changed, sum of R(weight * scale).
-    """
-    return torch.from_numpy(_survey_flat_(flat(weight), columns(scale), codes.view(-1).numpy(), parts()))
 
 
 def flat(weight: Tensor) -> np.ndarray:
