@@ -28,7 +28,7 @@ from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import atomic_path, versions
+from proxsparse.record import atomic_path, origin_of, versions
 
 FORMAT, ORDERED = "proxsparse-mask-1", "proxsparse-mask-2"  # the second one where channels have another order
 ORDER = "channel_order."  # before the names of its tensors
@@ -100,7 +100,7 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
     """The 2:4 mask of a model that is pruned already, taken from its zeros.
 
     A weight that has dense blocks everywhere counts as left out. A block with fewer than two non-zeros keeps its
-    non-zeros, and the first of its zeros.
+    non-zeros, and the first of its zeros. Of a model that ``save_pruned`` wrote, the mask knows base and method too.
 
     Raises:
         UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only; or the model is sharded.
@@ -124,7 +124,9 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
             )
     if not tensors:
         raise UsageError(f"No weight of {name} is 2:4: give a pruned model, or a mask.", "mask")
-    return Mask(tensors, base_model=model.config._name_or_path, order=order_of(model))
+    noted = origin_of(model.config._name_or_path)
+    base = noted.get("base_model") or model.config._name_or_path
+    return Mask(tensors, base_model=base, info=noted.get("info") or {}, order=order_of(model))
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:
@@ -291,13 +293,14 @@ def take_order(model: PreTrainedModel, mask: Mask, targets: Mapping[str, Prunabl
             "sharded.",
             "mask",
         )
-    if not order_of(model) and _is_pruned_by(mask, targets):
+    if not order_of(model) and is_pruned_by(mask, targets):
         mark(model, mask.order)
     put_into_order(model, mask.order)
 
 
 @torch.no_grad()
-def _is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
+def is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
+    """Whether every weight that the mask prunes is zero; ``targets`` is what ``fit_mask`` returns."""
     for name, target in targets.items():
         rows = target.rows(target.weight.detach())
         if rows[~mask.tensors[name].to(rows.device)].any():

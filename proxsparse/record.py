@@ -14,7 +14,8 @@ from typing import Any
 
 from proxsparse.errors import RunError, UsageError
 
-OWN = ".written-by-proxsparse"  # marks folders that may be replaced by a newer export
+# Marks folders that may be replaced by a newer export. In a checkpoint it says where mask and weights come from.
+OWN = ".written-by-proxsparse"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
 
 
@@ -76,6 +77,14 @@ def write_json(path: Path | str, record: Any) -> None:
     """Write JSON atomically, with a final newline."""
     with atomic_path(path) as scratch:
         scratch.write_text(json.dumps(record, indent=2, sort_keys=False, default=str) + "\n", encoding="utf-8")
+
+
+def origin_of(folder: Path | str) -> dict[str, Any]:
+    """What ``save_pruned`` noted of a checkpoint: base_model and info, as a mask has them; empty where it did not."""
+    path = Path(folder) / OWN
+    if not path.is_file() or not path.stat().st_size:
+        return {}
+    return read_json(path)
 
 
 def read_json(path: Path | str) -> Any:

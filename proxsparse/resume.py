@@ -75,6 +75,18 @@ def claim(
 
 
 @contextlib.contextmanager
+def first_alone_in(folder: Path | str) -> Iterator[None]:
+    """``alone_in``, of several processes that work together: the first takes the lock, and all hear if it can't.
+
+    Raises:
+        RunError: another run is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        _of_the_first(lambda: stack.enter_context(alone_in(folder)))
+        yield
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path | str) -> Iterator[None]:
     """Inside, no other process works in the folder of a run. The lock ends with the process, however it ends.
 
@@ -131,18 +143,18 @@ def _starting_point(output_dir: Path | str, asked: str | None) -> str | None:
 
 
 def _of_the_first(find: Callable[[], str | None]) -> str | None:
-    """What the first process finds, or its UsageError, in every process."""
+    """What the first process finds, or raises, in every process: else the others would wait for it until a timeout."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return find()
-    found: list[str | None] = [None, None]  # the answer, or why there is none
+    found: list[Any] = [None, None]  # the answer, or why there is none
     if torch.distributed.get_rank() == 0:
         try:
             found[0] = find()
-        except UsageError as error:
-            found[1] = str(error)
+        except Exception as error:
+            found[1] = error if isinstance(error, UsageError) else RunError(f"{type(error).__name__}: {error}")
     torch.distributed.broadcast_object_list(found)
-    if found[1]:
-        raise UsageError(found[1])
+    if found[1] is not None:
+        raise found[1]
     return found[0]
 
 

@@ -108,6 +108,11 @@ def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_mo
     assert console(["check", "--model", found["to"], "--base", checkpoint]) == 1  # the kept weights moved
     assert "kept weights were updated by distilling the dense model" in (run / "recovered" / "README.md").read_text()
     assert not (run / "recovered-training").exists()
+    assert console(["export", "--model", found["to"], "--form", "compact", "--to", str(run / "small")]) == 0
+    card = (run / "small" / "README.md").read_text()
+    assert "kept weights were updated by distilling the dense model" in card
+    assert f"This is {checkpoint} with 50% of its prunable weights kept" in card
+    capsys.readouterr()
     capsys.readouterr()
     assert console(["recover", "--run", str(run)]) == 0
     assert "done already" in capsys.readouterr().out
@@ -135,6 +140,10 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
     for change, sentence in (
         ({"dense": other}, "has other weights than the pruned one"),
         ({"windows": windows[0]}, "must be token ids of shape"),
+        ({"dense": model}, "is pruned by the mask already"),
+        ({"scope": "layer", "distill": 0.5}, "have no `distill`"),
+        ({"scope": "layer", "optim": "sgd"}, "steps with adafactor; got `optim="),
+        ({"loss_type": "dft"}, "distillation takes its place"),
         ({"scope": "all"}, "must be one of full, norms, layer; got 'all'"),
         ({"learning_rate": -1.0}, "`learning_rate` must be a finite number > 0"),
         ({"mask": Mask(magnitudes(other))}, "does not fit"),
@@ -145,6 +154,8 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
             recover(**(given | change))
     assert console(["recover", "--model", checkpoint, "--to", "x"]) == 2
     assert "required: --dataset, or --run" in capsys.readouterr().err
+    (tmp_path / "a-training").mkdir()
+    (tmp_path / "a-training" / "mine.txt").touch()
     words = ["recover", "--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu"]
     for flags, code, sentence in (
         (
@@ -156,6 +167,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
         (["--model", checkpoint, "--to", "x"], 2, "give the dense one as --base, or a --mask"),
         (["--model", checkpoint, "--mask", str(mask)], 2, "required: --to, or --run"),
         (["--model", checkpoint, "--mask", str(mask), "--to", corpus], 2, "holds something else"),
+        (["--model", checkpoint, "--mask", str(mask), "--to", str(tmp_path / "a")], 2, "give another --to"),
     ):
         assert console([*words, *flags]) == code
         assert sentence in capsys.readouterr().err
@@ -174,3 +186,13 @@ def test_channels_in_another_order_are_recovered_towards_the_same_model(tokenize
     recover(model, dense, mask, tokenizer, windows, scope="layer", num_train_epochs=4, learning_rate=0.01, **PLAIN)
     assert divergence(model, tiny_llama(), windows) < 0.9 * far
     assert divergence(dense, tiny_llama(), windows) < 1e-6
+
+
+@pytest.mark.parametrize("scope", ["full", "layer"])
+def test_a_recovery_of_another_mask_does_not_go_on_in_the_same_folder(scope, tokenizer, windows, tmp_path):
+    model, dense, mask = pruned_and_dense()
+    recover(model, dense, mask, tokenizer, windows, tmp_path, scope=scope, **PLAIN)
+    other = Mask({name: kept.flip(-1) for name, kept in mask.tensors.items()})
+    model = tiny_llama()
+    with pytest.raises(UsageError, match="holds a run with another `mask`"):
+        recover(model, dense, other, tokenizer, windows, tmp_path, scope=scope, **PLAIN)

@@ -21,6 +21,7 @@ from proxsparse.commands.export import FORMS, MASKS
 from proxsparse.deploy.sparse import use_semi_structured
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
+from proxsparse.learning.recover import SCOPES
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.learning.transfers import pinned_bytes, pinned_rooms
 from proxsparse.mask import MASK_FILE, load_mask
@@ -224,6 +225,19 @@ def test_a_pruned_checkpoint_is_measured_and_written_on_a_gpu_as_on_the_cpu(chec
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-6)  # sums in another order
     written = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
     assert written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", SCOPES)
+def test_weights_are_recovered_on_a_gpu_as_on_the_cpu(scope, checkpoint, mask, corpus, tmp_path, capsys):
+    text = ["--dataset", corpus, "--ctx_len", 24, "--samples", 2, "--model", checkpoint, "--mask", mask]
+    for device in ("cpu", "cuda"):
+        command(capsys, device, "recover", *text, "--scope", scope, "--to", tmp_path / device)
+    want, found = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
+    dense = load_file(f"{checkpoint}/model.safetensors")
+    assert any(not torch.equal(found[name][found[name] != 0], dense[name][found[name] != 0]) for name in dense)
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", [*FORMS, *MASKS])

@@ -221,7 +221,7 @@ def test_of_several_processes_the_first_reads_the_checkpoints_and_all_take_its_w
     assert sent["answer"] == [str(run / "checkpoint-6"), None]
     assert bool(read) == (rank == 0)
     if rank:
-        sent["answer"] = [None, "refused"]
+        sent["answer"] = [None, UsageError("refused")]
     with pytest.raises(UsageError, match="refused" if rank else "there is no such folder"):
         starting_point(run, str(run / "none"))
     assert sent["answer"][0] is None

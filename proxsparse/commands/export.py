@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_to_overwrite(to)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
-    else:
+    elif args.mask:
         mask.base_model = args.model  # its weights are what is exported
     results = read_record(args.results).get("perplexity") if args.results else None
     title = args.push_to_hub or to.name

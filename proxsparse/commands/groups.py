@@ -129,7 +129,14 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     mask = getattr(args, "mask", None)
     names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
     decisive = {name: getattr(args, name) for name in names} | {"files": [stamp(text) for text in args.dataset]}
+    decisive["weights"] = weights_stamp(args.model)
     return decisive | {"mask": None if mask is None else mask_digest(mask)}
+
+
+def weights_stamp(model: str) -> list[list]:
+    """Names, sizes and times of the weights of a model that lies in a folder; another list than before: made anew."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return [[file.name, (found := file.stat()).st_size, found.st_mtime_ns] for file in files]
 
 
 def mask_digest(mask: str | Path) -> str:

@@ -6,7 +6,7 @@
         --dataset c4 --to recovered
 
 The dense model is the teacher, and nothing but text is needed. Without --mask, the zeros of --model are the mask. The
-windows are other ones than those that the mask was learned from. The result has updated weights: compare it with models
+windows are drawn with another seed than those that the mask was learned from. The result has updated weights: compare it with models
 whose weights were updated too, and never with a mask alone. If the command stops, the same command goes on from its
 last checkpoint.
 """
@@ -27,6 +27,7 @@ from proxsparse.commands.groups import (
     add_mask_argument,
     add_model_arguments,
     load,
+    mask_digest,
     model_of,
     options_of,
     positive_int,
@@ -42,7 +43,8 @@ from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
-from proxsparse.record import OWN, refuse_to_overwrite
+from proxsparse.record import OWN, origin_of, refuse_to_overwrite
+from proxsparse.resume import RUN_FILE
 from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
 
@@ -75,7 +77,7 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     settings = run.settings
     found = {name: settings[name] for name in ("dataset", "ctx_len", "samples") if settings.get("dataset") != WINDOWS}
-    found |= {"mask": str(run.mask_file), "to": str(run.recovered_folder)}
+    found |= {"mask": str(run.mask_file), "to": str(run.recovered_folder), "base": settings["model"]}
     return model_of(run) | found | {"seed": int(settings.get("seed", 42)) + 1}  # other windows than the mask's
 
 
@@ -90,8 +92,15 @@ def main(args: argparse.Namespace) -> None:
     RecoveryConfig(output_dir=str(scratch), **defaults_on(torch.device(device).type), **settings)  # refuses early
     tokens = round(args.samples * args.ctx_len * args.epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
+    made_of = settings | {
+        "dataset": args.dataset,
+        "samples": args.samples,
+        "ctx_len": args.ctx_len,
+        "model": args.model,
+    }
+    made_of |= {"mask": None if args.mask is None else mask_digest(args.mask)}
     if args.run and (to / OWN).is_file():
-        if updated not in (to / "README.md").read_text(encoding="utf-8"):
+        if origin_of(to).get("info", {}).get("recovery") != made_of:
             raise UsageError(f"{to} was recovered with other settings: give another --to, or delete it.", "to")
         print(f"recovered: done already ({to})")
         return
@@ -99,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
     if given is None and args.base is None:
         raise UsageError("--model is the pruned model: give the dense one as --base, or a --mask.", "base")
     refuse_to_overwrite(to)
+    if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
+        raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model
     config = load_config(base, **options_of(args))
     check_ctx_len(args.ctx_len, config)
@@ -111,10 +122,16 @@ def main(args: argparse.Namespace) -> None:
     # One layer at a time is on the device; the models wait on the CPU.
     home = "cpu" if args.scope == "layer" else args.device
     model = load(argparse.Namespace(**vars(args) | {"device": home}))
+    if model.dtype == torch.float16:
+        print("note: float16 weights are updated in bfloat16, because second moments underflow in float16")
+        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     mask = mask_of_pruned(model) if given is None else given
     dense = dense or load_model(base, dtype=model.dtype, device=str(model.device), **options_of(args))
+    dense = dense.to(model.device, model.dtype)  # type: ignore[arg-type]
     recover(model, dense, mask, tokenizer, windows, scratch, device=device, **settings)
-    mask = dataclasses.replace(mask, base_model=base, info=mask.info | {"weights_updated": updated})
+    mask = dataclasses.replace(
+        mask, base_model=base, info=mask.info | {"weights_updated": updated, "recovery": made_of}
+    )
     save_pruned(model, mask, to, tokenizer=saved)
     shutil.rmtree(scratch)
     print(f"weights updated by {updated}; the checkpoint in {to} is {mask.pattern}")

@@ -84,7 +84,7 @@ def model_card(
         results: text -> fields of ``proxsparse.evaluation.perplexity.Perplexity``.
         origin: where the weights came from, one of ``ORIGINAL``.
     """
-    info = dict(mask.info)
+    info = {key: value for key, value in mask.info.items() if not isinstance(value, dict)}
     method = str(info.pop("method", "an unnamed method"))
     said = [ORIGINAL[origin].format(version=transformers.__version__)]
     by = info.get("weights_updated")

@@ -33,7 +33,7 @@ from proxsparse.model.prunable import Prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.record import atomic_path, read_json, refuse_to_overwrite, write_json
+from proxsparse.record import OWN, atomic_path, read_json, refuse_to_overwrite, write_json
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
@@ -99,6 +99,7 @@ def save_pruned(
             save_order(mask.order, scratch / ORDER_FILE)
         card = model_card(title or folder.name, mask, results, form=form, origin=quantize or _origin(base))
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_json(scratch / OWN, {"base_model": mask.base_model, "info": mask.info})
         if runtime is not None:
             write_runtime(scratch, served=folder)
 

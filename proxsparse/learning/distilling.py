@@ -78,7 +78,7 @@ class DistillingTrainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        share = self._share(num_items_in_batch)
+        share, teacher = self._share(num_items_in_batch), self.objective.teacher
         if self.objective.teacher is None and self._fused_head:
             try:
                 out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -100,6 +100,7 @@ class DistillingTrainer(SFTTrainer):
             if not loss.requires_grad and torch.is_grad_enabled() and not self._inputs_need_grad:
                 self._inputs_need_grad = True
                 model.enable_input_require_grads()  # Reformer's reversible layers see no weights, only their inputs
+                self.objective.teacher = teacher
                 return self.compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = loss + self.objective.penalty(share, self.args.device)
         return (loss, outputs) if return_outputs else loss
@@ -134,10 +135,14 @@ class DistillingTrainer(SFTTrainer):
             model.train()
         return outputs if self.objective.head else outputs.logits
 
-    def _outputs(self, model, inputs, head):
-        """Of a plain forward pass; last hidden states where there is a head that makes the logits of them."""
+    def _outputs(self, model, inputs, head, inner=None):
+        """Of a plain forward pass; last hidden states where there is a head that makes the logits of them.
+
+        Args:
+            inner: the model without what it is wrapped in; None: the one that is trained.
+        """
         inputs = {k: v for k, v in inputs.items() if k not in OF_THE_TRAINER}
-        return last_states(self.model, model, **inputs) if head else model(**inputs, use_cache=False)
+        return last_states(inner or self.model, model, **inputs) if head else model(**inputs, use_cache=False)
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.detach().item())

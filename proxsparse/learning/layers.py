@@ -32,46 +32,60 @@ if TYPE_CHECKING:
     from proxsparse.learning.recover import RecoveryConfig
 
 
+def check_layers(model: PreTrainedModel, windows: Tensor) -> None:
+    """Refuse a model whose layers can't be run one at a time.
+
+    Raises:
+        UsageError: they do not run one after the other.
+    """
+    with torch.no_grad():
+        if not in_sequence(model, decoder_blocks(model), windows):
+            raise UsageError(f"The layers of a {type(model).__name__} don't run one after the other: use `scope=full`.")
+
+
+def layers_done(folder: Path) -> bool:
+    """Whether a run has left a layer that is done."""
+    return any(folder.glob("layer-*.safetensors"))
+
+
 def recover_layers(
     model: PreTrainedModel,
     dense: PreTrainedModel,
     mask: Mask,
     windows: Tensor,
     config: "RecoveryConfig",
-    scales: dict[nn.Parameter, float],
+    scales: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Update the kept weights of each layer, in place.
 
     Args:
         windows: (N, T) token ids.
-        scales: weight that learns -> factor of its learning rate.
+        scales: name of a weight that learns -> factor of its learning rate.
 
     Returns:
         Of each layer, the relative squared error of its outputs at the first and at the last step.
 
     Raises:
-        UsageError: the layers do not run one after the other.
         RunError: a layer diverged.
     """
     blocks, dense_blocks = decoder_blocks(model), decoder_blocks(dense)
     at_once = max(n for n in range(1, config.per_device_train_batch_size + 1) if len(windows) % n == 0)
     with torch.no_grad():
-        if not in_sequence(model, blocks, windows):
-            raise UsageError(f"The layers of a {type(model).__name__} don't run one after the other: use `scope=full`.")
         hidden, calls = first_inputs(model, blocks, windows, "cpu", at_once)
     wanted, history = list(hidden), []
     for index, (block, teacher) in enumerate(zip(tqdm(blocks, desc="layers", disable=None), dense_blocks, strict=True)):
         with doing(f"recovering layer {index}"):
             call = send_to_device(calls[index], config.device)
             wanted = _outputs(teacher, wanted, call, config)
-            inside = {id(parameter) for parameter in block.parameters()}
-            learning = {weight: scale for weight, scale in scales.items() if id(weight) in inside}
             file = Path(str(config.output_dir)) / f"layer-{index:03}.safetensors"
             if file.is_file():
                 block.load_state_dict(load_file(file))
-            elif learning:
+            else:
                 with _on(block, config.device):
-                    history.append({"layer": index} | fit(model, block, mask, (hidden, wanted, call), learning, config))
+                    inside = {id(parameter) for parameter in block.parameters()}
+                    own = {name: p for name, p in model.named_parameters() if id(p) in inside and name in scales}
+                    data = (hidden, wanted, call)
+                    history.append({"layer": index} | fit(model, block, mask, data, own, scales, config))
                 if config.save_strategy != "no":
                     with atomic_path(file) as scratch:
                         save_file({name: t.contiguous().clone() for name, t in block.state_dict().items()}, scratch)
@@ -84,28 +98,29 @@ def fit(
     block: nn.Module,
     mask: Mask,
     data: tuple[list[Tensor], list[Tensor], Call],
-    learning: dict[nn.Parameter, float],
+    learning: dict[str, nn.Parameter],
+    scales: dict[str, float],
     config: "RecoveryConfig",
 ) -> dict[str, float]:
     """Train one layer under its part of the mask.
 
     Args:
         data: inputs and wanted outputs (B, T, H) of every step of an epoch, and the layer's other arguments.
-        learning: see ``recover_layers``.
+        learning: name -> weight, of this layer.
+        scales: see ``recover_layers``.
 
     Returns:
         The relative squared error at the first step, before the layer has learned, and at the last one.
     """
     inputs, wanted, call = data
-    own = {name for name, parameter in model.named_parameters() if parameter in learning and name in mask.tensors}
-    kind, options = own_optimizer(config, block) or (torch.optim.AdamW, {"lr": config.learning_rate})
-    optimizer = kind(list(learning), **options)
-    scale_learning_rates(optimizer, {id(weight): scale for weight, scale in learning.items()})
-    kept = None
-    if own:
-        part = dataclasses.replace(mask, tensors={name: mask.tensors[name] for name in own})
-        kept = keep_mask(model, part, optimizer)
-    steps = round(len(inputs) * config.num_train_epochs)
+    adafactor = own_optimizer(config, block)
+    assert adafactor is not None  # others are refused
+    optimizer = adafactor[0](list(learning.values()), **adafactor[1])
+    scale_learning_rates(optimizer, {id(weight): scales[name] for name, weight in learning.items()})
+    kept, pruned = None, {name: mask.tensors[name] for name in learning if name in mask.tensors}
+    if pruned:
+        kept = keep_mask(model, dataclasses.replace(mask, tensors=pruned), optimizer)
+    steps = max(1, round(len(inputs) * config.num_train_epochs))
     schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.get_warmup_steps(steps), steps)
     errors = []
     for step in range(steps):
@@ -118,6 +133,8 @@ def fit(
                 f"The error of a layer's outputs is {error.item()} at step {step + 1}. Lower `learning_rate`."
             )
         error.backward()
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(list(learning.values()), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

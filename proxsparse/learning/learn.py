@@ -6,7 +6,6 @@
 ``learn`` does the work. The command line calls it with the folder of a run.
 """
 
-import contextlib
 import logging
 import os
 import tempfile
@@ -30,7 +29,7 @@ from proxsparse.model.inputs import digest
 from proxsparse.model.loading import native_bf16
 from proxsparse.model.restoring import restored
 from proxsparse.record import write_json
-from proxsparse.resume import alone_in, starting_point
+from proxsparse.resume import first_alone_in, starting_point
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def learn(
         logger.info("going on from %s", checkpoint)
     if config.save_only_model and first:
         logger.warning("checkpoints without the optimizer's state: this run, once stopped, begins again")
-    with quiet_bars(), alone_in(run.folder) if first else contextlib.nullcontext():
+    with quiet_bars(), first_alone_in(run.folder):
         trainer.train(resume_from_checkpoint=checkpoint)
         mask = trainer.mask()
         if first:

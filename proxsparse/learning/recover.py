@@ -8,19 +8,22 @@ saying so.
 
     full     the kept weights of every pruned matrix, and all gains and biases of the layers
     norms    gains and biases alone: every matrix stays as it is, bit for bit
-    layer    as full, one layer after the other: its outputs come close to the dense layer's (``layerwise``)
+    layer    as full, one layer after the other: its outputs come close to the dense layer's (``recover_layers``)
 
 Embeddings and the LM head never move. Learning rates are relative: a rate of 0.001 moves a weight by a thousandth of
 its matrix's root mean square per step.
 """
 
 import contextlib
+import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
@@ -34,26 +37,44 @@ from proxsparse.learning.config import TrainingConfig
 from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.head import plain_head
 from proxsparse.learning.keep import KeepMask
-from proxsparse.learning.layers import recover_layers
-from proxsparse.learning.learn import defaults_on, refuse_many_gpus
+from proxsparse.learning.layers import check_layers, layers_done, recover_layers
+from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.objective import Objective, Share
-from proxsparse.learning.optim import scale_learning_rates
+from proxsparse.learning.optim import name_of, scale_learning_rates
 from proxsparse.learning.progress import show_progress
-from proxsparse.learning.refusals import Refusal, refuse
-from proxsparse.mask import Mask, apply_mask
+from proxsparse.learning.refusals import Refusal
+from proxsparse.mask import Mask, apply_mask, fit_mask, is_pruned_by
 from proxsparse.model.channels import put_into_order, recall_order
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.inputs import digest
 from proxsparse.model.prunable import decoder_of
 from proxsparse.model.restoring import restored
-from proxsparse.resume import claim, starting_point
+from proxsparse.resume import RUN_FILE, alone_in, claim, starting_point
 
 SCOPES = ("full", "norms", "layer")
+DECISIVE = (
+    "scope", "learning_rate", "distill", "temperature", "optim", "seed", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
+)  # fmt: skip
 RATES = {"full": 1.5e-3, "norms": 5e-3, "layer": 1.5e-3}  # measured on SmolLM2-135M, see BENCHMARKS.md
-OF_THE_TRAINER = (
+REFUSALS = (
     Refusal(
-        lambda t: t.is_fsdp_enabled or t.is_deepspeed_enabled,
-        "Recovering weights on shards is not supported: use one process per model, without FSDP and DeepSpeed.",
+        lambda c: c.distill and (c.label_smoothing_factor or c.loss_type != "nll"),
+        "`label_smoothing_factor` and `loss_type` change the language-model loss, and distillation takes its place: "
+        "leave them out, or use `distill=0`.",
+    ),
+    Refusal(
+        lambda c: c.scope == "layer" and (c.distill != 1 or c.temperature != 1),
+        "`scope=layer` compares the outputs of layers, which have no `distill` and no `temperature`: leave both out.",
+    ),
+    Refusal(
+        lambda c: c.scope == "layer" and (c.max_steps > 0 or c.gradient_accumulation_steps > 1),
+        "`scope=layer` sees every window `num_train_epochs` times in each layer, and steps after each batch: leave "
+        "`max_steps` and `gradient_accumulation_steps` out.",
+    ),
+    Refusal(
+        lambda c: c.scope == "layer" and name_of(c) != "adafactor",
+        "`scope=layer` steps with adafactor; got `optim={0.optim}`.",
     ),
 )
 
@@ -82,7 +103,7 @@ class RecoveryConfig(TrainingConfig):
             raise UsageError(f"`scope` must be one of {', '.join(SCOPES)}; got {self.scope!r}.")
         if self.learning_rate is None:
             self.learning_rate = RATES[self.scope]
-        check_values(self)
+        check_values(self, REFUSALS)
         with settings_at_fault():
             super().__post_init__()
         check_choices_of_transformers(self)
@@ -131,14 +152,13 @@ class RecoveryTrainer(DistillingTrainer):
         self.objective = FromDense(args, targets, self._record)
         callbacks = [KeepMask(mask)] if args.scope == "full" else []
         super().__init__(model, args, callbacks=[*callbacks, *kwargs.pop("callbacks", [])], **kwargs)
-        refuse(OF_THE_TRAINER, self)
-        if model.device.type != "cpu" and args.distill:
-            self.objective.head = plain_head(model)
+        if self.model.device.type != "cpu" and args.distill:
+            self.objective.head = common_head(self.model, self.dense)
 
     def _teacher(self, model, inputs) -> Tensor:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            outputs = self._outputs(self.dense, inputs, self.objective.head)
+            outputs = self._outputs(self.dense, inputs, self.objective.head, self.dense)
         return outputs if self.objective.head else outputs.logits
 
     def create_optimizer(self, model=None):
@@ -147,6 +167,15 @@ class RecoveryTrainer(DistillingTrainer):
         if fresh:
             scale_learning_rates(optimizer, {id(weight): scale_of(weight) for weight in self.learning})
         return optimizer
+
+
+def common_head(model: PreTrainedModel, dense: PreTrainedModel) -> nn.Linear | None:
+    """The LM head, where it is all there is to the logits of both models, and the same in both."""
+    own, other = plain_head(model), plain_head(dense)
+    if own is None or other is None or not torch.equal(own.weight, other.weight):
+        return None
+    biases = [head.bias for head in (own, other) if head.bias is not None]
+    return own if not biases or (len(biases) == 2 and torch.equal(*biases)) else None
 
 
 def choose_weights(model: PreTrainedModel, scope: str, pruned: set[str]) -> list[nn.Parameter]:
@@ -211,7 +240,10 @@ def recover(
     if model.dtype == torch.float16:
         raise UsageError("float16 can't be learned in: load the model in bfloat16 or float32.", "dtype")
     kind = torch.device(device or model.device).type
-    refuse_many_gpus(kind)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("Recovery runs in one process: start it without accelerate launch or torchrun.")
+    if kind == "cuda" and torch.cuda.device_count() > 1:
+        raise UsageError("Recovery uses one GPU: choose it with CUDA_VISIBLE_DEVICES.")
     with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(kind) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
@@ -223,8 +255,14 @@ def recover(
                 "that was pruned.",
                 "base",
             )
+        recall_order(dense)
+        if is_pruned_by(mask, fit_mask(dense, mask)):
+            raise UsageError(
+                f"The dense model {dense.config._name_or_path} is pruned by the mask already: give the model that was "
+                "pruned.",
+                "base",
+            )
         with restored(model, weights=False), restored(dense, weights=False):
-            recall_order(dense)
             put_into_order(dense, mask.order)  # so that hidden states can be compared; it computes the same
             return _run(model, dense, mask, tokenizer, windows, config)
 
@@ -238,20 +276,40 @@ def _run(
     config: RecoveryConfig,
 ) -> list[dict[str, Any]]:
     folder = Path(str(config.output_dir))
-    names = ("scope", "learning_rate", "distill", "temperature", "optim", "seed", "num_train_epochs", "max_steps")
-    settings = {name: getattr(config, name) for name in names} | {"text": digest(windows)}
+    settings = {name: str(getattr(config, name)) for name in DECISIVE} | {
+        "model": model.config._name_or_path,
+        "base": dense.config._name_or_path,
+        "mask": digest_of(mask),
+        "text": digest(windows),
+    }
     checkpoint = starting_point(folder, config.resume_from_checkpoint)
+    if checkpoint is None and not layers_done(folder):  # nothing was learned there that could be lost
+        (folder / RUN_FILE).unlink(missing_ok=True)
     claim(folder, {"settings": settings}, write=False)
     if config.scope == "layer":
+        check_layers(model, windows)
         targets = apply_mask(model, mask)
         learning = choose_weights(model, config.scope, {target.name for target in targets})
-        claim(folder, {"settings": settings})
-        return recover_layers(model.eval(), dense.eval(), mask, windows, config, {w: scale_of(w) for w in learning})
+        with alone_in(folder):
+            claim(folder, {"settings": settings})
+            moving = {id(weight) for weight in learning}
+            scales = {name: scale_of(p) for name, p in model.named_parameters() if id(p) in moving}
+            return recover_layers(model.eval(), dense.eval(), mask, windows, config, scales)
     disable_progress_bars()
     rows = Dataset.from_dict({"input_ids": windows.tolist()})
+    dense.to(config.device)  # type: ignore[arg-type]
     trainer = RecoveryTrainer(model, config, dense=dense, mask=mask, train_dataset=rows, processing_class=tokenizer)
-    claim(folder, {"settings": settings})
     show_progress(trainer)
-    with quiet_bars():
+    with quiet_bars(), alone_in(folder):
+        claim(folder, {"settings": settings})
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
+
+
+def digest_of(mask: Mask) -> str:
+    """SHA-256 of all entries of a mask, by name."""
+    found = hashlib.sha256()
+    for name, kept in sorted(mask.tensors.items()):
+        found.update(name.encode())
+        found.update(np.packbits(kept.numpy()).tobytes())
+    return found.hexdigest()

@@ -127,11 +127,14 @@ def packed(name: str, rows: Tensor, quantize: str | None = None) -> dict[str, Te
         quantize: None or int8.
 
     Raises:
-        ValueError: a block has more than two non-zeros; or a value is not finite and can't be quantised.
+        ValueError: a block has more than two non-zeros.
+        RunError: a value is not finite and can't be quantised; names the weight.
     """
     values, positions = compress(rows)
     parts = {f"{name}.positions": pack_positions(positions).contiguous()}
     if quantize is not None:
+        if not values.isfinite().all():
+            raise RunError(f"{name} has NaN or infinite entries, which {quantize} has no values for.")
         values, scales = quantise_rows(values)
         parts[f"{name}.scales"] = scales.contiguous()
     return {f"{name}.values": values.contiguous(), **parts}

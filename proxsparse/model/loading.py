@@ -200,7 +200,8 @@ def _raw_configuration(name: str, source: str, revision: str | None) -> Mapping[
         if own.is_file() and not isinstance(raw := read_json(own), Mapping):
             raise RunError(f"The config.json of {name} holds {str(raw)[:40]}, and not an object {{...}}: get it again.")
     raw = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
-    nested = [value for key, value in raw.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    parts = {key: value for key, value in raw.items() if key not in KEYS}  # a quantisation has dtypes of its own
+    nested = [value for key, value in parts.items() if key.endswith("_config") and isinstance(value, Mapping)]
     for part in (raw, *nested):
         for key in ("dtype", "torch_dtype"):
             if isinstance(part.get(key), str) and part[key] not in ("auto", "float64", *DTYPES):

@@ -142,7 +142,7 @@ def _line_starts(data: mmap.mmap | bytes) -> Iterator[int]:
     while start < len(data):
         end = data.find(b"\n", start)
         end = len(data) if end < 0 else end
-        if end - start > 1 or data[start:end].strip():
+        if end - start > 1000 or data[start:end].strip():
             yield start
         start = end + 1
 

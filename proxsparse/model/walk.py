@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError
@@ -73,7 +74,8 @@ def first_inputs(
 def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
     """Whether each layer reads what the one before it wrote, so that they can be run one at a time.
 
-    Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that.
+    Shared layers, layers that run several times, and code between the layers (RWKV, Zamba, BLT) break that. So do
+    layers whose other arguments depend on the tokens (Gemma 3n).
     """
     inputs: list[Tensor] = []
     calls: list[Call] = []
@@ -82,11 +84,16 @@ def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
         inputs.append((arguments[0] if arguments else keywords["hidden_states"]).detach().clone())
         calls.append((arguments[1:], {k: v for k, v in keywords.items() if k != "hidden_states"}))
 
+    ids = windows[:1, :TRIED].to(model.device)
     handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
-    decoder_of(model)(input_ids=windows[:1, :TRIED].to(model.device), use_cache=False)
+    decoder_of(model)(input_ids=ids.flip(1), use_cache=False)
+    of_others = calls.copy()
+    inputs.clear()
+    calls.clear()
+    decoder_of(model)(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    if len(calls) != len(blocks):
+    if len(calls) != len(blocks) or not _same(calls, of_others):
         return False
     try:
         return all(
@@ -95,6 +102,12 @@ def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
         )
     except (TypeError, RuntimeError):  # a layer that needs what another one made
         return False
+
+
+def _same(calls: list[Call], others: list[Call]) -> bool:
+    """Whether the other arguments of all layers are equal."""
+    pairs = zip(tree_leaves(calls), tree_leaves(others), strict=False)
+    return all(not torch.is_tensor(own) or torch.equal(own, other) for own, other in pairs)
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
