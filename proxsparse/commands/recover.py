@@ -5,10 +5,10 @@
     python -m proxsparse recover --model pruned --base meta-llama/Llama-3.1-8B \\
         --dataset c4 --to recovered
 
-The dense model is the teacher, and nothing but text is needed. Without --mask, the zeros of --model are the mask. The
-windows are drawn with another seed than those that the mask was learned from. The result has updated weights: compare it with models
-whose weights were updated too, and never with a mask alone. If the command stops, the same command goes on from its
-last checkpoint.
+The dense model is the teacher, and nothing but text is needed. Without --mask, the zeros of --model are the mask. With
+--run, the windows are drawn from the run's text with another seed. The result has updated weights: compare it with
+models whose weights were updated too, and never with a mask alone. If the command stops, the same command goes on from
+its last checkpoint.
 """
 
 import argparse
