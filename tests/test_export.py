@@ -198,6 +198,7 @@ print(peaks.anonymous - before)
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_streaming_holds_about_one_shard(tokenizer, tmp_path):
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=4096)
     model.save_pretrained(tmp_path / "base", max_shard_size="18MB")

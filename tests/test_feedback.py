@@ -44,6 +44,7 @@ def test_auto_lands_in_the_band(method, factor, steps, tmp_path):
     assert BAND[0] <= share <= BAND[1]
 
 
+@pytest.mark.slow
 def test_a_fixed_lambda_does_not(tmp_path):
     fixed = {"lambda_value": 0.25}
     shares = [

@@ -68,8 +68,9 @@ def test_a_wrong_value_for_any_flag_is_one_sentence(command, checkpoint, mask, c
     known = {option.lstrip("-") for a in parser._actions for option in a.option_strings}
     given = {"model": checkpoint, "dataset": corpus, "ctx_len": "32"} if command != "report" else {}
     given |= {"prune_method": "wanda", "save": "out", "nsamples": "2"} if command == "prune" else {}
-    given |= {"mask": str(mask)} if command in ("apply", "export") else {}
-    given |= {"to": "out"} if command in ("export", "merge") else {}
+    given |= {"mask": str(mask)} if command in ("apply", "export", "recover") else {}
+    given |= {"to": "out"} if command in ("export", "merge", "recover") else {}
+    given |= {"samples": "2"} if command == "recover" else {}
     given |= {"adapter": adapter(tmp_path)} if command == "merge" else {}
     given |= {"output_dir": "out", "bf16": "false", "use_cpu": "true", "samples": "2"} if learning else {}
     given |= {"run": str(tmp_path)} if command == "report" else {}

@@ -114,6 +114,7 @@ def test_settings_that_save_memory_save_it_in_the_plan():
     assert plan_of(name, method="paper", gradient_accumulation_steps="4").steps == 100
 
 
+@pytest.mark.slow
 def test_each_saving_is_in_the_plan():
     name, changes, sizes = (
         "meta-llama/Llama-2-7b-hf",

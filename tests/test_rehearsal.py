@@ -47,7 +47,8 @@ SETTINGS = {
     "paper, lambda2": (PAPER | {"project_lambda2": 1, "lambda2_value": 0.25}, [{}, {"keep_base": "cpu"}]),
 }
 CASES = [(name, places) for name, (_, variants) in SETTINGS.items() for places in variants]
-COSTLY = [case if case[0] == "masked" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+FAST = (CASES[0], CASES[3])
+COSTLY = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 def small_model(**changes):
@@ -161,12 +162,14 @@ def test_the_host_waits_for_the_device_a_few_times_per_step_however_many_weights
     assert sum(small.values()) == sum(large.values()) <= 10, (small, large)
 
 
+@pytest.mark.slow
 def test_nothing_is_copied_to_the_device_that_was_there(tmp_path):
     counts = counts_of_a_step(tmp_path)
     moved = {place: size for (way, place), size in counts.bytes.items() if way == "to_card" and place != "elsewhere"}
     assert sum(moved.values()) <= 64, moved  # no weight and no norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["at once", "in backward"])
 def test_an_offloaded_weight_crosses_once_per_direction_and_step_and_nobody_waits_for_it(tmp_path, fused):
     model = small_model()

@@ -155,6 +155,7 @@ def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
     assert "measured already" in again.stdout
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_dry_run_of_the_evaluation_lists_every_released_model(tmp_path):
     done = shell("eval_pruned_prox_model.sh", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
