@@ -21,13 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import (
-    add_model_arguments,
-    describe_device,
-    load,
-    positive_int,
-)
+from proxsparse.commands.cli import Parser, command, positive_int, print_json
+from proxsparse.commands.groups import add_model_arguments, describe_device, load
 from proxsparse.deploy.sparse import CompactLinear, seconds, stored_kind, use_compact, use_semi_structured
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.compact import KINDS

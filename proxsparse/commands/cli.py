@@ -225,3 +225,24 @@ def _named_as(name: str) -> Callable[[str], tuple[bool, bool]]:
 def print_json(record: dict[str, Any]) -> None:
     """The machine-readable last line of a command."""
     print(json.dumps(record), flush=True)
+
+
+def positive_int(text: str) -> int:
+    """An integer >= 1, for argparse."""
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that every generator takes as its seed, for argparse."""
+    value = int(text) if text.isdigit() else -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer between 0 and 4294967295, got {text!r}")
+    return value
+
+
+def batch_size(text: str) -> int | None:
+    """An integer >= 1, or None for 'auto', for argparse."""
+    return None if text == "auto" else positive_int(text)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.commands.cli import Parser
+from proxsparse.commands.cli import Parser, batch_size, positive_int
 from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
@@ -145,27 +145,6 @@ def mask_digest(mask: str | Path) -> str:
         return hashlib.sha256(mask_file(mask).read_bytes()).hexdigest()
     except UsageError:  # there is none
         return ""
-
-
-def positive_int(text: str) -> int:
-    """An integer >= 1, for argparse."""
-    value = int(text) if text.lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """An integer that every generator takes as its seed, for argparse."""
-    value = int(text) if text.isdigit() else -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be an integer between 0 and 4294967295, got {text!r}")
-    return value
-
-
-def batch_size(text: str) -> int | None:
-    """An integer >= 1, or None for 'auto', for argparse."""
-    return None if text == "auto" else positive_int(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) -> None:

@@ -24,17 +24,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
-from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import (
-    CALIBRATION_HELP,
-    RunParser,
-    add_model_arguments,
-    load,
-    model_of,
-    options_of,
-    positive_int,
-    seed,
-)
+from proxsparse.commands.cli import Parser, command, positive_int, print_json, seed
+from proxsparse.commands.groups import CALIBRATION_HELP, RunParser, add_model_arguments, load, model_of, options_of
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import accuracy_table

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.cli import Parser, command, positive_int, print_json, seed
 from proxsparse.commands.groups import (
     CALIBRATION_HELP,
     RunParser,
@@ -30,10 +30,8 @@ from proxsparse.commands.groups import (
     mask_digest,
     model_of,
     options_of,
-    positive_int,
     read_mask,
     require,
-    seed,
     tokenizer_to_save,
 )
 from proxsparse.deploy.dense import save_pruned

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.cli import Parser, command, positive_int, print_json
 from proxsparse.commands.groups import (
     RunParser,
     add_mask_argument,
@@ -23,7 +23,6 @@ from proxsparse.commands.groups import (
     load,
     model_of,
     options_of,
-    positive_int,
     put_mask,
     read_mask,
     write_result,

@@ -72,8 +72,7 @@ def save_pruned(
         results: results for the card, see ``proxsparse.deploy.card.model_card``.
 
     Raises:
-        UsageError: the mask does not fit the model, or has no compact form; the model can't be quantised; the
-            runtime can't use it; the folder holds something else.
+        UsageError: mask, form, quantisation or runtime do not go with the model, or the folder holds something else.
         RunError: the base's files are missing or damaged, or compressed-tensors is not installed.
     """
     folder = Path(folder)
