@@ -181,14 +181,19 @@ class Traffic(TorchDispatchMode):
     MADE = ("empty", "view", "expand", "transpose", "t.", "slice", "select", "unsqueeze", "squeeze", "detach", "alias",
             "as_strided", "split", "unbind", "_unsafe_view", "unfold", "permute", "lift")  # fmt: skip
 
+    WRITTEN = ("copy_", "fill_", "zero_")
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not str(func).removeprefix("aten.").startswith(self.MADE):
-            touched = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(self.MADE):
+            read = args[1:] if name.startswith(self.WRITTEN) else args  # the first is only written
+            given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            touched = [leaf for leaf in tree_leaves((read, given, out)) if isinstance(leaf, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in touched)
         return out
 
@@ -258,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
                     found[name].append(seconds)
         sizes = {
             "fused": {part: float(PASSES[part] * WEIGHT) for part in PARTS[1:]},
-            "unfused": unfused_bytes(ways["unfused"]),
+            "unfused": unfused_bytes(Learning(shortened(1), windows, folder, False)),
             "AdamW": {"clip": float(PASSES["clip"] * WEIGHT), "optimizer": float(PASSES["AdamW"] * WEIGHT)},
         }
         weights = weights_of(ways["fused"].trainer.model)
