@@ -29,6 +29,7 @@ from proxsparse.__main__ import main as console
 from proxsparse.learning.folder import Run
 from proxsparse.learning.recover import SCOPES
 from proxsparse.mask import Mask
+from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import EMBEDDED
 
 TEXTS = ("wiki", "news")
@@ -101,8 +102,10 @@ class Chain:
         ids = self.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         made = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         elapsed = best_seconds(lambda: model.generate(ids, **made), 3)
-        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
-        return found | {"MB": sum(file.stat().st_size for file in files) / 1e6, "tokens_per_second": TOKENS / elapsed}
+        checkpoint = Checkpoint.find(str(folder))
+        assert checkpoint is not None
+        size = sum(file.stat().st_size for file in checkpoint.files)
+        return found | {"MB": size / 1e6, "tokens_per_second": TOKENS / elapsed}
 
 
 def fine_tune(mask: Mask, tokenizer: PreTrainedTokenizerBase, windows: Tensor, to: Path) -> None:
