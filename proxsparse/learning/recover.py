@@ -56,7 +56,8 @@ DECISIVE = (
     "scope", "learning_rate", "distill", "temperature", "optim", "seed", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
 )  # fmt: skip
-RATES = {"full": 1.5e-3, "norms": 5e-3, "layer": 1.5e-3}  # measured on SmolLM2-135M, see BENCHMARKS.md
+# The rate of full is the better of two on SmolLM2-135M; the others are not tuned.
+RATES = {"full": 1.5e-3, "norms": 5e-3, "layer": 1.5e-3}
 REFUSALS = (
     Refusal(
         lambda c: c.distill and (c.label_smoothing_factor or c.loss_type != "nll"),
