@@ -77,8 +77,8 @@ def test_the_memory_planned_is_the_memory_taken(flags):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
     used, planned = map(float, done.stdout.splitlines()[-1].split())
-    # What the libraries take once is taken in part before the measurement.
-    assert planned - PROCESS_BYTES <= used <= 1.05 * planned
+    # What the libraries take once is taken in part before the measurement; pages differ by 1 % from machine to machine.
+    assert 0.99 * (planned - PROCESS_BYTES) <= used <= 1.05 * planned
 
 
 def plan_of(name, **flags):
