@@ -124,9 +124,11 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
             )
     if not tensors:
         raise UsageError(f"No weight of {name} is 2:4: give a pruned model, or a mask.", "mask")
-    noted = origin_of(model.config._name_or_path)
-    base = noted.get("base_model") or model.config._name_or_path
-    return Mask(tensors, base_model=base, info=noted.get("info") or {}, order=order_of(model))
+    base = model.config._name_or_path
+    noted = origin_of(base) if base else {}  # a model made in memory has no folder
+    return Mask(
+        tensors, base_model=noted.get("base_model") or base, info=noted.get("info") or {}, order=order_of(model)
+    )
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:

@@ -1,6 +1,7 @@
 """Records of a run: files that appear whole or not at all, and the versions and commit that explain a number."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,20 @@ def origin_of(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / OWN
     if not path.is_file() or not path.stat().st_size:
         return {}
-    return read_json(path)
+    return read_record(path)
+
+
+def stamp_of(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 of the names, sizes and times of change of files: another one says that one of them may have changed.
+
+    Args:
+        root: the folder that the files lie in, or the file itself; names are relative to it.
+    """
+    found = hashlib.sha256()
+    for file in files:
+        about = file.stat()
+        found.update(f"{file.relative_to(root)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return found.hexdigest()
 
 
 def read_json(path: Path | str) -> Any:

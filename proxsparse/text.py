@@ -30,7 +30,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
-from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, stamp_of
+from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, text_stamp
 from proxsparse.model.generating import sample_tokens
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
@@ -91,7 +91,7 @@ def stamp(dataset: str) -> str | None:
         None where no part is a file or a folder.
     """
     paths = [Path(name) for name in parts_of(dataset) if name not in (*NAMED, SELF) and Path(name).exists()]
-    return " ".join(stamp_of(path) for path in paths) or None
+    return " ".join(text_stamp(path) for path in paths) or None
 
 
 def calibration_windows(

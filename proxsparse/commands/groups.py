@@ -28,7 +28,7 @@ from proxsparse.model.loading import (
     resolve_dtype,
 )
 from proxsparse.model.prunable import coverage, find_prunable
-from proxsparse.record import read_record, versions, write_json
+from proxsparse.record import read_record, stamp_of, versions, write_json
 from proxsparse.text import (
     NAMED,
     SELF,
@@ -133,10 +133,10 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     return decisive | {"mask": None if mask is None else mask_digest(mask)}
 
 
-def weights_stamp(model: str) -> list[list]:
-    """Names, sizes and times of the weights of a model that lies in a folder; another list than before: made anew."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return [[file.name, (found := file.stat()).st_size, found.st_mtime_ns] for file in files]
+def weights_stamp(model: str) -> str | None:
+    """What tells that the weights of a model in a folder may have changed; None for a name."""
+    folder = Path(model)
+    return stamp_of(sorted(folder.glob("*.safetensors")), folder) if folder.is_dir() else None
 
 
 def mask_digest(mask: str | Path) -> str:

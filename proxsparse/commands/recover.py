@@ -43,7 +43,7 @@ from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.record import OWN, origin_of, refuse_to_overwrite
 from proxsparse.resume import RUN_FILE
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
 
 
 def arguments() -> Parser:
@@ -90,13 +90,8 @@ def main(args: argparse.Namespace) -> None:
     RecoveryConfig(output_dir=str(scratch), **defaults_on(torch.device(device).type), **settings)  # refuses early
     tokens = round(args.samples * args.ctx_len * args.epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
-    made_of = settings | {
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "ctx_len": args.ctx_len,
-        "model": args.model,
-    }
-    made_of |= {"mask": None if args.mask is None else mask_digest(args.mask)}
+    made_of = settings | {name: getattr(args, name) for name in ("model", "base", "dataset", "samples", "ctx_len")}
+    made_of |= {"mask": None if args.mask is None else mask_digest(args.mask), "files": stamp(args.dataset)}
     if args.run and (to / OWN).is_file():
         if origin_of(to).get("info", {}).get("recovery") != made_of:
             raise UsageError(f"{to} was recovered with other settings: give another --to, or delete it.", "to")

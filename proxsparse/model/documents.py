@@ -8,7 +8,6 @@ Text and JSON may be zipped: .gz, .bz2, .xz or .zst follows. Endings are read in
 begin with a dot are skipped, and so are tables without 'text' next to files that have text.
 """
 
-import hashlib
 import logging
 import mmap
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from proxsparse.errors import UsageError
 from proxsparse.model.rows import NoTextColumn, Rows, Table, json_rows, long_json, long_table
 from proxsparse.model.zipped import ENDINGS, LONG, contents, inner_name, not_utf8
+from proxsparse.record import stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +116,9 @@ def read_local(path: Path, in_pieces: bool = False) -> Documents:
     raise without or UsageError(f"There is no text in {path}.", "dataset")
 
 
-def stamp_of(path: Path) -> str:
-    """SHA-256 of the names, sizes and times of change of a text's files: another one says that it may have changed."""
-    found = hashlib.sha256()
-    for file in _readable(path):
-        about = file.stat()
-        found.update(f"{file.relative_to(path)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
-    return found.hexdigest()
+def text_stamp(path: Path) -> str:
+    """``stamp_of`` the files that a text is read from."""
+    return stamp_of(_readable(path), path)
 
 
 def _readable(path: Path) -> list[Path]:
