@@ -42,6 +42,20 @@ def _under(base, keep, out, count):
         out[4 * j + 2], out[4 * j + 3] = base[4 * j + 2] & keep[2, j], base[4 * j + 3] & keep[3, j]
 
 
+@numba.njit(error_model="numpy", cache=True)
+def _measured(source, scale, start, count, tile, bits, own):
+    """The (4, TILE) values that the blocks from ``start`` on are compared by: the weights, or their scores.
+
+    Args:
+        tile: where the weights are put, whose bits ``bits`` shows; own: where scores are put, if there are scales.
+    """
+    _load(source, 4 * start, count, tile, bits)
+    if scale.size == 0:
+        return tile
+    _times(tile, scale, own, start % scale.shape[1], count)
+    return own
+
+
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def _product_flat_(out, base, learned, scale, parts):
     """Write ``base`` times the top-two mask of ``learned * scale`` into ``out``.
@@ -52,17 +66,13 @@ def _product_flat_(out, base, learned, scale, parts):
         scale, parts: as in prox_flat_.
     """
     blocks = learned.size // 4
-    scaled = scale.size > 0
     for part in numba.prange(parts):
         bits, keep = np.empty((4, TILE), np.uint32), np.empty((4, TILE), np.uint32)
         tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
         last = (part + 1) * blocks // parts
         for start in range(part * blocks // parts, last, TILE):
             count = min(TILE, last - start)
-            _load(learned, 4 * start, count, tile, bits)
-            if scaled:
-                _times(tile, scale, own, start % scale.shape[1], count)
-            _kept(own if scaled else tile, keep, count)
+            _kept(_measured(learned, scale, start, count, tile, bits, own), keep, count)
             _under(base[4 * start : 4 * (start + count)], keep, out[4 * start : 4 * (start + count)], count)
 
 
@@ -79,7 +89,6 @@ def _survey_flat_(weight, scale, codes, parts):
         (2,) float64: changed entries, sum of R(weight * scale).
     """
     blocks = weight.size // 4
-    scaled = scale.size > 0
     found = np.zeros((parts, 2), np.float64)
     for part in numba.prange(parts):
         bits, keep = np.empty((4, TILE), np.uint32), np.empty((4, TILE), np.uint32)
@@ -88,10 +97,7 @@ def _survey_flat_(weight, scale, codes, parts):
         last = (part + 1) * blocks // parts
         for start in range(part * blocks // parts, last, TILE):
             count = min(TILE, last - start)
-            _load(weight, 4 * start, count, tile, bits)
-            if scaled:
-                _times(tile, scale, own, start % scale.shape[1], count)
-            measured = own if scaled else tile
+            measured = _measured(weight, scale, start, count, tile, bits, own)
             _kept(measured, keep, count)
             before = codes[start : start + count]
             for j in range(count):
