@@ -197,17 +197,23 @@ def stored_norms(
         path: the file; it is read where it exists.
         first: whether this process is the one that shows progress and writes.
 
+    Returns:
+        name -> (I,) norms in the order of ``targets``, wherever they come from: processes send them to each other.
+
     Raises:
-        UsageError: the file was measured on another model or text.
+        UsageError: the file was measured on another model or text, or for other weights.
     """
     origin = origin_of(model, windows)
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("origin", "{}"))
-        if found != origin:
-            what = "text" if found.get("model") == origin["model"] else "model"
-            raise UsageError(f"{path} was measured on another {what}: give another `output_dir`, or delete it.")
-        return load_file(path)
+        norms = load_file(path)
+        other = next((f"on another {key}" for key in ("model", "text") if found.get(key) != origin[key]), None)
+        if not other and not {target.name for target in targets} <= set(norms):
+            other = "for other weights"
+        if other:
+            raise UsageError(f"{path} was measured {other}: give another `output_dir`, or delete it.")
+        return {target.name: norms[target.name] for target in targets}
     norms = input_norms(model, targets, windows, progress="input norms" if first else None)
     if first:
         with atomic_path(path) as scratch:
