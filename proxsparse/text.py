@@ -266,9 +266,12 @@ def check_tokens(windows: Tensor, config) -> None:
         config: of the model.
 
     Raises:
-        UsageError: with the largest token, and the size of the vocabulary.
+        UsageError: with the token, and the size of the vocabulary.
     """
-    largest, known = int(windows.max()), getattr(config.get_text_config(), "vocab_size", None)
+    least, largest = int(windows.min()), int(windows.max())
+    if least < 0:
+        raise UsageError(f"Token ids are at least 0; got {least}.", "windows")
+    known = getattr(config.get_text_config(), "vocab_size", None)
     if known and largest >= known:
         raise UsageError(
             f"The tokenizer gives token {largest}, and the model has embeddings for {known} tokens: give a model and a "

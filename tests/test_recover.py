@@ -1,17 +1,19 @@
 """Recovery: the kept weights learn from the dense model, the mask stays, and what is saved says so."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import tiny_llama
 from test_compact import magnitudes
+from test_prunable import build
 
 import proxsparse
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning import layers
-from proxsparse.learning.recover import RecoveryTrainer, recover
+from proxsparse.learning.recover import SCOPES, RecoveryTrainer, recover
 from proxsparse.mask import Mask, apply_mask, fit_mask, load_mask
 from proxsparse.model.ordering import order_channels
 
@@ -138,9 +140,13 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
     model, dense, kept = pruned_and_dense()
     other = tiny_llama(hidden_size=64)
     for change, sentence in (
+        ({"dense": "tiny-llama"}, "`dense` must be a model, as load_model returns it; got str"),
+        ({"device": "cuda"}, "`device` must be auto, cpu, or a device of this machine"),
+        ({"output_dir": __file__}, "must be a folder; .*test_recover.py is a file"),
         ({"dense": other}, "has other weights than the pruned one"),
-        ({"windows": windows[0]}, "must be token ids of shape"),
-        ({"dense": model}, "is pruned by the mask already"),
+        ({"windows": windows[0]}, "must be a tensor of token ids of shape"),
+        ({"dense": model}, "is the pruned model itself"),
+        ({"dense": pruned_and_dense()[0]}, "is pruned by the mask already"),
         ({"scope": "layer", "distill": 0.5}, "have no `distill`"),
         ({"scope": "layer", "optim": "sgd"}, "steps with adafactor; got `optim="),
         ({"loss_type": "dft"}, "distillation takes its place"),
@@ -196,3 +202,17 @@ def test_a_recovery_of_another_mask_does_not_go_on_in_the_same_folder(scope, tok
     model = tiny_llama()
     with pytest.raises(UsageError, match="holds a run with another `mask`"):
         recover(model, dense, other, tokenizer, windows, tmp_path, scope=scope, **PLAIN)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_other_architectures_are_recovered(family, scope, tokenizer):
+    dense = build(family)
+    model, mask = copy.deepcopy(dense), Mask(magnitudes(dense))
+    windows = torch.randint(1, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = copy_of(model)
+    recover(model, dense, mask, tokenizer, windows, scope=scope, **PLAIN)
+    names = moved(model, before) - (set(mask.tensors) if scope == "norms" else set())
+    assert names
+    for name, target in fit_mask(model, mask).items():
+        assert not target.rows(target.weight.detach())[~mask.tensors[name]].any(), name

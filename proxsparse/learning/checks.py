@@ -12,8 +12,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning import optim
@@ -21,6 +22,7 @@ from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
 from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.text import check_tokens
 
 if TYPE_CHECKING:
     from proxsparse.learning.config import TrainingConfig
@@ -137,6 +139,37 @@ REPORTERS = {
     name: name
     for name in ("wandb", "trackio", "comet_ml", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "swanlab")
 } | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
+
+
+def check_inputs(model: Any, tokenizer: Any, windows: Any, **others: Any) -> None:
+    """Refuse what a Python caller may mix up, before anything is computed.
+
+    Args:
+        model: a model of transformers that can be trained.
+        tokenizer: of the model.
+        windows: (N, T) token ids.
+        others: further windows, by the name of their argument; None is passed over.
+
+    Raises:
+        UsageError: names the argument, what was found and what is accepted.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        found = type(tokenizer).__name__
+        raise UsageError(f"`tokenizer` must be a tokenizer, as load_tokenizer returns it; got {found}.", "tokenizer")
+    if model.dtype == torch.float16:
+        raise UsageError(
+            "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
+        )
+    for name, given in {"windows": windows, **others}.items():
+        if given is None:
+            continue
+        integers = torch.is_tensor(given) and not (given.is_floating_point() or given.dtype == torch.bool)
+        if not integers or given.dim() != 2 or not given.numel():
+            found = f"{given.dtype} of shape {tuple(given.shape)}" if torch.is_tensor(given) else type(given).__name__
+            raise UsageError(f"`{name}` must be a tensor of token ids of shape (N, T); got {found}.", name)
+        check_tokens(given, model.config)
 
 
 def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:

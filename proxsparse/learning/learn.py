@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import UsageError
+from proxsparse.learning.checks import check_inputs
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import WINDOWS, Run, described
 from proxsparse.learning.progress import show_progress
@@ -77,12 +78,11 @@ def learn_mask(
 
     Source: arXiv 2502.00258; what 'masked' does differently is in docs/method.md.
     """
-    if windows.dim() != 2 or not len(windows):
-        raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
-    refuse_many_gpus(model.device.type)
-    if model.dtype == torch.float16:
+    check_inputs(model, tokenizer, windows, eval_windows=eval_windows)
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and model.device.type == "cuda":
         raise UsageError(
-            "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
+            "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "
+            "accelerate launch."
         )
     with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
@@ -154,19 +154,6 @@ def learn(
             run.save(mask)
             write_json(run.history_file, trainer.state.log_history)
     return Outcome(mask, trainer.state.log_history)
-
-
-def refuse_many_gpus(device: str) -> None:
-    """Refuse one process on several GPUs, which the Trainer would split batches over.
-
-    Raises:
-        UsageError: there are several, and no launcher.
-    """
-    if torch.cuda.device_count() > 1 and "RANK" not in os.environ and device == "cuda":
-        raise UsageError(
-            "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "
-            "accelerate launch."
-        )
 
 
 def is_sharded(config: ProxSparseConfig) -> bool:

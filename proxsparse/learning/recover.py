@@ -32,7 +32,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from proxsparse.errors import UsageError
-from proxsparse.learning.checks import check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.learning.checks import check_choices_of_transformers, check_inputs, check_values, settings_at_fault
 from proxsparse.learning.config import TrainingConfig
 from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.head import plain_head
@@ -47,6 +47,7 @@ from proxsparse.mask import Mask, apply_mask, fit_mask, is_pruned_by
 from proxsparse.model.channels import put_into_order, recall_order
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.inputs import digest
+from proxsparse.model.loading import resolve_device
 from proxsparse.model.prunable import decoder_of
 from proxsparse.model.restoring import restored
 from proxsparse.resume import RUN_FILE, alone_in, claim, starting_point
@@ -236,11 +237,9 @@ def recover(
         UsageError: a setting is wrong, the mask or the dense model does not fit, or the folder holds another run.
         RunError: the run diverged.
     """
-    if windows.dim() != 2 or not len(windows):
-        raise UsageError(f"`windows` must be token ids of shape (N, T); got shape {tuple(windows.shape)}.", "windows")
-    if model.dtype == torch.float16:
-        raise UsageError("float16 can't be learned in: load the model in bfloat16 or float32.", "dtype")
-    kind = torch.device(device or model.device).type
+    check_inputs(model, tokenizer, windows)
+    _check_dense(model, dense)
+    kind = torch.device(resolve_device(device or str(model.device))).type
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("Recovery runs in one process: start it without accelerate launch or torchrun.")
     if kind == "cuda" and torch.cuda.device_count() > 1:
@@ -249,13 +248,6 @@ def recover(
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(kind) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
         config = RecoveryConfig(max_length=windows.shape[1], **(defaults | settings))
-        shapes = {name: p.shape for name, p in dense.named_parameters()}
-        if shapes != {name: p.shape for name, p in model.named_parameters()}:
-            raise UsageError(
-                f"The dense model {dense.config._name_or_path} has other weights than the pruned one: give the model "
-                "that was pruned.",
-                "base",
-            )
         recall_order(dense)
         if is_pruned_by(mask, fit_mask(dense, mask)):
             raise UsageError(
@@ -266,6 +258,20 @@ def recover(
         with restored(model, weights=False), restored(dense, weights=False):
             put_into_order(dense, mask.order)  # so that hidden states can be compared; it computes the same
             return _run(model, dense, mask, tokenizer, windows, config)
+
+
+def _check_dense(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    if not isinstance(dense, PreTrainedModel):
+        raise UsageError(f"`dense` must be a model, as load_model returns it; got {type(dense).__name__}.", "base")
+    if dense is model:
+        raise UsageError("`dense` is the pruned model itself: load the dense one next to it.", "base")
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    if shapes != {name: parameter.shape for name, parameter in model.named_parameters()}:
+        raise UsageError(
+            f"The dense model {dense.config._name_or_path} has other weights than the pruned one: give the model that "
+            "was pruned.",
+            "base",
+        )
 
 
 def _run(
@@ -284,10 +290,11 @@ def _run(
         "text": digest(windows),
     }
     checkpoint = starting_point(folder, config.resume_from_checkpoint)
-    if checkpoint is None and not layers_done(folder):  # nothing was learned there that could be lost
+    if folder.is_dir() and checkpoint is None and not layers_done(folder):  # nothing is there that could be lost
         (folder / RUN_FILE).unlink(missing_ok=True)
     claim(folder, {"settings": settings}, write=False)
     if config.scope == "layer":
+        model.eval()  # dropout would hide what a layer computes
         check_layers(model, windows)
         targets = apply_mask(model, mask)
         learning = choose_weights(model, config.scope, {target.name for target in targets})
@@ -295,7 +302,7 @@ def _run(
             claim(folder, {"settings": settings})
             moving = {id(weight) for weight in learning}
             scales = {name: scale_of(p) for name, p in model.named_parameters() if id(p) in moving}
-            return recover_layers(model.eval(), dense.eval(), mask, windows, config, scales)
+            return recover_layers(model, dense.eval(), mask, windows, config, scales)
     disable_progress_bars()
     rows = Dataset.from_dict({"input_ids": windows.tolist()})
     dense.to(config.device)  # type: ignore[arg-type]
