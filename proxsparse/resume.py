@@ -14,13 +14,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.record import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 try:
     import fcntl
@@ -160,7 +163,7 @@ def _of_the_first(find: Callable[[], str | None]) -> str | None:
     return found[0]
 
 
-def complete_checkpoints(trainer: Trainer, write: Callable[[Path], None] | None = None) -> None:
+def complete_checkpoints(trainer: "Trainer", write: Callable[[Path], None] | None = None) -> None:
     """Have a trainer's checkpoints marked when complete, and rotated only then.
 
     Args:

@@ -19,14 +19,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.learning.config import ProxSparseConfig, TrainingConfig
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
 from proxsparse.model.channels import ORDER_FILE, load_order
 from proxsparse.model.inputs import NORMS_FILE
@@ -35,6 +33,9 @@ from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.record import git_commit, read_json, read_record, versions
 from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint
+
+if TYPE_CHECKING:  # the Trainer takes seconds to import, and most commands only look at a run's files
+    from proxsparse.learning.config import ProxSparseConfig
 
 HISTORY_FILE, BLOCKS_FILE = "history.json", "blocks.json"
 ZEROS_FILE = "zeros.json"  # with the mask, in checkpoints of sharded runs
@@ -223,6 +224,8 @@ class Run:
         """The complete checkpoint that the run's mask is of: the newest, or the best where that was asked for."""
         found = last_complete_checkpoint(self.folder)
         if found and self.settings.get("load_best_model_at_end") and self.is_finished:
+            from transformers.trainer import TRAINER_STATE_NAME
+
             best = read_json(Path(found) / TRAINER_STATE_NAME).get("best_model_checkpoint")
             if best and (self.folder / Path(best).name).is_dir():
                 return self.folder / Path(best).name
@@ -286,7 +289,7 @@ def locate(folder: Path | str) -> tuple[Path, Run]:
     return checkpoint, run
 
 
-def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
+def described(data: dict[str, Any], config: "ProxSparseConfig") -> dict[str, Any]:
     """Settings of a run as run.json holds them: what it learns from, and every field of its configuration."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
     return json.loads(json.dumps(data | fields, default=str))
@@ -294,6 +297,8 @@ def described(data: dict[str, Any], config: ProxSparseConfig) -> dict[str, Any]:
 
 def _decides(name: str) -> bool:
     """Whether a setting decides the mask: those of the data do, and our own but for a few."""
+    from proxsparse.learning.config import ProxSparseConfig, TrainingConfig
+
     if name == TEXT_FILES:  # another stamp only makes one look at the text
         return False
     if name in {f.name for f in dataclasses.fields(ProxSparseConfig)}:

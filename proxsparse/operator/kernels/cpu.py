@@ -202,7 +202,7 @@ def _gentle(z, lam_block, x, count):
 def _strong(z, lam_block, x, count, work, place):
     """Put the best of two, three and four weights into x for the strong blocks of the tile; the others' x stay."""
     zs, t, exists3, q, exists4, lams = work[:3], work[3], work[4], work[5], work[6], work[7]
-    found = 0
+    found = np.int64(0)  # for a literal 0, numba would compile the three functions below once more
     for j in range(count):  # move strong blocks next to each other: there may be few
         z2, z3, z4, lam = z[0, j], z[1, j], z[2, j], lam_block[j]
         if TWO * lam * (ONE + z2 + z3 - z4) >= ONE:
@@ -335,7 +335,7 @@ def _finish(measured, z, lam_block, x, count):
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def prox_flat_(weight, scale, lam, stochastic, seed, origin, parts):
+def prox_flat_(weight, scale, lam, stochastic, seed, origin, counts):
     """Apply the operator to a contiguous weight in place.
 
     Args:
@@ -344,15 +344,13 @@ def prox_flat_(weight, scale, lam, stochastic, seed, origin, parts):
         lam: float32 strength, > 0.
         stochastic: round bfloat16 stochastically, with noise from ``seed`` (uint32) and the entry's index, counted
             from ``origin`` (int64).
-        parts: number of contiguous parts that the threads share.
-
-    Returns:
-        (2,) int64: blocks that are 2:4 afterwards, blocks with a non-finite entry (left as they were).
+        counts: (parts, 2) int64, overwritten. The threads share as many contiguous parts; of each, the blocks that are
+            2:4 afterwards, and the blocks with a non-finite entry (left as they were).
     """
     blocks = weight.size // 4
     # A tile's sweeps end when its last block has settled. Threads share whole tiles, so their number changes no bit.
     tiles = (blocks + TILE - 1) // TILE
-    counts = np.zeros((parts, 2), np.int64)
+    parts = counts.shape[0]
     for part in numba.prange(parts):
         first, last = part * tiles // parts * TILE, min(blocks, (part + 1) * tiles // parts * TILE)
         bits = np.empty((4, TILE), np.uint32)
@@ -384,7 +382,6 @@ def prox_flat_(weight, scale, lam, stochastic, seed, origin, parts):
             _store(weight, 4 * start, count, tile, bits, stochastic, seed, origin)
             bad += wrong
         counts[part, 0], counts[part, 1] = sparse, bad
-    return counts.sum(axis=0)
 
 
 def parts() -> int:
@@ -403,10 +400,9 @@ def prox_(weight: Tensor, lam: float, scale: Tensor | None, noise: Noise | None,
     """
     seed, first = noise or (0, 0)
     strength = F(min(lam, float(HUGE)))
-    found = prox_flat_(
-        flat(weight), columns(scale), strength, noise is not None, np.uint32(seed & 0xFFFFFFFF), first, parts()
-    )
-    counts += torch.from_numpy(found)
+    found, seed = np.empty((parts(), 2), np.int64), np.uint32(seed & 0xFFFFFFFF)
+    prox_flat_(flat(weight), columns(scale), strength, noise is not None, seed, first, found)
+    counts += torch.from_numpy(found.sum(axis=0))
 
 
 def flat(weight: Tensor) -> np.ndarray:

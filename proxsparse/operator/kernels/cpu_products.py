@@ -63,7 +63,8 @@ def _product_flat_(out, base, learned, scale, parts):
     Args:
         out, base: (N,) bits as unsigned integers; N a multiple of 4; ``out`` is overwritten.
         learned: (N,) float32, or uint16 bits of bfloat16.
-        scale, parts: as in prox_flat_.
+        scale: as in prox_flat_.
+        parts: number of contiguous parts that the threads share.
     """
     blocks = learned.size // 4
     for part in numba.prange(parts):
@@ -77,19 +78,17 @@ def _product_flat_(out, base, learned, scale, parts):
 
 
 @numba.njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
-def _survey_flat_(weight, scale, codes, parts):
+def _survey_flat_(weight, scale, codes, found):
     """Look at every block once: how many mask entries changed since the last call, and the sum of R.
 
     Args:
         weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
         codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
-        scale, parts: as in prox_flat_.
-
-    Returns:
-        (2,) float64: changed entries, sum of R(weight * scale).
+        scale: as in prox_flat_.
+        found: (parts, 2) float64, overwritten. The threads share as many contiguous parts; of each, the changed entries
+            and the sum of R(weight * scale).
     """
-    blocks = weight.size // 4
-    found = np.zeros((parts, 2), np.float64)
+    blocks, parts = weight.size // 4, found.shape[0]
     for part in numba.prange(parts):
         bits, keep = np.empty((4, TILE), np.uint32), np.empty((4, TILE), np.uint32)
         tile, own = bits.view(np.float32), np.empty((4, TILE), np.float32)
@@ -109,7 +108,6 @@ def _survey_flat_(weight, scale, codes, parts):
                 changed += (difference & 1) + (difference >> 1 & 1) + (difference >> 2 & 1) + (difference >> 3)
                 before[j] = code
         found[part, 0], found[part, 1] = changed, penalty
-    return found.sum(axis=0)
 
 
 def top2_product_(out: Tensor, base: Tensor, learned: Tensor, scale: Tensor | None) -> None:
@@ -133,7 +131,9 @@ def survey_(weight: Tensor, codes: Tensor, scale: Tensor | None) -> Tensor:
     Returns:
         (2,) float64: entries of the mask that changed, sum of R(weight * scale).
     """
-    return torch.from_numpy(_survey_flat_(flat(weight), columns(scale), codes.view(-1).numpy(), parts()))
+    found = np.empty((parts(), 2))
+    _survey_flat_(flat(weight), columns(scale), codes.view(-1).numpy(), found)
+    return torch.from_numpy(found.sum(axis=0))
 
 
 def _bits(weight: Tensor) -> np.ndarray:
