@@ -1,6 +1,12 @@
 """Tiny models and texts: seconds on a CPU, no network."""
 
 import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -83,6 +89,38 @@ def triton_takes_tensors_of_the_cpu(monkeypatch):
     for module, names in kernels.items():
         for name in names:
             monkeypatch.setattr(module, name, _on_gpu(getattr(module, name)))
+
+
+@pytest.fixture(scope="session")
+def python():
+    """A program that does what python does, at once: see warm.py."""
+    if not hasattr(os, "pidfd_open"):  # Linux has it
+        yield sys.executable
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        socket, program, warm = Path(folder, "socket"), Path(folder, "python"), Path(__file__).with_name("warm.py")
+        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ES", str(warm), str(socket)])} "$@"\n')
+        program.chmod(0o755)
+        server = subprocess.Popen([sys.executable, warm, "--serve", socket], cwd=warm.parent.parent)
+        while not socket.exists():
+            assert server.poll() is None, "the server of warm.py has ended"
+            time.sleep(0.1)
+        yield str(program)
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def torchrun(python):
+    """Function that runs a script of this folder in several processes, and returns the finished torchrun."""
+
+    def run(processes, script, *arguments, **environment):
+        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
+        given = os.environ | environment | {"PYTHON_EXEC": python, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=given, timeout=280)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """A mask stays kept whatever optimizer, loop or Trainer moves the weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -253,11 +250,8 @@ def test_layers_in_wrappers_are_the_same_layers(wrapper, model):
 
 
 @pytest.mark.slow
-def test_uneven_shards_train_as_whole_weights_do(checkpoint, mask, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-    command += [str(ROOT / "tests" / "kept_worker.py"), checkpoint, str(mask), str(tmp_path / "found")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=ROOT)
+def test_uneven_shards_train_as_whole_weights_do(checkpoint, mask, tmp_path, torchrun):
+    done = torchrun(3, "kept_worker.py", checkpoint, mask, tmp_path / "found")
     assert done.returncode == 0, done.stderr[-3000:]
     model = proxsparse.load_model(checkpoint)
     train(model, load_mask(mask))

@@ -24,9 +24,9 @@ from proxsparse.mask import load_mask
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def started(script, *args):
+def started(python, script, *args):
     """Run a script of the repository as a program of its own; returns the finished process."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    command = [python, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
 
 
@@ -53,10 +53,10 @@ def learn_flags(checkpoint, corpus, out, **changes):
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, checkpoint, corpus):
+def learned(tmp_path_factory, checkpoint, corpus, python):
     """A finished run of end-to-end/main.py."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, last_json(started("end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
+    return out, last_json(started(python, "end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
 
 
 def test_learning_leaves_a_mask_a_history_and_its_configuration(learned, checkpoint):
@@ -169,7 +169,7 @@ def test_masks_agree_with_themselves_and_by_half_with_chance():
 
 @pytest.mark.slow  # a process of its own
 def test_the_operator_as_a_program(tmp_path):
-    printed = last_json(started("end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
+    printed = last_json(started(sys.executable, "end-to-end/prox_op.py", 4, 3, 2, 1, "--draw", tmp_path / "path.png"))
     assert printed["prox"] == [4.0, 3.0, 0.0, 0.0]
     assert (tmp_path / "path.png").stat().st_size > 1000
     beside = "from prox_op import prox_op; import torch; print(prox_op(torch.ones(1, 4), 9.0).tolist())"
@@ -189,16 +189,12 @@ def test_the_loop_in_the_documentation_runs_and_prunes():
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus, tmp_path):
+def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus, tmp_path, python):
     whole = tmp_path / "whole"
     flags = {"samples": 60, "save_steps": 5}
-    last_json(started("end-to-end/main.py", *learn_flags(checkpoint, corpus, whole, **flags)))
+    last_json(started(python, "end-to-end/main.py", *learn_flags(checkpoint, corpus, whole, **flags)))
     broken = tmp_path / "broken"
-    command = [
-        sys.executable,
-        str(ROOT / "end-to-end/main.py"),
-        *map(str, learn_flags(checkpoint, corpus, broken, **flags)),
-    ]
+    command = [python, str(ROOT / "end-to-end/main.py"), *map(str, learn_flags(checkpoint, corpus, broken, **flags))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list(broken.glob("checkpoint-*")) and process.poll() is None:
@@ -207,7 +203,7 @@ def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus,
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "mask.safetensors").exists()
-    again = started("end-to-end/main.py", *learn_flags(checkpoint, corpus, broken, **flags))
+    again = started(python, "end-to-end/main.py", *learn_flags(checkpoint, corpus, broken, **flags))
     last_json(again)
     assert load_file(broken / "mask.safetensors").keys() == load_file(whole / "mask.safetensors").keys()
     assert (broken / "mask.safetensors").read_bytes() == (whole / "mask.safetensors").read_bytes()

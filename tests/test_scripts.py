@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,16 @@ PUBLISHED = {
 }
 
 
-def shell(script, *arguments, cwd, **environment):
-    environment = {k: str(v) for k, v in environment.items()} | {"python": sys.executable}
-    command = ["bash", str(ROOT / "script" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280, env=os.environ | environment)
+@pytest.fixture(scope="module")
+def shell(python):
+    """Function that runs a script, and returns the finished process."""
+
+    def run(script, *arguments, cwd, **environment):
+        given = os.environ | {k: str(v) for k, v in environment.items()} | {"python": python}
+        command = ["bash", str(ROOT / "script" / script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280, env=given)
+
+    return run
 
 
 def flags_of(line):
@@ -86,7 +91,7 @@ def test_a_recipe_holds_the_published_settings(script, capsys):
 
 
 @pytest.mark.slow  # processes of its own
-def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(tmp_path):
+def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(tmp_path, shell):
     done = shell(EMBEDDED, "--dry-run", cwd=tmp_path, samples=7)
     assert done.returncode == 0, done.stderr
     flags = flags_of(next(line for line in done.stdout.splitlines() if "end-to-end/main.py" in line))
@@ -103,7 +108,7 @@ def test_the_published_method_runs_on_the_embedded_model_with_relative_settings(
 
 
 @pytest.mark.slow  # processes of its own
-def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
+def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path, shell):
     done = shell("learn_mask_llama2_13b_full.sh", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "memory per device, computed" in done.stdout
@@ -114,7 +119,7 @@ def test_a_dry_run_shows_the_plan_and_the_commands_and_runs_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, tmp_path):
+def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, tmp_path, shell):
     setting = {"dataset": corpus, "samples": 12, "ctx_len": 32, "split": "heldout", "evaluation": corpus}
     setting |= {"output_dir": tmp_path / "run", "device": "cpu", "max_windows": 4}
     first = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
@@ -129,14 +134,14 @@ def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, t
 
 
 @pytest.mark.parametrize("script", ["learn_mask.sh", *sorted(p.name for p in (ROOT / "script").glob("baseline_*.sh"))])
-def test_a_script_without_a_model_says_so(script, tmp_path):
+def test_a_script_without_a_model_says_so(script, tmp_path, shell):
     done = shell(script, cwd=tmp_path)
     assert done.returncode == 2
     assert f"error: give a model first: bash script/{script} MODEL" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_baseline_script_prunes(models, corpus, tmp_path):
+def test_a_baseline_script_prunes(models, corpus, tmp_path, shell):
     flags = ["--dataset", corpus, "--nsamples", 4, "--ctx_len", 32, "--save", tmp_path / "mask"]
     done = shell("baseline_wanda.sh", models["Mistral"], *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -144,7 +149,7 @@ def test_a_baseline_script_prunes(models, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
+def test_released_models_are_measured_where_they_are(models, corpus, tmp_path, shell):
     shutil.copytree(models["Llama"], tmp_path / "models" / RELEASED["llama2-7b"][0])
     (tmp_path / "models" / RELEASED["llama2-7b"][0] / ".downloaded").touch()
     setting = {"models": tmp_path / "models", "evaluation": corpus, "ctx_len": 32, "device": "cpu"}
@@ -156,7 +161,7 @@ def test_released_models_are_measured_where_they_are(models, corpus, tmp_path):
 
 
 @pytest.mark.slow  # a process of its own
-def test_a_dry_run_of_the_evaluation_lists_every_released_model(tmp_path):
+def test_a_dry_run_of_the_evaluation_lists_every_released_model(tmp_path, shell):
     done = shell("eval_pruned_prox_model.sh", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if "eval/ppl.py" in line]

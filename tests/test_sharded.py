@@ -1,11 +1,8 @@
 """FSDP2 in processes on the CPU (gloo): the mask is that of one process."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,16 +57,18 @@ def flags(model, corpus, folder, **changes):
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def sharded(processes, runs, fsdp=True, **changes):
-    """Exit codes and output of the runs in as many processes, one run after the other."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "tests" / "sharded_worker.py"), json.dumps(runs)]
-    environment = os.environ | (settings(**changes) if fsdp else {}) | {"PYTHONPATH": str(ROOT)}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    # Processes share the output: what one says may stand in the middle of another's line.
-    return [int(code) for code in re.findall(r"EXIT (\d+)\n", done.stdout)], done
+@pytest.fixture(scope="module")
+def sharded(torchrun):
+    """Function that gives the exit codes and the output of runs in as many processes, one run after the other."""
+
+    def run(processes, runs, fsdp=True, **changes):
+        environment = settings(**changes) if fsdp else {}
+        done = torchrun(processes, "sharded_worker.py", json.dumps(runs), **environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        # Processes share the output: what one says may stand in the middle of another's line.
+        return [int(code) for code in re.findall(r"EXIT (\d+)\n", done.stdout)], done
+
+    return run
 
 
 def difference(whole, parts):
@@ -88,7 +87,7 @@ def gpt2(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def two(checkpoint, gpt2, corpus, tmp_path_factory):
+def two(checkpoint, gpt2, corpus, tmp_path_factory, sharded):
     """All cases in two processes: (folder, exit codes, standard error)."""
     folder = tmp_path_factory.mktemp("two")
     models = {"inputs first": gpt2}
@@ -118,7 +117,7 @@ def test_what_shards_do_not_allow_is_refused_in_a_sentence(case, two):
     assert not (folder / case / "mask.safetensors").exists()
 
 
-def test_uneven_shards_that_stay_gathered_and_experts_learn_the_mask_of_one(tokenizer, corpus, tmp_path):
+def test_uneven_shards_that_stay_gathered_and_experts_learn_the_mask_of_one(tokenizer, corpus, tmp_path, sharded):
     # Three processes share 28 rows unevenly, and two experts so that one process has none.
     models = {
         "uneven": tiny_llama(
@@ -145,7 +144,7 @@ def test_accelerate_takes_the_configuration_files(file):
     assert found.fsdp_config["fsdp_offload_params"] == ("offload" in file.name)
 
 
-def test_replicas_of_bfloat16_weights_stay_alike(checkpoint, corpus, tmp_path):
+def test_replicas_of_bfloat16_weights_stay_alike(checkpoint, corpus, tmp_path, sharded):
     codes, done = sharded(2, [flags(checkpoint, corpus, str(tmp_path), dtype="bfloat16")], fsdp=False)
     assert codes == [0]
     digests = dict(re.findall(r"WEIGHTS (\d) (\w{64})\n", done.stdout))
@@ -153,14 +152,14 @@ def test_replicas_of_bfloat16_weights_stay_alike(checkpoint, corpus, tmp_path):
     assert digests["0"] == digests["1"]
 
 
-def test_one_process_learns_the_same_bits(checkpoint, corpus, tmp_path):
+def test_one_process_learns_the_same_bits(checkpoint, corpus, tmp_path, sharded):
     assert learn(flags(checkpoint, corpus, tmp_path / "whole")) == 0
     codes, _ = sharded(1, [flags(checkpoint, corpus, str(tmp_path / "parts"))])
     assert codes == [0]
     assert difference(tmp_path / "whole", tmp_path / "parts") == EXACT
 
 
-def test_a_sharded_run_goes_on_from_its_checkpoint_and_gives_its_mask(checkpoint, corpus, tmp_path):
+def test_a_sharded_run_goes_on_from_its_checkpoint_and_gives_its_mask(checkpoint, corpus, tmp_path, sharded):
     run, extracted = tmp_path / "run", tmp_path / "extracted.safetensors"
     changes = {"save_strategy": "steps", "save_steps": 2, "lambda_value": "auto"}
     assert sharded(2, [flags(checkpoint, corpus, str(run), **changes)])[0] == [0]
