@@ -1,7 +1,6 @@
 """Kinds of models beyond Llama: experts of every layout, layers of every shape, states instead of attention."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -299,6 +298,7 @@ def test_masks_of_stacked_experts_apply_in_their_own_layout(saved, tmp_path):
     assert torch.equal(model.get_parameter(name), before * kept)
 
 
+@pytest.mark.slow
 def test_reversible_layers_learn_though_their_inputs_are_frozen(saved, tmp_path):
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
@@ -309,11 +309,9 @@ def test_reversible_layers_learn_though_their_inputs_are_frozen(saved, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_random_tenth_of_all_architectures_has_no_fault(tmp_path):
+def test_a_random_tenth_of_all_architectures_has_no_fault(tmp_path, python):
     """Another tenth with another seed; benchmarks/architectures.py without --sample tries all of them."""
     assert len(KINDS) >= 150
     options = ["--sample", "0.1", "--seed", "1", "--results", f"{tmp_path}/r.json", "--page", f"{tmp_path}/p.md"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/architectures.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([python, "benchmarks/architectures.py", *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

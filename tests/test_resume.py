@@ -25,7 +25,7 @@ from proxsparse.resume import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 10
+KILLS = 8
 # Imports once, then forks a process for every attempt at the run: what takes seconds is not what is tested.
 ATTEMPTS = """
 import os, random, shutil, signal, sys, time
@@ -42,19 +42,19 @@ def start(folder):
         os._exit(learn.main([*flags, "--output_dir", str(folder)]))
     return child
 
-began = time.monotonic()
-assert os.waitpid(start(whole), 0)[1] == 0
-length = time.monotonic() - began
+for folder in (whole.with_name("first"), whole):  # the first may compile kernels
+    began = time.monotonic()
+    assert os.waitpid(start(folder), 0)[1] == 0
+    length = time.monotonic() - began
 rng, kills, writing, resumed = random.Random(0), 0, 0, 0
 while kills < KILLS:
-    fresh, pause = not broken.exists(), rng.uniform(0.05, 1.0) * length
+    pause = rng.uniform(0.05, 0.8) * length
     began, child, ended = time.monotonic(), start(broken), False
     while not ended and time.monotonic() - began < pause:
         time.sleep(0.01)
         ended = os.waitpid(child, os.WNOHANG)[0] == child
     if ended:
         shutil.rmtree(broken)  # it was faster; this moment does not count
-        length = time.monotonic() - began if fresh else length  # the first run may have been slow
         continue
     before = list(broken.glob("checkpoint-*"))
     os.kill(child, signal.SIGKILL)
@@ -70,8 +70,8 @@ print("RESULT", kills, writing, resumed)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_mask(checkpoint, corpus, tmp_path):
-    flags = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "samples": 60, "save_steps": 2, "bf16": "false"}
+def test_a_run_killed_at_random_moments_ends_with_the_same_mask(checkpoint, corpus, tmp_path):
+    flags = {"model": checkpoint, "dataset": corpus, "ctx_len": 32, "samples": 30, "save_steps": 2, "bf16": "false"}
     flags |= {"logging_steps": 5, "use_cpu": "true", "save_total_limit": 2, "lambda_value": "auto"}
     words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
     command = [sys.executable, "-c", ATTEMPTS, str(tmp_path / "whole"), str(tmp_path / "broken"), *words]
