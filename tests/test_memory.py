@@ -27,7 +27,9 @@ def same(first, second):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["masked", "paper"])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
+@pytest.mark.parametrize(
+    "optim", [pytest.param("adamw_torch", marks=pytest.mark.slow), "adamw_torch_fused", "adafactor"]
+)
 def test_the_step_in_backward_gives_the_same_weights(tmp_path, tokenizer, method, optim, dtype):
     given = {"method": method, "optim": optim, "max_grad_norm": 0.0, "model": None}
     results = [
