@@ -51,6 +51,7 @@ def import_all() -> None:
 def answer(client: socket.socket) -> None:
     """Run the program that a client asks for, and send its exit code; if the client ends, the program is killed."""
     request, streams, *_ = socket.recv_fds(client, LONGEST, 3)
+    running, held = os.pipe()  # closed when the program ends, however it ends
     program = os.fork()
     if program == 0:
         client.close()
@@ -60,10 +61,9 @@ def answer(client: socket.socket) -> None:
             os.close(number)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os._exit(perform(**json.loads(request)))
-    for number in streams:
+    for number in (*streams, held):
         os.close(number)
-    ended = os.pidfd_open(program)
-    if ended not in select.select([ended, client], [], [])[0]:
+    if running not in select.select([running, client], [], [])[0]:
         os.killpg(program, signal.SIGKILL)
         return
     client.send(str(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])).encode())
