@@ -190,9 +190,9 @@ def test_a_path_from_home_is_one_where_the_shell_leaves_it(monkeypatch, tmp_path
     def program(args):
         given.append(args.dtype)
 
-    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"]):
+    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"], ["--dtype=~/a:2,~/b"]):
         assert program(words) == 0
-    assert given == [f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x"]
+    assert given == [f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x", f"{tmp_path}/a:2,{tmp_path}/b"]
 
 
 @pytest.mark.parametrize(

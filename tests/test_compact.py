@@ -101,6 +101,15 @@ def test_a_compact_linear_stands_in_for_a_linear(tokens, dtype):
         torch.testing.assert_close(CompactLinear(linear)(inputs), linear(inputs), rtol=tolerance, atol=tolerance)
 
 
+def test_a_backward_pass_says_that_there_is_none():
+    linear = pruned_linear(16, 8)
+    inputs = torch.randn(3, 16, requires_grad=True)
+    out = CompactLinear(linear)(inputs)
+    torch.testing.assert_close(out, linear(inputs), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunError, match="no gradients: to train, load the model without `sparse=True`"):
+        out.sum().backward()
+
+
 def test_it_has_the_bytes_it_promises():
     compact = CompactLinear(pruned_linear(1024, 1024, torch.bfloat16))
     assert compact.nbytes == 0.5625 * 1024 * 1024 * 2

@@ -106,9 +106,11 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _from_home(word: str) -> str:
-    """A path from ~, in full: shells leave it as it is in --to=~/pruned, and a folder named ~ would be made."""
+    """Paths from ~, in full: shells leave them as they are in --to=~/pruned and ~/a:2,~/b:1."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + os.path.expanduser(value) if value.startswith("~/") else word
+    if not value.startswith("~/"):
+        return word
+    return flag + equals + ",".join(os.path.expanduser(p) if p.startswith("~/") else p for p in value.split(","))
 
 
 def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bool) -> int:

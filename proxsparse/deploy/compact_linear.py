@@ -6,7 +6,8 @@ in the cache.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from proxsparse.deploy import decode_int8
 from proxsparse.deploy.decode import Panels
 from proxsparse.deploy.decode_int8 import Int8Panels
+from proxsparse.errors import RunError
 from proxsparse.model.compact import check_kind, compress, quantise_rows
 from proxsparse.model.loading import native_bf16
 
@@ -32,6 +34,18 @@ def _buffer(size: int) -> Tensor:
     return _own.buffer[:size]
 
 
+class _ForwardOnly(torch.autograd.Function):
+    """A computation without a derivative. Detached, it would let a training loop run and learn nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        return compute(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RunError("Compact layers compute no gradients: to train, load the model without `sparse=True`.")
+
+
 class CompactLinear(nn.Module):
     """nn.Linear with a compact 2:4 weight, for inference on the CPU.
 
@@ -45,6 +59,7 @@ class CompactLinear(nn.Module):
     Raises:
         ValueError: the weight is not 2:4, or of another dtype or device.
         UsageError: another kind of quantisation.
+        RunError: in the backward pass.
     """
 
     def __init__(self, linear: nn.Linear, quantize: str | None = None):
@@ -98,6 +113,11 @@ class CompactLinear(nn.Module):
             yield first, rows.to(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            return _ForwardOnly.apply(inputs, self._product)
+        return self._product(inputs)
+
+    def _product(self, inputs: Tensor) -> Tensor:
         flat = inputs.detach().reshape(-1, self.in_features)
         few = len(flat) <= FEW_TOKENS or (isinstance(self.panels, Int8Panels) and self.wide == torch.float32)
         if few:
