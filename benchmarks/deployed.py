@@ -4,20 +4,21 @@
     python benchmarks/deployed.py                    learns a mask first, into runs/deployed
 
 The rows: the dense model, the mask alone, recovery in each scope, fine-tuning with KeepMask, a masked LoRA adapter that
-was merged, and the recovered model in int8 and in the compact form. All that learn see the same windows once, which are
-other ones than the mask's. Every model is written, passes ``proxsparse check``, and is read back before it is
+was merged, and the recovered model in int8, in int4, and in the compact form. All that learn see the same windows once,
+which are other ones than the mask's. Every model is written, passes ``proxsparse check``, and is read back before it is
 measured. Fine-tuning and LoRA run with one plain setting each, which was not tuned. It writes
-benchmarks/results/deployed.json.
+benchmarks/results/deployed.json row by row; the same command again measures what is missing.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
-from common import best_seconds, print_table, write_record
+from common import RESULTS, best_seconds, print_table, write_record
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,9 +32,10 @@ from proxsparse.learning.recover import SCOPES
 from proxsparse.mask import Mask
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import EMBEDDED
+from proxsparse.record import read_json
 
 TEXTS = ("wiki", "news")
-COMPACT = "compact"
+COMPACT, RESULT = "compact", RESULTS / "deployed.json"
 PROMPT, TOKENS = "The first railway in the country was built", 24
 HEADS = ("model", "weights updated", *(f"{text} perplexity" for text in TEXTS), "MB", "tokens/s")
 
@@ -48,7 +50,7 @@ class Chain:
     """
 
     def __init__(self, folder: Path, samples: int, ctx_len: int, max_windows: int):
-        self.folder, self.samples, self.ctx_len = folder, samples, ctx_len
+        self.folder, self.samples, self.ctx_len, self.max_windows = folder, samples, ctx_len, max_windows
         flags = {"model": EMBEDDED, "dataset": "wiki", "ctx_len": ctx_len, "samples": samples, "output_dir": folder}
         if not Run(folder).is_finished:
             run("learn", *(word for name, value in flags.items() for word in (f"--{name}", value)))
@@ -66,15 +68,25 @@ class Chain:
         for title, name, update in (("fine-tuned, KeepMask", "tuned", fine_tune), ("LoRA, merged", "adapted", adapt)):
             yield self.checked(title, "yes", name, partial(update, self.mask, self.tokenizer, self.windows()))
         recovered = str(self.folder / "recovered-full")
-        for form, flags in (("int8", ("--quantize", "int8")), (COMPACT, ("--form", "compact"))):
+        text = ("--dataset", "wiki", "--samples", self.samples, "--ctx_len", self.ctx_len)
+        forms = {"int8": ("--quantize", "int8"), "int4": ("--quantize", "int4", *text), COMPACT: ("--form", "compact")}
+        for form, flags in forms.items():
             write = partial(run, "export", "--model", recovered, *flags, "--to")
             yield self.checked(f"recovered, full, {form}", "yes", form, write)
 
     def measured(self) -> list[dict]:
-        rows = []
+        """The rows; those that the record has of the same mask and windows are not measured again."""
+        made_of = {"samples": self.samples, "ctx_len": self.ctx_len, "max_windows": self.max_windows}
+        made_of |= {"mask": sha256((self.folder / "mask.safetensors").read_bytes()).hexdigest()}
+        record = read_json(RESULT) if RESULT.is_file() else {}
+        rows = record.get("rows", []) if made_of.items() <= record.items() else []
+        done = {row["model"] for row in rows}
         for title, updated, folder in self.models():
+            if title in done:
+                continue
             rows.append({"model": title, "updated": updated} | self.measure(folder))
             print(rows[-1], flush=True)
+            write_record("deployed", made_of | {"rows": rows})
         return rows
 
     def windows(self) -> Tensor:
@@ -155,7 +167,6 @@ def main() -> int:
         for r in rows
     )
     print_table("SmolLM2-135M", HEADS, cells, text_columns=2)
-    write_record("deployed", {"samples": args.samples, "ctx_len": args.ctx_len, "rows": rows})
     return 0
 
 

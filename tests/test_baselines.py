@@ -7,10 +7,10 @@ from test_prunable import FAMILIES, build
 
 from proxsparse.baselines import ONE_SHOT, Pattern
 from proxsparse.baselines.admm import ADMM
-from proxsparse.baselines.hessian import GramStatistic, invert
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.gram import GramStatistic, invert
 from proxsparse.model.inputs import NormStatistic, listen
 from proxsparse.model.prunable import find_prunable
 

@@ -13,5 +13,5 @@ def test_every_model_from_the_mask_to_int8_stays_24(tmp_path):
     made = [title for title, *_ in Chain(tmp_path / "run", samples=1, ctx_len=32, max_windows=1).models()]
     assert made == [
         "dense", "mask alone", "recovered, full", "recovered, norms", "recovered, layer", "fine-tuned, KeepMask",
-        "LoRA, merged", "recovered, full, int8", "recovered, full, compact",
+        "LoRA, merged", "recovered, full, int8", "recovered, full, int4", "recovered, full, compact",
     ]  # fmt: skip

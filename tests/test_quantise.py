@@ -1,4 +1,4 @@
-"""8-bit exports: stock transformers reads them, zeros are where the mask says, and other weights are rounded little."""
+"""Exports of 8 and 4 bits: stock transformers reads them, zeros stay, and other weights are rounded little."""
 
 import json
 import shutil
@@ -12,11 +12,12 @@ from test_checkpoint import mixture
 from test_prunable import build
 
 from proxsparse.__main__ import main as console
-from proxsparse.deploy import quantise
+from proxsparse.deploy import quantise, rounding
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, load_mask
+from proxsparse.model.gram import spread_of
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
 
@@ -224,8 +225,8 @@ def test_what_can_t_be_quantised_is_refused_in_a_sentence(base, kept, tmp_path, 
     assert "--quantize fp8 needs the dense form; the compact form takes int8." in capsys.readouterr().err
     assert export("int8", base, kept, tmp_path / "out", "--form", "mask") == 2
     assert "--quantize needs the form dense or compact; got --form mask" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="`quantize` must be one of int8, fp8; got 'int4'"):
-        save_pruned(base, load_mask(kept), tmp_path / "out", quantize="int4")
+    with pytest.raises(UsageError, match="`quantize` must be one of int8, fp8, int4; got 'int3'"):
+        save_pruned(base, load_mask(kept), tmp_path / "out", quantize="int3")
     model = tiny_llama()
     with pytest.raises(UsageError, match="reads a checkpoint's own files, and the model has none"):
         save_pruned(model, masked(model), tmp_path / "out", quantize="int8")
@@ -233,3 +234,109 @@ def test_what_can_t_be_quantised_is_refused_in_a_sentence(base, kept, tmp_path, 
     assert export("int8", base, kept, tmp_path / "out") == 1
     assert "needs the package compressed-tensors: pip install 'compressed-tensors>=0.20'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny Llama whose weights have a hundred and twenty-eight or two hundred and fifty-six inputs."""
+    folder = tmp_path_factory.mktemp("wide") / "llama"
+    tiny_llama(hidden_size=128, intermediate_size=256).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def four_bits(wide, corpus, tmp_path_factory):
+    """Folders of a mask and of two exports: rounded to nearest, and with error feedback."""
+    folder = tmp_path_factory.mktemp("four")
+    assert console(["prune", "--model", wide, "--prune_method", "magnitude", "--save", str(folder)]) == 0
+    assert export("int4", wide, folder, folder / "nearest") == 0
+    text = ["--dataset", corpus, "--samples", "16", "--ctx_len", "32"]
+    assert export("int4", wide, folder, folder / "feedback", *text) == 0
+    return folder
+
+
+@pytest.mark.parametrize("made", ["nearest", "feedback"])
+def test_four_bits_are_read_by_transformers_and_stay_24(made, four_bits, wide, capsys):
+    found, mask = tensors_of(four_bits / made), load_mask(four_bits).tensors
+    original = hf.AutoModelForCausalLM.from_pretrained(wide)
+    state = original.state_dict()
+    stems = {name.removesuffix("weight") for name in mask}
+    added = {stem + part for stem in stems for part in ("weight_packed", "weight_scale", "weight_shape")}
+    assert found.keys() == (state.keys() - mask.keys()) | added
+    assert all(torch.equal(found[name], state[name]) for name in state.keys() - mask.keys())
+    whole = hf.CompressedTensorsConfig(dequantize=True)
+    plain = hf.AutoModelForCausalLM.from_pretrained(four_bits / made, quantization_config=whole)
+    for name, weight in plain.named_parameters():
+        if name in mask:
+            assert not weight[~mask[name]].view(torch.int16).any()
+            scale = found[f"{name}_scale"]
+            assert scale.shape == (len(weight), weight.shape[1] // 128)
+            if made == "nearest":
+                wanted = state[name].float() * mask[name]
+                off = (weight.float() - wanted).abs() / scale.float().repeat_interleave(128, 1)
+                assert off.max() <= 0.54  # bfloat16 rounds seven steps by 0.03
+    entry = json.loads((four_bits / made / "config.json").read_text())["quantization_config"]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    assert weights.items() <= entry["config_groups"]["group_0"]["weights"].items()
+    assert entry["format"] == "pack-quantized"
+    coded = hf.AutoModelForCausalLM.from_pretrained(four_bits / made)
+    assert error(logits(coded), logits(plain)) < 0.02
+    capsys.readouterr()
+    assert console(["check", "--model", str(four_bits / made)]) == 0
+    assert '"wrong_blocks": 0' in capsys.readouterr().out
+    card = (four_bits / made / "README.md").read_text()
+    assert "quantised to int4, one scale per group of neighbouring inputs" in card
+    assert ("rounding with error feedback (512 tokens of" in card) == (made == "feedback")
+
+
+def test_error_feedback_halves_the_error_of_the_outputs_where_inputs_go_together():
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 8) @ torch.randn(8, 256) + 0.3 * torch.randn(2000, 256)
+    weight = torch.randn(64, 256)
+    kept = top2_mask(weight)
+    weight = weight * kept
+    scale = weight.unflatten(1, (2, 128)).abs().amax(2) / 7.5
+    nearest = (weight / scale.repeat_interleave(128, 1)).round().clamp(-8, 7) * scale.repeat_interleave(128, 1)
+    spread, _ = spread_of(inputs.T @ inputs / len(inputs), rounding.DAMPING, "w")
+    found = rounding.round_columns(weight.clone(), kept, scale, spread, 4)
+    assert not found[~kept].any()
+    assert error(inputs @ found.T, inputs @ weight.T) < 0.5 * error(inputs @ nearest.T, inputs @ weight.T)
+
+
+def test_rounded_columns_are_the_greedy_minimum_of_the_output_error():
+    """Against a float64 loop that follows the definition: fix one column, solve for all that are left."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    weight, kept = torch.randn(3, 12), torch.rand(3, 12) > 0.5
+    weight = weight * kept
+    scale = torch.full((3, 3), 0.25)
+    gram = inputs.T @ inputs / len(inputs)
+    hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(12)
+    spread, _ = spread_of(gram.float(), 0.01, "w")
+    found = rounding.round_columns(weight.clone(), kept, scale, spread, 4)
+    for row in range(3):
+        values = weight[row].double()
+        for j in range(12):
+            code = (values[j] / 0.25).round().clamp(-8, 7) * 0.25 if kept[row, j] else torch.tensor(0.0)
+            change, rest = float(code - values[j]), slice(j + 1, 12)
+            values[j] = code
+            values[rest] -= torch.linalg.solve(hessian[rest, rest], hessian[rest, j]) * change
+        torch.testing.assert_close(found[row].double(), values, rtol=0, atol=1e-4)
+
+
+def test_what_four_bits_do_not_take_is_one_sentence(base, kept, wide, tmp_path, corpus, capsys):
+    assert export("int8", base, kept, tmp_path / "a", "--dataset", corpus) == 2
+    assert "--dataset is for --quantize int4" in capsys.readouterr().err
+    assert export("int4", base, kept, tmp_path / "a", "--form", "compact") == 2
+    assert "--quantize int4 needs the dense form" in capsys.readouterr().err
+    tiny_llama(hidden_size=48, intermediate_size=64).save_pretrained(tmp_path / "narrow")
+    byte_tokenizer().save_pretrained(tmp_path / "narrow")
+    flags = ["prune", "--model", str(tmp_path / "narrow"), "--prune_method", "magnitude", "--save", str(tmp_path / "m")]
+    assert console(flags) == 0
+    assert export("int4", str(tmp_path / "narrow"), tmp_path / "m", tmp_path / "a") == 2
+    assert "has 48 inputs, and with 4 bits their number must be a multiple of 32" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    model = hf.AutoModelForCausalLM.from_pretrained(wide)
+    with pytest.raises(UsageError, match="`windows` are for `quantize=int4`"):
+        save_pruned(model, masked(model), tmp_path / "a", windows=IDS)

@@ -7,7 +7,8 @@ Shapes: O = out_features, I = in_features.
 import torch
 from torch import Tensor
 
-from proxsparse.baselines.hessian import GramMethod, invert
+from proxsparse.baselines.hessian import GramMethod
+from proxsparse.model.gram import invert
 from proxsparse.operator.pattern import Pattern
 
 

@@ -7,8 +7,8 @@ Shapes: O = out_features, I = in_features.
 import torch
 from torch import Tensor
 
-from proxsparse.baselines.hessian import GramMethod, invert
-from proxsparse.errors import RunError
+from proxsparse.baselines.hessian import GramMethod
+from proxsparse.model.gram import spread_of
 from proxsparse.operator.pattern import Pattern
 
 
@@ -26,15 +26,8 @@ class SparseGPT(GramMethod):
 
     def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
         weight = rows.float().clone()
-        dead = gram.diagonal() == 0
-        gram = gram.clone()
-        gram.diagonal()[dead] = 1
+        spread, dead = spread_of(gram, self.damping, name)
         weight[:, dead] = 0
-        _, inverse = invert(gram, self.damping, name)
-        # Row j of the upper factor holds how an error in column j spreads to the columns after it.
-        spread, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if failed:
-            raise RunError(f"The inverse Gram matrix of {name} is not positive definite; give more calibration tokens.")
         keep = torch.ones_like(weight, dtype=torch.bool)
         size = self.block_size - self.block_size % pattern.m if pattern.structured else self.block_size
         for start in range(0, weight.shape[1], size):

@@ -17,9 +17,11 @@
 
 Without --mask, the zeros of a pruned --model are the mask: of one that was fine-tuned, for example.
 
---quantize writes the dense form with 8-bit weights (int8 or fp8) and exact zeros. transformers and vLLM read it, in the
-layout of compressed-tensors. Each output has one scale; activations are quantised per token while the model runs. With
---form compact, --quantize int8 rounds the kept values to int8, which makes decoding on a CPU faster.
+--quantize writes the dense form with 8-bit (int8, fp8) or 4-bit weights (int4) and exact zeros. transformers and vLLM
+read it, in the layout of compressed-tensors. With 8 bits each output has one scale, and activations are quantised per
+token while the model runs. With 4 bits a group of up to 128 inputs has one, and activations stay as they are; --dataset
+is then the text on which later inputs make up for the rounding error of earlier ones. With --form compact, --quantize
+int8 rounds the kept values to int8, which makes decoding on a CPU faster.
 
 --runtime vllm-torchao writes the dense form, a configuration for vLLM, and SERVING.md, which says how to start it. vLLM
 then quantises the model to float8 2:4 while it loads (torchao's kernel, on H100 and H200).
@@ -32,9 +34,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.cli import Parser, command, positive_int, print_json, seed
 from proxsparse.commands.groups import (
+    CALIBRATION_HELP,
     RunParser,
     add_mask_argument,
     add_model_arguments,
@@ -46,15 +51,17 @@ from proxsparse.commands.groups import (
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
-from proxsparse.deploy.quantise import KINDS, check_quantisation
+from proxsparse.deploy.quantise import KINDS, check_base, check_quantisation
 from proxsparse.deploy.runtimes import RUNTIMES, check_runtime
 from proxsparse.errors import RunError, UsageError
-from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.mask import fit_mask
+from proxsparse.learning.folder import PRUNED, WINDOWS, Run
+from proxsparse.mask import Mask, apply_mask, fit_mask
+from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.hub_errors import UNREACHABLE
-from proxsparse.model.loading import EMBEDDED, empty_model
+from proxsparse.model.loading import EMBEDDED, empty_model, load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_record, refuse_to_overwrite
+from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
 
 MASKS = ("mask", "npz")  # forms without weights
 
@@ -65,7 +72,12 @@ def arguments() -> Parser:
     add_mask_argument(parser)
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
     parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
-    parser.add_argument("--quantize", default=None, choices=list(KINDS), help="8-bit weights, see above")
+    parser.add_argument("--quantize", default=None, choices=list(KINDS), help="weights of few bits, see above")
+    parser.add_argument("--dataset", default=None, metavar="TEXT", help=f"text for --quantize int4: {CALIBRATION_HELP}")
+    parser.add_argument("--samples", type=positive_int, default=128, help="of the text; default: %(default)s")
+    parser.add_argument("--ctx_len", type=positive_int, default=2048, help="tokens per sample; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of the choice of samples; default: %(default)s")
+    parser.add_argument("--device", default="auto", help="where int4 weights are rounded; default: %(default)s")
     parser.add_argument(
         "--runtime",
         default=None,
@@ -87,6 +99,10 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     measured = run.result_file(PRUNED)
     found = model_of(run) | {"mask": str(run.mask_file)}
+    if args.quantize == "int4" and run.settings.get("dataset") != WINDOWS:
+        found |= {
+            name: run.settings[name] for name in ("dataset", "samples", "ctx_len", "seed") if name in run.settings
+        }
     own = not (args.mask or args.quantize or args.model != EMBEDDED)  # what was measured is what is exported
     return found | ({"results": str(measured)} if own and measured.is_file() else {})
 
@@ -102,6 +118,8 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--push_to_hub takes a repository organisation/name; got {args.push_to_hub!r}.")
     if args.quantize:
         check_quantisation(args.quantize, args.form)
+    if args.dataset and args.quantize != "int4":
+        raise UsageError("--dataset is for --quantize int4: leave it out.")
     refuse_to_overwrite(to)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
@@ -121,12 +139,35 @@ def main(args: argparse.Namespace) -> None:
             save_npz(mask, fit_mask(model, mask), to, card)
     else:
         made = {"form": args.form, "quantize": args.quantize, "runtime": args.runtime}
-        save_pruned(args.model, mask, to, title=title, results=results, **made, **options_of(args))
+        if args.quantize == "int4":
+            given, made["windows"] = for_rounding(args, mask)
+        else:
+            given, made = args.model, made | options_of(args)
+        save_pruned(given, mask, to, title=title, results=results, **made)
     size = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     print(f"{args.quantize or args.form} export written to {to} ({size / 1e6:,.1f} MB)")
     if args.push_to_hub:
         push(to, args.push_to_hub)
     print_json({"form": args.form, "quantize": args.quantize, "to": str(to), "bytes": size})
+
+
+def for_rounding(args: argparse.Namespace, mask: Mask) -> tuple[PreTrainedModel, Tensor | None]:
+    """The pruned model in memory, and the calibration windows by which its weights are rounded."""
+    check_base(Checkpoint.find(args.model, args.revision), args.model)
+    device, windows = resolve_device(args.device), None
+    if args.dataset:
+        config, tokenizer = load_config(args.model, **options_of(args)), load_tokenizer(args.model, **options_of(args))
+        check_ctx_len(args.ctx_len, config)
+        writes = load_model(args.model, device=device, **options_of(args)) if SELF in parts_of(args.dataset) else None
+        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, writes)
+        check_tokens(windows, config)
+        tokens = f"{windows.numel():,} tokens of {args.dataset}, seed {args.seed}"
+        mask.info = mask.info | {"weights_updated": f"rounding with error feedback ({tokens})"}
+    else:
+        print("note: weights are rounded to nearest; with --dataset TEXT later inputs make up for earlier errors")
+    model = load_model(args.model, device=device, **options_of(args))
+    apply_mask(model, mask)
+    return model, windows
 
 
 def push(folder: Path, repository: str) -> None:

@@ -65,9 +65,10 @@ ORIGINAL = {
     "memory": "The base has no files to copy from: configuration, tokenizer and all tensors were written anew with "
     "transformers {version}. The kept weights are those that it loads;",
 }
-QUANTISED = "The weights of the layers are quantised to {kind}, one scale per output, from the original ones;"
+QUANTISED = "The weights of the layers are quantised to {kind}, one scale per {share}, from the original ones;"
+SHARES = {"int8": "output", "fp8": "output", "int4": "group of neighbouring inputs"}
 ORIGINAL["rounded"] = "The original weights are quantised; the kept ones are their values;"
-ORIGINAL |= {kind: QUANTISED.format(kind=kind) for kind in ("int8", "fp8")}
+ORIGINAL |= {kind: QUANTISED.format(kind=kind, share=share) for kind, share in SHARES.items()}
 UPDATED = "The kept weights were updated by {method};"
 LOADING = {"dense": DENSE, "compact": COMPACT, "mask": MASK, "npz": NPZ}
 
@@ -116,6 +117,6 @@ def model_card(
         moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
-        loading=loading + CODED if form == "dense" and origin in ("int8", "fp8") else loading,
+        loading=loading + CODED if form == "dense" and origin in SHARES else loading,
     )
     return str(card)

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.quantise import Quantiser, check_base, check_quantisation
+from proxsparse.deploy.rounding import round_layers
 from proxsparse.deploy.runtimes import NOTES_FILE, TORCHAO_FILE, check_runtime, write_runtime
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask, fit_mask
@@ -48,6 +49,7 @@ def save_pruned(
     *,
     form: str = "dense",
     quantize: str | None = None,
+    windows: Tensor | None = None,
     runtime: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
@@ -63,7 +65,9 @@ def save_pruned(
         mask: which weights to keep; the others are +0.0.
         folder: the new folder.
         form: dense (an ordinary checkpoint) or compact (see ``proxsparse.model.compact``).
-        quantize: int8 or fp8: 8-bit weights of compressed-tensors; with compact, int8: compact weights of int8 values.
+        quantize: int8, fp8 or int4: weights of compressed-tensors; with compact, int8: compact weights of int8 values.
+        windows: (N, T) calibration token ids. With int4 and a model in memory, whose weights change in place: later
+            inputs of a weight make up for the rounding error of earlier ones. None: to nearest.
         runtime: also write what this server needs, see ``proxsparse.deploy.runtimes.RUNTIMES``.
         tokenizer: written only where the model has no files to copy one from.
         revision: revision of a Hub model that is given by name.
@@ -77,6 +81,8 @@ def save_pruned(
     """
     folder = Path(folder)
     _check_form(form, mask, quantize)
+    if windows is not None and (quantize != "int4" or isinstance(model, str)):
+        raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "quantize")
     _check_folder(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not isinstance(model, str):
@@ -91,7 +97,7 @@ def save_pruned(
     with doing(f"writing {folder}"), quiet_bars(), atomic_path(folder) as scratch:
         scratch.mkdir()
         if base is not None:
-            _write_from_files(base, shape, mask, scratch, form, quantize)
+            _write_from_files(base, shape, mask, scratch, form, quantize, windows)
         else:
             _save_from_memory(shape, mask, tokenizer, scratch, form, quantize)
         if mask.order:
@@ -134,10 +140,19 @@ def _check_order(model: PreTrainedModel, mask: Mask) -> None:
 
 
 def _write_from_files(
-    base: Checkpoint, model: PreTrainedModel, mask: Mask, folder: Path, form: str, quantize: str | None
+    base: Checkpoint,
+    model: PreTrainedModel,
+    mask: Mask,
+    folder: Path,
+    form: str,
+    quantize: str | None,
+    windows: Tensor | None,
 ) -> None:
     changes = _Changes(base, model, mask)
     quantiser = Quantiser(quantize, model, changes.layout) if quantize and form == "dense" else None
+    if quantiser is not None and windows is not None:
+        scales = round_layers(model, mask, windows, quantiser.settings)
+        quantiser.scales = {stored: scales[target.name] for stored, target in quantiser.names.items()}
     _copy_small_files(base, folder, renamed=form != "dense" or not base.is_plain or quantiser is not None)
     if form == "compact":
         _stream_compact(base, changes, folder, quantize)

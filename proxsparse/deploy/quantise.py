@@ -1,13 +1,14 @@
-"""Quantise a pruned model to 8 bits with its zeros kept: a compressed-tensors checkpoint in the dense layout.
+"""Quantise a pruned model to 8 or 4 bits with its zeros kept: a compressed-tensors checkpoint in the dense layout.
 
-Every row of a weight gets one scale, symmetric around zero, so a zero's code is 0 and stands for exactly 0.0 again.
-Activations are quantised per token while the model runs. The package compressed-tensors, which owns the format, writes
-the configuration, computes the scales and makes the codes; transformers and vLLM read the result by themselves.
+Scales are symmetric around zero, so a zero's code is 0 and stands for exactly 0.0 again. With 8 bits every row of a
+weight has one scale, and activations are quantised per token while the model runs. With 4 bits every group of
+neighbouring inputs has one, and activations stay as they are. The package compressed-tensors, which owns the format,
+writes the configuration, computes the scales and makes the codes; transformers and vLLM read the result by themselves.
 
-Shapes: O = out_features, I = in_features. Codes are (O, I), scales (O, 1).
+Shapes: O = out_features, I = in_features. Codes are (O, I), scales (O, G), with G = 1 for 8 bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +17,20 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.checkpoint import Checkpoint
-from proxsparse.model.coded import SCALE
+from proxsparse.model.coded import NEEDED, PACKED_FORMAT, scales_of
 from proxsparse.model.compact import KINDS as COMPACT_KINDS
 from proxsparse.model.hub_errors import installed
 from proxsparse.model.layout import Layout
-from proxsparse.model.prunable import find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.quantised import quantisation, scheme_of
 
 # kind -> (preset of compressed-tensors, the format's name)
-KINDS = {"int8": ("INT8", "int-quantized"), "fp8": ("FP8_DYNAMIC", "float-quantized")}
+KINDS = {
+    "int8": ("INT8", "int-quantized"),
+    "fp8": ("FP8_DYNAMIC", "float-quantized"),
+    "int4": ("W4A16", PACKED_FORMAT),
+}
+GROUPS = (128, 64, 32)  # inputs that share a scale with 4 bits: those that vLLM's kernels take
 MINUS_ZERO = 0x80  # -0.0 in float8
 
 
@@ -32,23 +38,34 @@ class Quantiser:
     """Quantises the linear weights in the layers of one model.
 
     Args:
-        kind: int8 or fp8 (e4m3).
+        kind: int8, fp8 (e4m3) or int4.
         model: of the checkpoint's class; it may have no values.
         layout: how the checkpoint's tensors become the model's parameters.
 
+    Attributes:
+        scales: name of a weight in the files -> its (O, G) scales, where the weights are multiples of them already.
+
     Raises:
-        UsageError: a weight is no nn.Linear, which the format has no place for.
+        UsageError: a weight is no nn.Linear, which the format has no place for, or its inputs make no groups.
     """
 
-    def __init__(self, kind: str, model: PreTrainedModel, layout: Layout):
+    def __init__(self, kind: str, model: PreTrainedModel, layout: Layout, scales: Mapping[str, Tensor] | None = None):
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import preset_name_to_scheme
 
         preset, self.format = KINDS[kind]
+        self.names = _stored_names(model, layout)
         self._scheme: Any = preset_name_to_scheme(preset, ["Linear"])
+        if self.settings.group_size:
+            self.settings.group_size = _group_size(self.names)
         self._compressor: Any = BaseCompressor.get_value_from_registry(self.format)
-        self.names = set(_stored_names(model, layout))
-        self.ignored = sorted(_other_layers(model, layout, self.names))
+        self.scales: Mapping[str, Tensor] = {}
+        self.ignored = sorted(_other_layers(model, layout, set(self.names)))
+
+    @property
+    def settings(self) -> Any:
+        """How weights are quantised: QuantizationArgs of compressed-tensors."""
+        return self._scheme.weights
 
     def parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The codes and scales of a weight, by their names in the file; another tensor as it is.
@@ -59,20 +76,16 @@ class Quantiser:
         """
         if name not in self.names:
             return {name: weight}
-        from compressed_tensors.quantization.utils import calculate_qparams
-
-        exact = weight.float()
-        least, most = exact.aminmax(dim=1, keepdim=True)
-        # Rounded to the weight's dtype first, so that the codes are those of the scale that is stored.
-        scale = calculate_qparams(least, most, self._scheme.weights)[0].to(weight.dtype)
-        # Of rows that are all zeros. float16's smallest normal number would be too large for rows of small weights.
-        scale = scale.clamp(min=2.0**-18 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny)
-        found = self._compressor.compress({"weight": exact, "weight_scale": scale.float()}, self._scheme)
-        codes = found["weight"].contiguous()
-        if codes.dtype.is_floating_point:  # small negative weights round to -0.0
+        scale = self.scales.get(name)
+        scale = scales_of(weight, self.settings) if scale is None else scale.to(weight.dtype)
+        given = {"weight": weight.float(), "weight_scale": scale.float()}
+        found = self._compressor.compress(given, self._scheme) | {"weight_scale": scale.contiguous()}
+        codes = found.get("weight")
+        if codes is not None and codes.dtype.is_floating_point:  # small negative weights round to -0.0
             raw = codes.view(torch.uint8)
             raw[raw == MINUS_ZERO] = 0
-        return {name: codes, f"{name}{SCALE}": scale.contiguous()}
+        stem = name.removesuffix("weight")
+        return {f"{stem}{part}": tensor.contiguous() for part, tensor in found.items()}
 
     def configuration(self) -> dict[str, Any]:
         """The entry quantization_config of config.json."""
@@ -91,7 +104,7 @@ def check_quantisation(kind: str, form: str) -> None:
     """Refuse what can't be written, before anything is read.
 
     Args:
-        kind: int8, or fp8 in the dense form.
+        kind: int8, or fp8 or int4 in the dense form.
         form: form of the export.
 
     Raises:
@@ -107,10 +120,7 @@ def check_quantisation(kind: str, form: str) -> None:
             f"`quantize={kind}` needs the dense form; the compact form takes {' or '.join(COMPACT_KINDS)}.", "quantize"
         )
     if form == "dense" and not installed("compressed_tensors"):
-        raise RunError(
-            "Quantising needs the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra "
-            "`quantize` of proxsparse."
-        )
+        raise RunError(f"Quantising needs {NEEDED}")
 
 
 def check_base(base: Checkpoint | None, name: str) -> None:
@@ -139,8 +149,9 @@ def check_base(base: Checkpoint | None, name: str) -> None:
         )
 
 
-def _stored_names(model: PreTrainedModel, layout: Layout) -> Iterable[str]:
-    """The names in the files of the weights that are quantised: all linear ones in the layers, pruned or not."""
+def _stored_names(model: PreTrainedModel, layout: Layout) -> dict[str, Prunable]:
+    """The weights that are quantised, by their names in the files: all linear ones in the layers, pruned or not."""
+    names: dict[str, Prunable] = {}
     for target in find_prunable(model, multiple=1):
         group = layout.of_parameter.get(target.name)
         stored = "" if group is None or not group.renamed else next(iter(group.shapes))
@@ -150,7 +161,21 @@ def _stored_names(model: PreTrainedModel, layout: Layout) -> Iterable[str]:
                 "pieces), which this format can't hold: export the model without `quantize`.",
                 "quantize",
             )
-        yield stored
+        names[stored] = target
+    return names
+
+
+def _group_size(weights: Mapping[str, Prunable]) -> int:
+    """The largest number of inputs that can share a scale in all weights."""
+    for size in GROUPS:
+        if all(target.weight.shape[target.in_dim] % size == 0 for target in weights.values()):
+            return size
+    name, target = next((n, t) for n, t in weights.items() if t.weight.shape[t.in_dim] % GROUPS[-1])
+    raise UsageError(
+        f"{name} has {target.weight.shape[target.in_dim]} inputs, and with 4 bits their number must be a multiple of "
+        f"{GROUPS[-1]}: use `quantize=int8`.",
+        "quantize",
+    )
 
 
 def _other_layers(model: PreTrainedModel, layout: Layout, quantised: set[str]) -> Iterable[str]:

@@ -1,7 +1,9 @@
-"""Checkpoints of compressed-tensors in the dense layout: 8-bit codes, of which every row has a scale.
+"""Checkpoints of compressed-tensors in the dense layout: codes of 8 or 4 bits, with scales.
 
-``NAME`` holds int8 or float8 codes (O, I) and ``NAME_scale`` one number per row (O, 1) or one for all. A weight is its
-code times its scale, so a zero is exactly zero. Such weights are rounded, so they are checked here but never pruned.
+``NAME`` holds int8 or float8 codes (O, I) and ``NAME_scale`` one number per row (O, 1) or one for all. Codes of 4 bits
+lie eight to an int32 in ``NAME_packed``; ``NAME_shape`` is (O, I), and there is a scale per group of neighbouring
+inputs (O, G). A weight is its code times its scale, so a zero is exactly zero. Such weights are rounded, so they are
+checked here but never pruned.
 """
 
 from collections.abc import Mapping
@@ -12,11 +14,15 @@ from torch import Tensor
 
 from proxsparse.errors import RunError
 from proxsparse.model.checkpoint import Checkpoint, Stored
+from proxsparse.model.hub_errors import installed
 from proxsparse.model.quantised import quantisation, scheme_of
 
-FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
-SCALE, ZERO_POINT = "_scale", "_zero_point"  # after the name of a weight
+PACKED_FORMAT = "pack-quantized"
+FORMATS = ("int-quantized", "float-quantized", "naive-quantized", PACKED_FORMAT)
+SCALE, ZERO_POINT, PACKED, SHAPE = "_scale", "_zero_point", "_packed", "_shape"  # after the name of a weight
 CODES = (torch.int8, torch.float8_e4m3fn)
+BITS = 4  # of packed codes
+NEEDED = "the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra `quantize` of proxsparse."
 
 
 def is_coded(config: Mapping[str, Any]) -> bool:
@@ -48,5 +54,45 @@ def coded_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 
         return Stored(codes.shape, codes.file, read)
 
+    def unpacked(name: str) -> Stored:
+        packed, scale = raw[name + PACKED], raw.get(name + SCALE)
+        columns = packed.shape[1] * 32 // BITS
+        if scale is None or len(scale.shape) != 2 or columns % scale.shape[1]:
+            raise RunError(f"{checkpoint.name} lacks the scales of {name}; export it again.")
+
+        def read() -> Tensor:
+            from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+            scales = scale.read()
+            codes = unpack_from_int32(packed.read(), BITS, torch.Size((packed.shape[0], columns)))
+            return (codes.float() * scales.float().repeat_interleave(columns // scales.shape[1], 1)).to(scales.dtype)
+
+        return Stored((packed.shape[0], columns), packed.file, read)
+
     scales = {name + SCALE for name in raw}
-    return {name: plain(name, stored) for name, stored in raw.items() if name not in scales}
+    codes = [name.removesuffix(PACKED) for name in raw if name.endswith(f"weight{PACKED}")]
+    if codes and not installed("compressed_tensors"):
+        raise RunError(f"Reading weights of 4 bits needs {NEEDED}")
+    beside = {name + ending for name in codes for ending in (PACKED, SCALE, SHAPE)} | scales
+    whole = {name: plain(name, stored) for name, stored in raw.items() if name not in beside}
+    return whole | {name: unpacked(name) for name in codes}
+
+
+def scales_of(weight: Tensor, settings: Any) -> Tensor:
+    """Scales of a weight, symmetric around zero, such that the codes span its rows or groups of inputs.
+
+    Args:
+        weight: (O, I).
+        settings: QuantizationArgs of compressed-tensors.
+
+    Returns:
+        (O, G) in the weight's dtype; G is 1 without groups.
+    """
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    groups = weight.float().unflatten(1, (-1, settings.group_size or weight.shape[1]))
+    least, most = groups.aminmax(dim=2)
+    # Rounded to the weight's dtype first, so that the codes are those of the scale that is stored.
+    scale = calculate_qparams(least, most, settings)[0].to(weight.dtype)
+    # Of rows that are all zeros. float16's smallest normal number would be too large for rows of small weights.
+    return scale.clamp(min=2.0**-18 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny)

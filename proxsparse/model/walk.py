@@ -3,15 +3,21 @@
 Shapes: N = windows, T = ctx_len, H = hidden size, B = windows at once.
 """
 
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError
-from proxsparse.model.prunable import decoder_of
+from proxsparse.model.inputs import listen, note_unseen
+from proxsparse.model.prunable import Prunable, decoder_blocks, decoder_of
+
+logger = logging.getLogger(__name__)
 
 Call = tuple[tuple, dict[str, Any]]  # arguments of a layer, without the hidden states
 
@@ -120,3 +126,78 @@ def run_block(block, states: Tensor, call: Call, device: torch.device | str) -> 
     arguments, keywords = call
     output = block(states.to(device), *arguments, **keywords)
     return output if torch.is_tensor(output) else output[0]
+
+
+def walk(
+    model: PreTrainedModel,
+    targets: list[Prunable],
+    windows: Tensor,
+    statistic: Callable[[Prunable], Any],
+    *,
+    hidden_device: str = "cpu",
+    bf16: bool = False,
+    progress: str | None = None,
+) -> Iterator[tuple[int, list[Prunable], dict[str, Any]]]:
+    """Go through the layers, and give what was seen of the inputs of each one's weights.
+
+    The caller may change a layer's weights: the layers after it see its new outputs. One layer's statistics and two
+    copies of the hidden states exist at a time.
+
+    Args:
+        targets: the weights that are looked at.
+        windows: (N, T) calibration token ids.
+        statistic: makes what collects a weight's inputs by ``add(expert, inputs)``; None where nothing is collected.
+        hidden_device: where the hidden states are kept between layers.
+        bf16: compute the layers in bfloat16 autocast.
+
+    Yields:
+        (index of the layer, its weights, name -> statistic).
+    """
+    blocks = decoder_blocks(model)
+    reads = statistic(targets[0]) is not None
+    hidden: list[Tensor] = []
+    calls: list[Call] = []
+    if reads and in_sequence(model, blocks, windows):
+        hidden, calls = first_inputs(model, blocks, windows, hidden_device)
+    elif reads:
+        logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
+    unseen: list[Prunable] = []
+    reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
+    for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
+        own = [target for target in targets if target.block == index]
+        statistics = {target.name: statistic(target) for target in own}
+        if reads:
+            with reduced:
+                unseen += _look(model, block, statistics, own, (hidden, calls[index]) if calls else windows)
+        yield index, own, statistics
+        del statistics
+        if calls and index + 1 < len(blocks):
+            with reduced:
+                hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
+    note_unseen(unseen)
+
+
+def _look(
+    model: PreTrainedModel,
+    block: Any,
+    statistics: dict[str, Any],
+    own: list[Prunable],
+    inputs: Tensor | tuple[list[Tensor], Call],
+) -> list[Prunable]:
+    """Fill the statistics of a layer's weights, and return the weights whose inputs were not seen.
+
+    Args:
+        inputs: the hidden states that enter the layer, in batches, with its other arguments; or windows of token ids,
+            with which the whole model is run.
+    """
+    with listen(own, lambda target, expert, seen: statistics[target.name].add(expert, seen)) as visited:
+        if isinstance(inputs, tuple):
+            for states in inputs[0]:
+                run_block(block, states, inputs[1], model.device)
+        else:
+            for window in inputs:
+                decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
+    for statistic in statistics.values():
+        if getattr(statistic, "skipped", 0):
+            logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
+    return [target for target in own if target.name not in visited]
