@@ -59,8 +59,8 @@ def claim(
         UsageError: a setting differs; names it, with both values where they are short.
         RunError: the record in the folder can't be read.
     """
-    if Path(folder).is_file():
-        raise UsageError(f"`output_dir` must be a folder; {folder} is a file.", "output_dir")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"`output_dir` must be a folder; {folder} is none.", "output_dir")
     path = Path(folder) / RUN_FILE
     if path.is_file():
         try:

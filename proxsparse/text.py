@@ -258,23 +258,24 @@ def check_ctx_len(ctx_len: int, config) -> None:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 
 
-def check_tokens(windows: Tensor, config) -> None:
+def check_tokens(windows: Tensor, config, name: str = "windows") -> None:
     """Refuse tokens that the model has no embedding for.
 
     Args:
         windows: (N, T) token ids.
         config: of the model.
+        name: name of the argument.
 
     Raises:
         UsageError: with the token, and the size of the vocabulary.
     """
     least, largest = int(windows.min()), int(windows.max())
     if least < 0:
-        raise UsageError(f"Token ids are at least 0; got {least}.", "windows")
+        raise UsageError(f"`{name}` must hold token ids of at least 0; got {least}.", name)
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known and largest >= known:
         raise UsageError(
-            f"The tokenizer gives token {largest}, and the model has embeddings for {known} tokens: give a model and a "
+            f"The text has token {largest}, and the model has embeddings for {known} tokens: give a model and a "
             "tokenizer that belong together.",
             "model",
         )

@@ -2,7 +2,7 @@
 # Set up and run the tests.
 #
 #   bash script/test.sh              the fast ones, some minutes
-#   bash script/test.sh --all        the slow ones too: every script from start to end, kills, the real model
+#   bash script/test.sh --all        the slow ones too: scripts from start to end, runs that are killed, the real model
 #   bash script/test.sh -k mask      of the fast ones, those with mask in their names
 #
 # Other arguments go to pytest as they are. Slow tests run with --all, or where you choose by a marker yourself (-m slow).

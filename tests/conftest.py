@@ -98,16 +98,20 @@ def python():
         yield sys.executable
         return
     with tempfile.TemporaryDirectory() as folder:
-        socket, program, warm = Path(folder, "socket"), Path(folder, "python"), Path(__file__).with_name("warm.py")
-        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ES", str(warm), str(socket)])} "$@"\n')
+        address, program = Path(folder, "socket"), Path(folder, "python")
+        warm = str(Path(__file__).with_name("warm.py"))
+        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ES", warm, str(address)])} "$@"\n')
         program.chmod(0o755)
-        server = subprocess.Popen([sys.executable, warm, "--serve", socket], cwd=warm.parent.parent)
-        while not socket.exists():
-            assert server.poll() is None, "the server of warm.py has ended"
-            time.sleep(0.1)
-        yield str(program)
-        server.kill()
-        server.wait()
+        command = [sys.executable, warm, "--serve", str(address)]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        try:
+            while not address.exists():
+                assert server.poll() is None, "the server of warm.py has ended"
+                time.sleep(0.1)
+            yield str(program)
+        finally:
+            server.kill()
+            server.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -190,9 +190,14 @@ def test_a_path_from_home_is_one_where_the_shell_leaves_it(monkeypatch, tmp_path
     def program(args):
         given.append(args.dtype)
 
-    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"], ["--dtype=~/a:2,~/b"]):
+    for words in (["--dtype=~/a b"], ["--dtype", "~/a b"], ["--dtype=a~/b"], ["--dtype", "~x"]):
         assert program(words) == 0
-    assert given == [f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x", f"{tmp_path}/a:2,{tmp_path}/b"]
+    for text in ("~/a:2,~/b", "/x:2,~/b", "wiki:2,~/b:1"):
+        assert program(["--dtype", text]) == 0
+    assert given == [
+        f"{tmp_path}/a b", f"{tmp_path}/a b", "a~/b", "~x", f"{tmp_path}/a:2,{tmp_path}/b", f"/x:2,{tmp_path}/b",
+        f"wiki:2,{tmp_path}/b:1",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -350,13 +350,13 @@ def test_what_a_python_caller_mixes_up_is_told_before_anything_is_computed(loade
     for change, sentence in (
         ({"model": "tiny-llama"}, "`model` must be a model, as load_model returns it; got str"),
         ({"tokenizer": None}, "`tokenizer` must be a tokenizer, as load_tokenizer returns it; got NoneType"),
-        ({"windows": windows.tolist()}, "`windows` must be a tensor of token ids of shape .N, T.; got list"),
+        ({"windows": windows.tolist()}, "`windows` must be an int64 tensor of token ids of shape .N, T.; got list"),
         ({"windows": windows.float()}, "got torch.float32 of shape"),
         ({"windows": windows[:0]}, "got torch.int64 of shape .0, 32."),
-        ({"windows": windows - 1000}, "Token ids are at least 0"),
+        ({"windows": windows - 1000}, "`windows` must hold token ids of at least 0"),
         ({"windows": windows + 1000}, "the model has embeddings for 257 tokens"),
-        ({"eval_windows": [1, 2]}, "`eval_windows` must be a tensor of token ids"),
-        ({"output_dir": __file__}, "`output_dir` must be a folder; .*test_learn.py is a file"),
+        ({"eval_windows": [1, 2]}, "`eval_windows` must be an int64 tensor of token ids"),
+        ({"output_dir": __file__}, "`output_dir` must be a folder; .*test_learn.py is none"),
     ):
         with pytest.raises(UsageError, match=sentence):
             proxsparse.learn_mask(**{"model": model, "tokenizer": tokenizer, "windows": windows, **PLAIN, **change})

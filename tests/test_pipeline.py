@@ -194,7 +194,8 @@ def test_a_killed_run_goes_on_to_the_mask_of_an_unbroken_one(checkpoint, corpus,
     flags = {"samples": 60, "save_steps": 5}
     last_json(started(python, "end-to-end/main.py", *learn_flags(checkpoint, corpus, whole, **flags)))
     broken = tmp_path / "broken"
-    command = [python, str(ROOT / "end-to-end/main.py"), *map(str, learn_flags(checkpoint, corpus, broken, **flags))]
+    # A process that is killed itself, not one that another ends for it.
+    command = [sys.executable, "end-to-end/main.py", *map(str, learn_flags(checkpoint, corpus, broken, **flags))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list(broken.glob("checkpoint-*")) and process.poll() is None:

@@ -140,11 +140,12 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
     model, dense, kept = pruned_and_dense()
     other = tiny_llama(hidden_size=64)
     for change, sentence in (
+        ({"mask": "runs/mine"}, "`mask` must be a mask, as load_mask returns it; got str"),
         ({"dense": "tiny-llama"}, "`dense` must be a model, as load_model returns it; got str"),
         ({"device": "cuda"}, "`device` must be auto, cpu, or a device of this machine"),
-        ({"output_dir": __file__}, "must be a folder; .*test_recover.py is a file"),
+        ({"output_dir": __file__}, "must be a folder; .*test_recover.py is none"),
         ({"dense": other}, "has other weights than the pruned one"),
-        ({"windows": windows[0]}, "must be a tensor of token ids of shape"),
+        ({"windows": windows[0]}, "must be an int64 tensor of token ids of shape"),
         ({"dense": model}, "is the pruned model itself"),
         ({"dense": pruned_and_dense()[0]}, "is pruned by the mask already"),
         ({"scope": "layer", "distill": 0.5}, "have no `distill`"),

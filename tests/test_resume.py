@@ -49,11 +49,13 @@ for folder in (whole.with_name("first"), whole):  # the first may compile kernel
 rng, kills, writing, resumed = random.Random(0), 0, 0, 0
 while kills < KILLS:
     pause = rng.uniform(0.05, 0.8) * length
-    began, child, ended = time.monotonic(), start(broken), False
+    began, child, ended = time.monotonic(), start(broken), 0
     while not ended and time.monotonic() - began < pause:
         time.sleep(0.01)
-        ended = os.waitpid(child, os.WNOHANG)[0] == child
+        ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
+        assert status == 0
+        assert (broken / "mask.safetensors").read_bytes() == (whole / "mask.safetensors").read_bytes()
         shutil.rmtree(broken)  # it was faster; this moment does not count
         continue
     before = list(broken.glob("checkpoint-*"))

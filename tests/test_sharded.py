@@ -40,7 +40,7 @@ REFUSED = {
     "step in backward": ({"optim_in_backward": "true"}, "--optim_in_backward steps before gradients"),
     "inputs first": ({}, "is sharded along its inputs"),
 }
-pytestmark = pytest.mark.slow  # every start of processes takes ten seconds
+pytestmark = pytest.mark.slow  # each starts several processes
 
 
 def settings(**changes):

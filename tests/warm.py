@@ -2,9 +2,10 @@
 
 Tests start dozens of programs, and importing torch and transformers takes each of them ten seconds. So one process
 imports, and forks itself for every program. A program has the arguments, folder, environment and streams that it was
-started with. What Python and libraries take from the environment while they are imported is the server's.
+started with. What Python and libraries take from the environment while they are imported is the server's, the seed of
+hashes too. At the end of a program no exit handlers run, and other threads are not waited for.
 
-    python warm.py --serve SOCKET       imports, then waits for programs
+    python warm.py --serve SOCKET       imports, then waits for programs, until its standard input is closed
     python warm.py SOCKET ARGUMENTS     what `python ARGUMENTS` does: a script, - for standard input, -c CODE, -m MODULE
 """
 
@@ -25,7 +26,7 @@ def serve(path: str) -> None:
     listener.bind(path)
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer
-    while True:
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:  # it is closed when pytest ends in any way
         client, _ = listener.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -49,13 +50,13 @@ def import_all() -> None:
 
 
 def answer(client: socket.socket) -> None:
-    """Run the program that a client asks for, and send its exit code; if the client ends, the program is killed."""
+    """Run a client's program, and send its exit code; soon after a client ends, its program is killed."""
+    os.setsid()
     request, streams, *_ = socket.recv_fds(client, LONGEST, 3)
     running, held = os.pipe()  # closed when the program ends, however it ends
     program = os.fork()
     if program == 0:
         client.close()
-        os.setsid()
         for stream, number in enumerate(streams):
             os.dup2(number, stream)
             os.close(number)
@@ -64,18 +65,25 @@ def answer(client: socket.socket) -> None:
     for number in (*streams, held):
         os.close(number)
     if running not in select.select([running, client], [], [])[0]:
-        os.killpg(program, signal.SIGKILL)
-        return
+        os.killpg(0, signal.SIGKILL)
     client.send(str(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])).encode())
 
 
 def perform(arguments: list[str], folder: str, environment: dict[str, str]) -> int:
     """What Python does with its arguments; returns the exit code."""
+    import random
     import runpy
+
+    import numpy
+    import torch
 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    random.seed()
+    numpy.random.seed()
     sys.path[0] = ""
     arguments = arguments[arguments[0] == "-u" :]
     try:
@@ -90,7 +98,10 @@ def perform(arguments: list[str], folder: str, environment: dict[str, str]) -> i
             sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        sys.stderr.write(f"{end.code}\n")
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1

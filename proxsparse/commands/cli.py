@@ -106,10 +106,8 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def _from_home(word: str) -> str:
-    """Paths from ~, in full: shells leave them as they are in --to=~/pruned and ~/a:2,~/b:1."""
+    """Paths from ~, in full: shells leave them as they are in --to=~/pruned and wiki:2,~/mine:1."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    if not value.startswith("~/"):
-        return word
     return flag + equals + ",".join(os.path.expanduser(p) if p.startswith("~/") else p for p in value.split(","))
 
 

@@ -35,7 +35,7 @@ def _buffer(size: int) -> Tensor:
 
 
 class _ForwardOnly(torch.autograd.Function):
-    """A computation without a derivative. Detached, it would let a training loop run and learn nothing."""
+    """A computation without a derivative. If its output were detached, a training loop would run and learn nothing."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:

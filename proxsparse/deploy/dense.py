@@ -18,19 +18,19 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.deploy.card import model_card
+from proxsparse.deploy.changes import Changes
 from proxsparse.deploy.quantise import Quantiser, check_base, check_quantisation
 from proxsparse.deploy.rounding import round_layers
 from proxsparse.deploy.runtimes import NOTES_FILE, TORCHAO_FILE, check_runtime, write_runtime
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import UsageError, doing
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, load_order, order_of, put_into_order, recall_order, save_order
+from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import index_entry, packed, write_index
 from proxsparse.model.hub_errors import quiet_bars
-from proxsparse.model.layout import Group, Layout
+from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
-from proxsparse.model.prunable import Prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
@@ -148,7 +148,7 @@ def _write_from_files(
     quantize: str | None,
     windows: Tensor | None,
 ) -> None:
-    changes = _Changes(base, model, mask)
+    changes = Changes(base, model, mask)
     quantiser = Quantiser(quantize, model, changes.layout) if quantize and form == "dense" else None
     if quantiser is not None and windows is not None:
         scales = round_layers(model, mask, windows, quantiser.settings)
@@ -212,66 +212,7 @@ def _copy_small_files(base: Checkpoint, folder: Path, renamed: bool) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-class _Changes:
-    """What becomes of each tensor of the base's files.
-
-    Args:
-        base: the files.
-        model: of their class; with values, those are written where they differ.
-        mask: mask of its parameters.
-    """
-
-    def __init__(self, base: Checkpoint, model: PreTrainedModel, mask: Mask):
-        self.targets: dict[str, Prunable] = fit_mask(model, mask)
-        self.mask = mask
-        self.layout = Layout(base.tensors, model)
-        self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
-        own = load_order(base.folder / ORDER_FILE)  # of a pruned checkpoint
-        if own and own != mask.order:
-            raise UsageError(
-                f"The channels of {base.name} stand in another order than the mask's: give the model that it was made "
-                "from.",
-                "model",
-            )
-        self.moved = set() if own else {move.name for move in mask.order.moves}
-        missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
-        if missing:
-            raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
-        self._kept: dict[str, Tensor] = {}  # by name in the files, of groups at work
-        self._new: dict[str, Tensor] = {}
-
-    def of(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tensor to write, and which of its entries are kept where it is pruned, both as the files hold them."""
-        group = self.layout.of_stored.get(name)
-        if group is None:  # a part that the model's class lacks, as a vision tower
-            return tensor, None
-        if name not in self._kept and name not in self._new:
-            self._work_out(group)
-        kept, new = self._kept.pop(name, None), self._new.pop(name, None)
-        if new is not None:
-            same = tensor.to(new.dtype) == new
-            if not (same if kept is None else same | ~kept).all():
-                tensor = new.to(tensor.dtype)
-        if kept is not None:
-            tensor = tensor.masked_fill(~kept, 0.0)
-        return tensor, kept
-
-    def _work_out(self, group: Group) -> None:
-        masks = {
-            parameter: self.mask.tensors[parameter].movedim(-1, self.targets[parameter].in_dim)
-            for parameter in group.parameters
-            if parameter in self.mask.tensors
-        }
-        if masks:
-            self._kept |= group.stored(masks, True)
-        values = {name: self.values[name].cpu() for name in group.parameters if name in self.values}
-        if not values and self.moved & set(group.parameters):
-            values = {name: self.mask.order.of(name, value) for name, value in self.layout.read(group).items()}
-        if len(values) == len(group.parameters):
-            self._new |= group.stored(values, 0.0)
-
-
-def _stream(base: Checkpoint, changes: _Changes, folder: Path, quantiser: Quantiser | None) -> None:
+def _stream(base: Checkpoint, changes: Changes, folder: Path, quantiser: Quantiser | None) -> None:
     """Write the tensors file by file, in files of the same division: one is in memory at a time."""
     as_it_is = base.is_plain and quantiser is None
     written: dict[str, str] = {}
@@ -291,7 +232,7 @@ def _stream(base: Checkpoint, changes: _Changes, folder: Path, quantiser: Quanti
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": written})
 
 
-def _stream_compact(base: Checkpoint, changes: _Changes, folder: Path, quantize: str | None) -> None:
+def _stream_compact(base: Checkpoint, changes: Changes, folder: Path, quantize: str | None) -> None:
     """Write the compact form as ``_stream`` does the dense one; a weight that is 2:4 along no dimension stays dense."""
     index: dict[str, dict[str, Any]] = {}
     for number, path in enumerate(base.files, 1):

@@ -1,6 +1,6 @@
-"""What a setting of a run may be: choices, ranges, what can't be combined, and packages that have to be here.
+"""What a run may be given: settings and their combinations, a caller's arguments, and packages that have to be here.
 
-Everything is asked before a model is loaded, and answered in one sentence that names the setting.
+Each is asked before anything is computed, and answered in one sentence that names the setting.
 """
 
 import contextlib
@@ -141,14 +141,17 @@ REPORTERS = {
 } | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
 
 
-def check_inputs(model: Any, tokenizer: Any, windows: Any, **others: Any) -> None:
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = None) -> None:
     """Refuse what a Python caller may mix up, before anything is computed.
 
     Args:
         model: a model of transformers that can be trained.
         tokenizer: of the model.
         windows: (N, T) token ids.
-        others: further windows, by the name of their argument; None is passed over.
+        eval_windows: the same, or None.
 
     Raises:
         UsageError: names the argument, what was found and what is accepted.
@@ -162,14 +165,14 @@ def check_inputs(model: Any, tokenizer: Any, windows: Any, **others: Any) -> Non
         raise UsageError(
             "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
         )
-    for name, given in {"windows": windows, **others}.items():
+    for name, given in {"windows": windows, "eval_windows": eval_windows}.items():
         if given is None:
             continue
-        integers = torch.is_tensor(given) and not (given.is_floating_point() or given.dtype == torch.bool)
+        integers = torch.is_tensor(given) and given.dtype in INTEGERS
         if not integers or given.dim() != 2 or not given.numel():
             found = f"{given.dtype} of shape {tuple(given.shape)}" if torch.is_tensor(given) else type(given).__name__
-            raise UsageError(f"`{name}` must be a tensor of token ids of shape (N, T); got {found}.", name)
-        check_tokens(given, model.config)
+            raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T); got {found}.", name)
+        check_tokens(given, model.config, name)
 
 
 def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:

@@ -78,7 +78,7 @@ def learn_mask(
 
     Source: arXiv 2502.00258; what 'masked' does differently is in docs/method.md.
     """
-    check_inputs(model, tokenizer, windows, eval_windows=eval_windows)
+    check_inputs(model, tokenizer, windows, eval_windows)
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ and model.device.type == "cuda":
         raise UsageError(
             "Learning uses one GPU per process: choose one with CUDA_VISIBLE_DEVICES, or start the program with "

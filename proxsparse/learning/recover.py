@@ -238,7 +238,7 @@ def recover(
         RunError: the run diverged.
     """
     check_inputs(model, tokenizer, windows)
-    _check_dense(model, dense)
+    _check_given(model, dense, mask)
     kind = torch.device(resolve_device(device or str(model.device))).type
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("Recovery runs in one process: start it without accelerate launch or torchrun.")
@@ -260,7 +260,9 @@ def recover(
             return _run(model, dense, mask, tokenizer, windows, config)
 
 
-def _check_dense(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+def _check_given(model: PreTrainedModel, dense: PreTrainedModel, mask: Mask) -> None:
+    if not isinstance(mask, Mask):
+        raise UsageError(f"`mask` must be a mask, as load_mask returns it; got {type(mask).__name__}.", "mask")
     if not isinstance(dense, PreTrainedModel):
         raise UsageError(f"`dense` must be a model, as load_model returns it; got {type(dense).__name__}.", "base")
     if dense is model:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -207,13 +207,12 @@ def stored_norms(
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("origin", "{}"))
-        norms = load_file(path)
-        other = next((f"on another {key}" for key in ("model", "text") if found.get(key) != origin[key]), None)
-        if not other and not {target.name for target in targets} <= set(norms):
-            other = "for other weights"
-        if other:
-            raise UsageError(f"{path} was measured {other}: give another `output_dir`, or delete it.")
-        return {target.name: norms[target.name] for target in targets}
+            other = next((f"on another {key}" for key in ("model", "text") if found.get(key) != origin[key]), None)
+            if not other and not {target.name for target in targets} <= set(file.keys()):
+                other = "for other weights"
+            if other:
+                raise UsageError(f"{path} was measured {other}: give another `output_dir`, or delete it.")
+            return {target.name: file.get_tensor(target.name) for target in targets}
     norms = input_norms(model, targets, windows, progress="input norms" if first else None)
     if first:
         with atomic_path(path) as scratch:

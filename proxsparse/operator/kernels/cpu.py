@@ -344,8 +344,8 @@ def prox_flat_(weight, scale, lam, stochastic, seed, origin, counts):
         lam: float32 strength, > 0.
         stochastic: round bfloat16 stochastically, with noise from ``seed`` (uint32) and the entry's index, counted
             from ``origin`` (int64).
-        counts: (parts, 2) int64, overwritten. The threads share as many contiguous parts; of each, the blocks that are
-            2:4 afterwards, and the blocks with a non-finite entry (left as they were).
+        counts: (parts, 2) int64, overwritten: for each of the contiguous parts that the threads share, the blocks that
+            are 2:4 afterwards, and the blocks with a non-finite entry (left as they were).
     """
     blocks = weight.size // 4
     # A tile's sweeps end when its last block has settled. Threads share whole tiles, so their number changes no bit.

@@ -85,8 +85,8 @@ def _survey_flat_(weight, scale, codes, found):
         weight: (N,) float32, or uint16 bits of bfloat16; N a multiple of 4.
         codes: (N / 4,) uint8, bit k set where entry k of a block is kept; overwritten.
         scale: as in prox_flat_.
-        found: (parts, 2) float64, overwritten. The threads share as many contiguous parts; of each, the changed entries
-            and the sum of R(weight * scale).
+        found: (parts, 2) float64, overwritten: for each of the contiguous parts that the threads share, the changed
+            entries and the sum of R(weight * scale).
     """
     blocks, parts = weight.size // 4, found.shape[0]
     for part in numba.prange(parts):
