@@ -81,9 +81,9 @@ def save_pruned(
     """
     folder = Path(folder)
     _check_form(form, mask, quantize)
+    _check_folder(folder)
     if windows is not None and (quantize != "int4" or isinstance(model, str)):
         raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "quantize")
-    _check_folder(folder)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not isinstance(model, str):
         _check_order(model, mask)
@@ -100,13 +100,18 @@ def save_pruned(
             _write_from_files(base, shape, mask, scratch, form, quantize, windows)
         else:
             _save_from_memory(shape, mask, tokenizer, scratch, form, quantize)
-        if mask.order:
-            save_order(mask.order, scratch / ORDER_FILE)
         card = model_card(title or folder.name, mask, results, form=form, origin=quantize or _origin(base))
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-        write_json(scratch / OWN, {"base_model": mask.base_model, "info": mask.info})
+        _describe(scratch, mask, card)
         if runtime is not None:
             write_runtime(scratch, served=folder)
+
+
+def _describe(folder: Path, mask: Mask, card: str) -> None:
+    """The card, the order of the channels, and where the mask comes from."""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_json(folder / OWN, {"base_model": mask.base_model, "info": mask.info})
+    if mask.order:
+        save_order(mask.order, folder / ORDER_FILE)
 
 
 def _origin(base: Checkpoint | None) -> str:
