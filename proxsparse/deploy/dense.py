@@ -82,12 +82,9 @@ def save_pruned(
     folder = Path(folder)
     _check_form(form, mask, quantize)
     _check_folder(folder)
-    if windows is not None and (quantize != "int4" or isinstance(model, str)):
-        raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "quantize")
+    _check_windows(windows, quantize, model)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not isinstance(model, str):
-        _check_order(model, mask)
-    base, shape = _named(model, mask, hub) if isinstance(model, str) else (_files_of(model), model)
+    base, shape = _named(model, mask, hub) if isinstance(model, str) else _in_memory(model, mask)
     if quantize is not None and (base is not None or form == "dense"):
         check_base(base, model if isinstance(model, str) else "the model")
     if runtime is not None:
@@ -138,10 +135,9 @@ def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
         check_quantisation(quantize, form)
 
 
-def _check_order(model: PreTrainedModel, mask: Mask) -> None:
-    recall_order(model)
-    if order_of(model) != mask.order:
-        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
+def _check_windows(windows: Tensor | None, quantize: str | None, model: PreTrainedModel | str) -> None:
+    if windows is not None and (quantize != "int4" or isinstance(model, str)):
+        raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "quantize")
 
 
 def _write_from_files(
@@ -173,6 +169,14 @@ def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | Non
     empty = empty_model(name, **hub)
     fit_mask(empty, mask)  # before anything is downloaded
     return None if model_source(name)[1] else fetch(name, hub["revision"]), empty
+
+
+def _in_memory(model: PreTrainedModel, mask: Mask) -> tuple[Checkpoint | None, PreTrainedModel]:
+    """The files that a model came from, if there are any, and the model."""
+    recall_order(model)
+    if order_of(model) != mask.order:
+        raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
+    return _files_of(model), model
 
 
 def _files_of(model: PreTrainedModel) -> Checkpoint | None:
