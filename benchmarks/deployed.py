@@ -32,7 +32,7 @@ from proxsparse.learning.recover import SCOPES
 from proxsparse.mask import Mask
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import EMBEDDED
-from proxsparse.record import read_json
+from proxsparse.record import git_commit, read_json
 
 TEXTS = ("wiki", "news")
 COMPACT, RESULT = "compact", RESULTS / "deployed.json"
@@ -59,46 +59,48 @@ class Chain:
         options = (ctx_len, "heldout", max_windows)
         self.held_out = {text: proxsparse.evaluation_windows(text, self.tokenizer, *options) for text in TEXTS}
 
-    def models(self) -> Iterator[tuple[str, str, Path]]:
-        """Name, whether weights were updated, and folder of every model, each written and checked when it comes."""
-        yield "dense", "", Path(EMBEDDED)
-        yield self.checked("mask alone", "", "pruned", lambda to: self.command("export", "--to", to))
+    def models(self) -> list[tuple[str, str, Path, Callable[[Path], object] | None]]:
+        """Name, whether weights were updated, folder, and what writes it, of every model."""
+        export, below = partial(self.command, "export", "--to"), self.folder.joinpath
+        found = [("dense", "", Path(EMBEDDED), None), ("mask alone", "", below("pruned"), export)]
         for scope in SCOPES:
-            yield self.checked(f"recovered, {scope}", "yes", f"recovered-{scope}", partial(self.recover, scope))
+            found.append((f"recovered, {scope}", "yes", below(f"recovered-{scope}"), partial(self.recover, scope)))
         for title, name, update in (("fine-tuned, KeepMask", "tuned", fine_tune), ("LoRA, merged", "adapted", adapt)):
-            yield self.checked(title, "yes", name, partial(update, self.mask, self.tokenizer, self.windows()))
-        recovered = str(self.folder / "recovered-full")
+            write = partial(update, self.mask, self.tokenizer, self.windows())
+            found.append((title, "yes", below(name), write))
         text = ("--dataset", "wiki", "--samples", self.samples, "--ctx_len", self.ctx_len)
         forms = {"int8": ("--quantize", "int8"), "int4": ("--quantize", "int4", *text), COMPACT: ("--form", "compact")}
         for form, flags in forms.items():
-            write = partial(run, "export", "--model", recovered, *flags, "--to")
-            yield self.checked(f"recovered, full, {form}", "yes", form, write)
+            write = partial(run, "export", "--model", below("recovered-full"), *flags, "--to")
+            found.append((f"recovered, full, {form}", "yes", below(form), write))
+        return found
+
+    def checked(self) -> Iterator[tuple[str, str, Path]]:
+        """The models, each written, unless an earlier start did, and seen to be 2:4, when it comes."""
+        for title, updated, folder, write in self.models():
+            if write is not None:
+                if not folder.is_dir():
+                    write(folder)
+                run("check", "--model", folder)
+            yield title, updated, folder
 
     def measured(self) -> list[dict]:
         """The rows; those that the record has of the same mask and windows are not measured again."""
         made_of = {"samples": self.samples, "ctx_len": self.ctx_len, "max_windows": self.max_windows}
         made_of |= {"mask": sha256((self.folder / "mask.safetensors").read_bytes()).hexdigest()}
         record = read_json(RESULT) if RESULT.is_file() else {}
-        rows = record.get("rows", []) if made_of.items() <= record.items() else []
-        done = {row["model"] for row in rows}
-        for title, updated, folder in self.models():
-            if title in done:
-                continue
-            rows.append({"model": title, "updated": updated} | self.measure(folder))
-            print(rows[-1], flush=True)
-            write_record("deployed", made_of | {"rows": rows})
-        return rows
+        rows = {row["model"]: row for row in record.get("rows", [])} if made_of.items() <= record.items() else {}
+        titles = [title for title, *_ in self.models()]
+        for title, updated, folder in self.checked():
+            if title not in rows:
+                rows[title] = {"model": title, "updated": updated} | self.measure(folder)
+                rows[title]["commit"] = git_commit()
+                print(rows[title], flush=True)
+                write_record("deployed", made_of | {"rows": [rows[name] for name in titles if name in rows]})
+        return [rows[name] for name in titles]
 
     def windows(self) -> Tensor:
         return proxsparse.calibration_windows("wiki", self.tokenizer, self.ctx_len, self.samples, seed=43)
-
-    def checked(self, title: str, updated: str, name: str, write: Callable[[Path], object]) -> tuple[str, str, Path]:
-        """Write a model, unless an earlier start did, and see that it is 2:4."""
-        folder = self.folder / name
-        if not folder.is_dir():
-            write(folder)
-        run("check", "--model", folder)
-        return title, updated, folder
 
     def command(self, name: str, *words: object) -> None:
         run(name, "--run", self.folder, *words)

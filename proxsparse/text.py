@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 EMBEDDED: dict[str, Callable[[], Sequence[str]]] = {"wiki": embedded.wikipedia, "news": embedded.news}
 NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SELF = "self"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # of token ids in a tensor
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
@@ -256,6 +258,24 @@ def check_ctx_len(ctx_len: int, config) -> None:
     longest = ctx_len if longest < 0 else longest  # XLNet has no limit and says -1
     if not 8 <= ctx_len <= longest:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
+
+
+def check_windows(windows: Any, config, name: str = "windows") -> None:
+    """Refuse what is no tensor of a model's tokens.
+
+    Args:
+        name: of the argument.
+
+    Raises:
+        UsageError: with what was found.
+    """
+    integers = torch.is_tensor(windows) and windows.dtype in INTEGERS
+    if not integers or windows.dim() != 2 or not windows.numel():
+        found = type(windows).__name__
+        if torch.is_tensor(windows):
+            found = f"{windows.dtype} of shape {tuple(windows.shape)}"
+        raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T); got {found}.", name)
+    check_tokens(windows, config, name)
 
 
 def check_tokens(windows: Tensor, config, name: str = "windows") -> None:

@@ -287,7 +287,29 @@ def test_four_bits_are_read_by_transformers_and_stay_24(made, four_bits, wide, c
     assert '"wrong_blocks": 0' in capsys.readouterr().out
     card = (four_bits / made / "README.md").read_text()
     assert "quantised to int4, one scale per group of neighbouring inputs" in card
-    assert ("rounding with error feedback (512 tokens of" in card) == (made == "feedback")
+    assert ("error feedback, 512 tokens of" in card) == (made == "feedback")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_files_hold_the_weights_that_the_model_was_rounded_to(dtype, wide, four_bits, tmp_path):
+    model = hf.AutoModelForCausalLM.from_pretrained(wide, dtype=dtype)
+    mask = load_mask(four_bits)
+    mask.info = {"weights_updated": "distilling"}
+    pruned = {name: model.get_parameter(name).detach() * kept for name, kept in mask.tensors.items()}
+    ids = torch.randint(1, 257, (8, 32), generator=torch.Generator().manual_seed(0))
+    save_pruned(model, mask, tmp_path / "out", quantize="int4", windows=ids)
+    whole = hf.CompressedTensorsConfig(dequantize=True)
+    found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=whole)
+    for name, weight in model.named_parameters():
+        # Scales are stored in bfloat16, as the files are.
+        torch.testing.assert_close(
+            found.get_parameter(name).to(dtype), weight, rtol=2**-7 if dtype.itemsize == 4 else 0, atol=0
+        )
+        if name in mask.tensors:
+            assert not torch.equal(weight, pruned[name])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "were updated by distilling" in card
+    assert "error feedback, 256 tokens" in card
 
 
 def test_error_feedback_halves_the_error_of_the_outputs_where_inputs_go_together():
@@ -304,8 +326,9 @@ def test_error_feedback_halves_the_error_of_the_outputs_where_inputs_go_together
     assert error(inputs @ found.T, inputs @ weight.T) < 0.5 * error(inputs @ nearest.T, inputs @ weight.T)
 
 
-def test_rounded_columns_are_the_greedy_minimum_of_the_output_error():
+def test_rounded_columns_are_the_greedy_minimum_of_the_output_error(monkeypatch):
     """Against a float64 loop that follows the definition: fix one column, solve for all that are left."""
+    monkeypatch.setattr(rounding, "COLUMNS", 5)
     torch.manual_seed(0)
     inputs = torch.randn(64, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     weight, kept = torch.randn(3, 12), torch.rand(3, 12) > 0.5

@@ -46,22 +46,24 @@ from proxsparse.commands.groups import (
     mask_or_zeros,
     model_of,
     options_of,
+    samples_of,
     say_coverage,
 )
 from proxsparse.deploy.card import model_card
 from proxsparse.deploy.dense import FORMS, save_pruned
 from proxsparse.deploy.masks import save_hashed, save_npz
-from proxsparse.deploy.quantise import KINDS, check_base, check_quantisation
+from proxsparse.deploy.quantise import KINDS, Quantiser, check_base, check_quantisation
 from proxsparse.deploy.runtimes import RUNTIMES, check_runtime
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, WINDOWS, Run
 from proxsparse.mask import Mask, apply_mask, fit_mask
-from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.hub_errors import UNREACHABLE
-from proxsparse.model.loading import EMBEDDED, empty_model, load_config, load_model, load_tokenizer, resolve_device
+from proxsparse.model.layout import Layout
+from proxsparse.model.loading import EMBEDDED, empty_model, fetch, load_model, load_tokenizer, resolve_device
+from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_record, refuse_to_overwrite
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of
+from proxsparse.text import SELF, parts_of
 
 MASKS = ("mask", "npz")  # forms without weights
 
@@ -139,8 +141,8 @@ def main(args: argparse.Namespace) -> None:
             save_npz(mask, fit_mask(model, mask), to, card)
     else:
         made = {"form": args.form, "quantize": args.quantize, "runtime": args.runtime}
-        if args.quantize == "int4":
-            given, made["windows"] = for_rounding(args, mask)
+        if args.dataset:
+            given, made["windows"] = for_rounding(args, mask, model)
         else:
             given, made = args.model, made | options_of(args)
         save_pruned(given, mask, to, title=title, results=results, **made)
@@ -151,22 +153,27 @@ def main(args: argparse.Namespace) -> None:
     print_json({"form": args.form, "quantize": args.quantize, "to": str(to), "bytes": size})
 
 
-def for_rounding(args: argparse.Namespace, mask: Mask) -> tuple[PreTrainedModel, Tensor | None]:
-    """The pruned model in memory, and the calibration windows by which its weights are rounded."""
-    check_base(Checkpoint.find(args.model, args.revision), args.model)
-    device, windows = resolve_device(args.device), None
-    if args.dataset:
-        config, tokenizer = load_config(args.model, **options_of(args)), load_tokenizer(args.model, **options_of(args))
-        check_ctx_len(args.ctx_len, config)
-        writes = load_model(args.model, device=device, **options_of(args)) if SELF in parts_of(args.dataset) else None
-        windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, writes)
-        check_tokens(windows, config)
-        tokens = f"{windows.numel():,} tokens of {args.dataset}, seed {args.seed}"
-        mask.info = mask.info | {"weights_updated": f"rounding with error feedback ({tokens})"}
-    else:
-        print("note: weights are rounded to nearest; with --dataset TEXT later inputs make up for earlier errors")
-    model = load_model(args.model, device=device, **options_of(args))
+def for_rounding(args: argparse.Namespace, mask: Mask, shape: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
+    """The pruned model in memory, and the calibration windows by which its weights are rounded.
+
+    Args:
+        shape: the model without values, which shows at once what can't be rounded.
+    """
+    base = None if model_source(args.model)[1] else fetch(args.model, args.revision)
+    check_base(base, args.model)
+    assert base is not None
+    fit_mask(shape, mask)
+    Quantiser(args.quantize, shape, Layout(base.tensors, shape))
+    if args.runtime:
+        check_runtime(args.runtime, shape, mask, args.form, args.quantize)
+    device, own_text = resolve_device(args.device), SELF in parts_of(args.dataset)
+    model = load_model(args.model, device=device, **options_of(args)) if own_text else None
+    windows = samples_of(args, load_tokenizer(args.model, **options_of(args)), model)
+    model = model or load_model(args.model, device=device, **options_of(args))
     apply_mask(model, mask)
+    mask.info = mask.info | {
+        "rounding": f"error feedback, {windows.numel():,} tokens of {args.dataset}, seed {args.seed}"
+    }
     return model, windows
 
 

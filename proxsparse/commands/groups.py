@@ -34,6 +34,7 @@ from proxsparse.text import (
     SELF,
     SPLITS,
     adds_bos,
+    calibration_windows,
     check_ctx_len,
     check_tokens,
     evaluation_windows,
@@ -276,6 +277,15 @@ def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, 
     }
     for found in windows.values():
         check_tokens(found, config)
+    return windows
+
+
+def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> Tensor:
+    """Calibration samples, (N, T) token ids that the model knows."""
+    config = load_config(args.model, **options_of(args))
+    check_ctx_len(args.ctx_len, config)
+    windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
+    check_tokens(windows, config)
     return windows
 
 

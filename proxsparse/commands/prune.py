@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
 from proxsparse.commands.cli import Parser, command, positive_int, print_json, seed
-from proxsparse.commands.groups import CALIBRATION_HELP, RunParser, add_model_arguments, load, model_of, options_of
+from proxsparse.commands.groups import (
+    CALIBRATION_HELP,
+    RunParser,
+    add_model_arguments,
+    load,
+    model_of,
+    options_of,
+    samples_of,
+)
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.report import accuracy_table
@@ -34,10 +39,10 @@ from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
 from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
 from proxsparse.model.inputs import digest
-from proxsparse.model.loading import load_config, load_tokenizer, native_bf16
+from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.record import refuse_to_overwrite
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
+from proxsparse.text import SELF, parts_of, stamp
 
 
 def arguments() -> Parser:
@@ -166,15 +171,6 @@ def main(args: argparse.Namespace) -> None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
-
-
-def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> Tensor:
-    """Calibration samples, (N, T) token ids that the model knows."""
-    config = load_config(args.model, **options_of(args))
-    check_ctx_len(args.ctx_len, config)
-    windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
-    check_tokens(windows, config)
-    return windows
 
 
 def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, Any]:

@@ -65,7 +65,7 @@ ORIGINAL = {
     "memory": "The base has no files to copy from: configuration, tokenizer and all tensors were written anew with "
     "transformers {version}. The kept weights are those that it loads;",
 }
-QUANTISED = "The weights of the layers are quantised to {kind}, one scale per {share}, from the original ones;"
+QUANTISED = "The weights of the layers are quantised to {kind}, one scale per {share};"
 SHARES = {"int8": "output", "fp8": "output", "int4": "group of neighbouring inputs"}
 ORIGINAL["rounded"] = "The original weights are quantised; the kept ones are their values;"
 ORIGINAL |= {kind: QUANTISED.format(kind=kind, share=share) for kind, share in SHARES.items()}

@@ -87,7 +87,7 @@ def _layout(found: Checkpoint, model: PreTrainedModel, compared: bool) -> Layout
 
 
 def checked_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint, without values; also where its weights are quantised to 8 bits by ``export``."""
+    """The model of a checkpoint, without values; also where ``export`` has quantised its weights."""
     found = Checkpoint.find(name)
     coded = found is not None and is_coded(found.config)
     return empty_model(name, trust_remote_code=trust_remote_code, evaluating=coded)

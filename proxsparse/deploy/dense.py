@@ -7,6 +7,7 @@ and its card says so.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import OWN, atomic_path, read_json, refuse_to_overwrite, write_json
+from proxsparse.text import check_windows
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
@@ -82,7 +84,7 @@ def save_pruned(
     folder = Path(folder)
     _check_form(form, mask, quantize)
     _check_folder(folder)
-    _check_windows(windows, quantize, model)
+    mask = _with_rounding(mask, windows, quantize, model)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     base, shape = _named(model, mask, hub) if isinstance(model, str) else _in_memory(model, mask)
     if quantize is not None and (base is not None or form == "dense"):
@@ -135,9 +137,14 @@ def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
         check_quantisation(quantize, form)
 
 
-def _check_windows(windows: Tensor | None, quantize: str | None, model: PreTrainedModel | str) -> None:
-    if windows is not None and (quantize != "int4" or isinstance(model, str)):
-        raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "quantize")
+def _with_rounding(mask: Mask, windows: Tensor | None, quantize: str | None, model: PreTrainedModel | str) -> Mask:
+    """The mask, whose information says by what its weights are rounded."""
+    if windows is None:
+        return mask
+    if quantize != "int4" or isinstance(model, str):
+        raise UsageError("`windows` are for `quantize=int4` of a model in memory.", "windows")
+    check_windows(windows, model.config)
+    return replace(mask, info={"rounding": f"error feedback, {windows.numel():,} tokens"} | mask.info)
 
 
 def _write_from_files(
@@ -152,7 +159,8 @@ def _write_from_files(
     changes = Changes(base, model, mask)
     quantiser = Quantiser(quantize, model, changes.layout) if quantize and form == "dense" else None
     if quantiser is not None and windows is not None:
-        scales = round_layers(model, mask, windows, quantiser.settings)
+        with doing("rounding the weights"):
+            scales = round_layers(model, mask, windows, quantiser.settings)
         quantiser.scales = {stored: scales[target.name] for stored, target in quantiser.names.items()}
     _copy_small_files(base, folder, renamed=form != "dense" or not base.is_plain or quantiser is not None)
     if form == "compact":

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.checkpoint import Checkpoint
-from proxsparse.model.coded import NEEDED, PACKED_FORMAT, scales_of
+from proxsparse.model.coded import PACKED_FORMAT
 from proxsparse.model.compact import KINDS as COMPACT_KINDS
 from proxsparse.model.hub_errors import installed
 from proxsparse.model.layout import Layout
@@ -46,10 +46,11 @@ class Quantiser:
         scales: name of a weight in the files -> its (O, G) scales, where the weights are multiples of them already.
 
     Raises:
-        UsageError: a weight is no nn.Linear, which the format has no place for, or its inputs make no groups.
+        UsageError: a weight is no nn.Linear, which the format has no place for; or, with 4 bits, its number of inputs
+            is no multiple of 32.
     """
 
-    def __init__(self, kind: str, model: PreTrainedModel, layout: Layout, scales: Mapping[str, Tensor] | None = None):
+    def __init__(self, kind: str, model: PreTrainedModel, layout: Layout):
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import preset_name_to_scheme
 
@@ -77,7 +78,7 @@ class Quantiser:
         if name not in self.names:
             return {name: weight}
         scale = self.scales.get(name)
-        scale = scales_of(weight, self.settings) if scale is None else scale.to(weight.dtype)
+        scale = scales_of(weight, self.settings) if scale is None else _not_zero(scale.to(weight.dtype))
         given = {"weight": weight.float(), "weight_scale": scale.float()}
         found = self._compressor.compress(given, self._scheme) | {"weight_scale": scale.contiguous()}
         codes = found.get("weight")
@@ -100,6 +101,30 @@ class Quantiser:
         return found.model_dump(mode="json", exclude_none=True)
 
 
+def scales_of(weight: Tensor, settings: Any) -> Tensor:
+    """Scales of a weight, symmetric around zero, such that the codes span its rows or groups of inputs.
+
+    Args:
+        weight: (O, I).
+        settings: QuantizationArgs of compressed-tensors.
+
+    Returns:
+        (O, G) in the weight's dtype; G is 1 without groups.
+    """
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    groups = weight.float().unflatten(1, (-1, settings.group_size or weight.shape[1]))
+    least, most = groups.aminmax(dim=2)
+    # Rounded to the weight's dtype first, so that the codes are those of the scale that is stored.
+    scale = calculate_qparams(least, most, settings)[0].to(weight.dtype)
+    return _not_zero(scale)
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    """Scales, also of rows of zeros. float16's smallest normal number is too large for rows of small weights."""
+    return scale.clamp(min=2.0**-18 if scale.dtype == torch.float16 else torch.finfo(scale.dtype).tiny)
+
+
 def check_quantisation(kind: str, form: str) -> None:
     """Refuse what can't be written, before anything is read.
 
@@ -120,7 +145,10 @@ def check_quantisation(kind: str, form: str) -> None:
             f"`quantize={kind}` needs the dense form; the compact form takes {' or '.join(COMPACT_KINDS)}.", "quantize"
         )
     if form == "dense" and not installed("compressed_tensors"):
-        raise RunError(f"Quantising needs {NEEDED}")
+        raise RunError(
+            "Quantising needs the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra "
+            "`quantize` of proxsparse."
+        )
 
 
 def check_base(base: Checkpoint | None, name: str) -> None:

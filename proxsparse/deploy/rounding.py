@@ -1,7 +1,8 @@
 """Round weights to few bits so that later inputs make up for the error of earlier ones; zeros stay zeros.
 
-Source: Frantar et al., GPTQ, https://arxiv.org/abs/2210.17323, with the zeros of a mask as SparseGPT
-(https://arxiv.org/abs/2301.00774, section 3.5) has them: what a pruned column would make up for is passed on.
+Source: Frantar et al., GPTQ, https://arxiv.org/abs/2210.17323, with the zeros of a mask as in SparseGPT
+(https://arxiv.org/abs/2301.00774, section 3.5): a pruned entry takes no correction, and its share goes on to the
+columns after it. Scales are fixed before any correction, from the pruned weights.
 Shapes: O = out_features, I = in_features, G = groups of neighbouring inputs that share a scale.
 """
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from proxsparse.deploy.quantise import scales_of
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
-from proxsparse.model.coded import scales_of
 from proxsparse.model.gram import GramStatistic, spread_of
-from proxsparse.model.prunable import find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.walk import walk
 
 DAMPING = 0.01
+UNSEEN = "rounded to nearest"
 COLUMNS = 128  # updated together; the result does not depend on it
 
 
@@ -36,26 +38,34 @@ def round_layers(model: PreTrainedModel, mask: Mask, windows: Tensor, settings: 
         Name of a weight -> (O, G) scales, in the weight's dtype.
 
     Raises:
-        RunError: the inputs of a weight are not finite, or make no matrix that can be inverted.
+        RunError: a weight or all its inputs are not finite, or the inputs make no matrix that can be inverted.
     """
     scales: dict[str, Tensor] = {}
     training = model.training
     model.eval()
     targets = find_prunable(model, multiple=1)
-    for _, own, statistics in walk(model, targets, windows, GramStatistic, progress="rounding"):
+    for _, own, statistics in walk(model, targets, windows, GramStatistic, progress="rounding", unseen_are=UNSEEN):
         for target in own:
-            weight = target.weight.detach()
             kept = mask.tensors.get(target.name)
-            kept = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept.to(weight.device)
-            weight.masked_fill_(~kept, 0.0)
-            scales[target.name] = scales_of(weight, settings)
-            spread, _ = spread_of(statistics[target.name].gram(None), DAMPING, target.name)
-            rounded = round_columns(weight.float(), kept, scales[target.name].float(), spread, settings.num_bits)
-            if not rounded.isfinite().all():
-                raise RunError(f"Rounding {target.name} gave no finite weights: its calibration inputs are degenerate.")
-            weight.copy_(rounded)
+            scales[target.name] = _round_one(target, kept, statistics[target.name], settings)
     model.train(training)
-    return {name: scale.cpu() for name, scale in scales.items()}
+    return scales
+
+
+def _round_one(target: Prunable, kept: Tensor | None, statistic: GramStatistic, settings: Any) -> Tensor:
+    """Round a weight in place, and return its scales."""
+    weight = target.weight.detach()
+    if not weight.isfinite().all():
+        raise RunError(f"{target.name} has NaN or infinite entries; the checkpoint is damaged.")
+    kept = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept.to(weight.device)
+    weight.masked_fill_(~kept, 0.0)
+    scale = scales_of(weight, settings)
+    spread, _ = spread_of(statistic.gram(None), DAMPING, target.name)
+    rounded = round_columns(weight.float(), kept, scale.float(), spread, settings.num_bits)
+    if (statistic.skipped and not statistic.tokens.get(None)) or not rounded.isfinite().all():
+        raise RunError(f"{target.name} can't be rounded: its inputs are not finite, or degenerate.")
+    weight.copy_(rounded)
+    return scale.cpu()
 
 
 def round_columns(weight: Tensor, kept: Tensor, scale: Tensor, spread: Tensor, bits: int) -> Tensor:

@@ -22,7 +22,7 @@ from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.text import check_tokens
+from proxsparse.text import check_windows
 
 if TYPE_CHECKING:
     from proxsparse.learning.config import TrainingConfig
@@ -141,9 +141,6 @@ REPORTERS = {
 } | {"tensorboard": "tensorboard tensorboardX", "azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}
 
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-
 def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = None) -> None:
     """Refuse what a Python caller may mix up, before anything is computed.
 
@@ -165,14 +162,9 @@ def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = N
         raise UsageError(
             "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
         )
-    for name, given in {"windows": windows, "eval_windows": eval_windows}.items():
-        if given is None:
-            continue
-        integers = torch.is_tensor(given) and given.dtype in INTEGERS
-        if not integers or given.dim() != 2 or not given.numel():
-            found = f"{given.dtype} of shape {tuple(given.shape)}" if torch.is_tensor(given) else type(given).__name__
-            raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T); got {found}.", name)
-        check_tokens(given, model.config, name)
+    check_windows(windows, model.config)
+    if eval_windows is not None:
+        check_windows(eval_windows, model.config, "eval_windows")
 
 
 def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from proxsparse.errors import RunError
 from proxsparse.model.checkpoint import Checkpoint, Stored
-from proxsparse.model.hub_errors import installed
 from proxsparse.model.quantised import quantisation, scheme_of
 
 PACKED_FORMAT = "pack-quantized"
@@ -22,13 +21,15 @@ FORMATS = ("int-quantized", "float-quantized", "naive-quantized", PACKED_FORMAT)
 SCALE, ZERO_POINT, PACKED, SHAPE = "_scale", "_zero_point", "_packed", "_shape"  # after the name of a weight
 CODES = (torch.int8, torch.float8_e4m3fn)
 BITS = 4  # of packed codes
-NEEDED = "the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra `quantize` of proxsparse."
 
 
 def is_coded(config: Mapping[str, Any]) -> bool:
     """Whether a config.json says that the weights are codes in this layout."""
     entry = quantisation(config)
-    return entry is not None and scheme_of(entry) == "compressed-tensors" and entry.get("format") in FORMATS
+    if entry is None or scheme_of(entry) != "compressed-tensors" or entry.get("format") not in FORMATS:
+        return False
+    groups = entry.get("config_groups", {}).values()
+    return entry["format"] != PACKED_FORMAT or all(group["weights"]["num_bits"] == BITS for group in groups)
 
 
 def coded_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -71,28 +72,6 @@ def coded_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 
     scales = {name + SCALE for name in raw}
     codes = [name.removesuffix(PACKED) for name in raw if name.endswith(f"weight{PACKED}")]
-    if codes and not installed("compressed_tensors"):
-        raise RunError(f"Reading weights of 4 bits needs {NEEDED}")
     beside = {name + ending for name in codes for ending in (PACKED, SCALE, SHAPE)} | scales
     whole = {name: plain(name, stored) for name, stored in raw.items() if name not in beside}
     return whole | {name: unpacked(name) for name in codes}
-
-
-def scales_of(weight: Tensor, settings: Any) -> Tensor:
-    """Scales of a weight, symmetric around zero, such that the codes span its rows or groups of inputs.
-
-    Args:
-        weight: (O, I).
-        settings: QuantizationArgs of compressed-tensors.
-
-    Returns:
-        (O, G) in the weight's dtype; G is 1 without groups.
-    """
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    groups = weight.float().unflatten(1, (-1, settings.group_size or weight.shape[1]))
-    least, most = groups.aminmax(dim=2)
-    # Rounded to the weight's dtype first, so that the codes are those of the scale that is stored.
-    scale = calculate_qparams(least, most, settings)[0].to(weight.dtype)
-    # Of rows that are all zeros. float16's smallest normal number would be too large for rows of small weights.
-    return scale.clamp(min=2.0**-18 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny)

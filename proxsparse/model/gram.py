@@ -33,7 +33,7 @@ class GramStatistic:
         self.tokens[expert] = self.tokens.get(expert, 0) + len(inputs)
 
     def gram(self, expert: int | None) -> Tensor:
-        """Mean of x x^T; the identity where an expert saw no token, so that it is pruned by magnitude."""
+        """Mean of x x^T; the identity where no token was seen, so that all inputs count alike."""
         if not self.tokens.get(expert):
             return torch.eye(self.width, device=self.device)
         return self.grams[expert] / self.tokens[expert]

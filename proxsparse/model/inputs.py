@@ -167,14 +167,15 @@ def input_norms(
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
 
 
-def note_unseen(targets: list[Prunable]) -> None:
-    """Say for which weights no input was seen, if there are any: their entries are compared by magnitude alone."""
+def note_unseen(targets: list[Prunable], entries_are: str = "compared by magnitude alone") -> None:
+    """Say for which weights no input was seen, if there are any, and what becomes of their entries."""
     kinds = sorted({re.sub(r"\.\d+(?=\.)", ".*", target.kind) for target in targets})
     if kinds:
         logger.warning(
-            "note: no inputs were seen of %d weights (%s); their entries are compared by magnitude alone",
+            "note: no inputs were seen of %d weights (%s); their entries are %s",
             len(targets),
             ", ".join(kinds),
+            entries_are,
         )
 
 

@@ -137,8 +137,11 @@ def walk(
     hidden_device: str = "cpu",
     bf16: bool = False,
     progress: str | None = None,
+    unseen_are: str = "compared by magnitude alone",
 ) -> Iterator[tuple[int, list[Prunable], dict[str, Any]]]:
     """Go through the layers, and give what was seen of the inputs of each one's weights.
+
+    Call it under ``torch.no_grad``, on a model in eval mode.
 
     The caller may change a layer's weights: the layers after it see its new outputs. One layer's statistics and two
     copies of the hidden states exist at a time.
@@ -149,6 +152,7 @@ def walk(
         statistic: makes what collects a weight's inputs by ``add(expert, inputs)``; None where nothing is collected.
         hidden_device: where the hidden states are kept between layers.
         bf16: compute the layers in bfloat16 autocast.
+        unseen_are: what becomes of the entries of weights whose inputs were not seen, for the note that says so.
 
     Yields:
         (index of the layer, its weights, name -> statistic).
@@ -170,11 +174,11 @@ def walk(
             with reduced:
                 unseen += _look(model, block, statistics, own, (hidden, calls[index]) if calls else windows)
         yield index, own, statistics
-        del statistics
+        statistics.clear()  # the caller holds it too
         if calls and index + 1 < len(blocks):
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
-    note_unseen(unseen)
+    note_unseen(unseen, unseen_are)
 
 
 def _look(
