@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,19 @@ def test_each_saving_is_in_the_plan():
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes)
     assert sizes[-1] < 22 * 2**30 < sizes[-2]  # a 24 GB GPU
+
+
+def test_weights_that_wait_are_counted_in_host_memory(capsys):
+    name, flags = "meta-llama/Llama-2-7b-hf", {"activation_checkpointing": "true", "use_cpu": "true"}
+    words = [w for key, value in flags.items() for w in (f"--{key}", value)]
+    found = []
+    for more in ([], ["--offload_learned", "true"], ["--offload_learned", "true", "--keep_base", "cpu"]):
+        argv = ["--model", name, "--output_dir", "none", "--gpus", "1", *words, *more]
+        assert plan_command(argv) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "host memory" in line]
+        found.append(float(re.findall(r"[\d.]+(?= GiB)", lines[0])[0]) if lines else 0.0)
+    copy = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) * 2 / 2**30  # bfloat16
+    assert found == [0.0, pytest.approx(copy, abs=0.01), pytest.approx(2 * copy, abs=0.01)]
 
 
 def test_shards_share_everything_but_activations(capsys):

@@ -153,8 +153,9 @@ def _reason(error: BaseException) -> str:
         return f"A safetensors file is damaged or unreadable: {text}."
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return (
-            "The memory is used up: lower `batch_size` or `ctx_len`, use `dtype=bfloat16`, or "
-            "`activation_checkpointing=True` where you learn."
+            "The memory is used up: lower `batch_size` or `ctx_len`, or use `dtype=bfloat16`. Where you learn, "
+            "`activation_checkpointing=True`, `keep_base=checkpoint`, `optim_in_backward=True` and "
+            "`offload_learned=True` save memory too; proxsparse plan computes how much."
         )
     if isinstance(error, ImportError):
         package = error.name.partition(".")[0] if error.name else None

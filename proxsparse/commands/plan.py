@@ -110,6 +110,8 @@ def show(plan: Plan, model: str, folder: str, dtype: torch.dtype, pattern: str) 
         table.add_row(name, f"{size / GIB:,.2f} GiB")
     table.add_row("memory per device, computed", f"{plan.total / GIB:,.2f} GiB", style="bold")
     table.add_row("  bytes per parameter", f"{plan.per_parameter():.1f}")
+    if plan.waiting:
+        table.add_row("host memory per device, for weights that wait", f"{plan.waiting / GIB:,.2f} GiB")
     Console().print(table)
 
 

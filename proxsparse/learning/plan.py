@@ -72,6 +72,7 @@ class Plan:
         parameters, trainable, prunable: numbers of weights.
         steps: optimizer steps.
         parts: name -> bytes on one device, at the moment with the highest sum.
+        waiting: bytes of weights that wait in host memory while they don't compute, for each device.
         note: what could not be counted, or nothing.
     """
 
@@ -80,6 +81,7 @@ class Plan:
     prunable: int
     steps: int
     parts: dict[str, float] = field(default_factory=dict)
+    waiting: float = 0.0
     note: str = ""
 
     @property
@@ -132,6 +134,8 @@ def plan_learning(
     wide, parts_of = dtype.itemsize, devices if sharded else 1
     cost = cost_of(config, dtype, sharded)
     frozen = (sizes.parameters - sizes.trainable) * (low if low == torch.bfloat16 else dtype).itemsize
+    # On a CPU all copies are on the device: the others wait.
+    waiting = 0 if on_cpu else Objective.copies_on_device(config, True) - Objective.copies_on_device(config, False)
     copies, masks = Objective.copies_on_device(config, on_cpu), Objective.masks_on_device(config, on_cpu)
     gradients = (sizes.largest if config.optim_in_backward else sizes.trainable) * wide / parts_of
     in_pieces = sizes.plain and bool(config.distill) and not on_cpu and not sharded  # as the trainer decides
@@ -149,7 +153,8 @@ def plan_learning(
         parts["buckets for averaging gradients"] = gradients
     steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
     steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
-    return Plan(sizes.parameters, sizes.trainable, sizes.prunable, steps, parts, sizes.note)
+    host = sizes.prunable * wide * waiting / parts_of
+    return Plan(sizes.parameters, sizes.trainable, sizes.prunable, steps, parts, host, sizes.note)
 
 
 @dataclass
