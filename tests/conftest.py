@@ -30,6 +30,11 @@ TEXT = (
 )
 
 
+def slow(*values):
+    """A case that runs with the slow tests, where others like it are fast ones."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and an end-of-text token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

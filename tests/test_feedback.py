@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TEXT, byte_tokenizer, tiny_llama
+from conftest import TEXT, byte_tokenizer, slow, tiny_llama
 from datasets import Dataset
 
 from proxsparse.learning.config import ProxSparseConfig
@@ -36,7 +36,7 @@ def rescaled(factor):
     return model
 
 
-@pytest.mark.parametrize("steps", [20, 100])
+@pytest.mark.parametrize("steps", [20, slow(100)])
 @pytest.mark.parametrize("factor", [1, 30])
 @pytest.mark.parametrize("method", ["paper", "masked"])
 def test_auto_lands_in_the_band(method, factor, steps, tmp_path):

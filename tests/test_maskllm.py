@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, slow, tiny_llama
 from datasets import Dataset
 from test_prunable import build
 from torch import nn
@@ -81,7 +81,7 @@ def learn_masks(model, folder, count=8, learn=learn_mask, **settings):
 
 
 @pytest.mark.parametrize(
-    ("family", "learn"), [("llama", learn_mask), ("mixtral", learn_mask), ("mixtral", roi.learn_mask)]
+    ("family", "learn"), [slow("llama", learn_mask), slow("mixtral", learn_mask), ("mixtral", roi.learn_mask)]
 )
 def test_a_run_that_was_stopped_goes_on_exactly_and_another_is_refused(family, learn, tmp_path, monkeypatch):
     make, learned = partial(build, family, vocab_size=257), partial(learn_masks, learn=learn)

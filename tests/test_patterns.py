@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import slow, tiny_llama
 
 from proxsparse import apply_mask, learn_mask, load_mask
 from proxsparse.__main__ import main as console
@@ -73,7 +73,7 @@ def test_ordered_channels_of_another_pattern_keep_more(tokenizer):
     assert sum(kept(t.rows(t.weight.detach()).abs(), pattern) for t in find_prunable(model)) > before
 
 
-@pytest.mark.parametrize("text", ["1:4", "4:8", "8:16"])
+@pytest.mark.parametrize("text", [slow("1:4"), "4:8", slow("8:16")])
 def test_a_pattern_is_learned_and_lowers_the_loss_of_its_magnitude_mask(text, tokenizer):
     model, pattern = tiny_llama(), Pattern.parse(text)
     windows = torch.randint(1, 257, (24, 16), generator=torch.Generator().manual_seed(0))

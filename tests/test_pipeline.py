@@ -53,10 +53,10 @@ def learn_flags(checkpoint, corpus, out, **changes):
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, checkpoint, corpus, python):
+def learned(tmp_path_factory, checkpoint, corpus):
     """A finished run of end-to-end/main.py."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, last_json(started(python, "end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
+    return out, last_json(run("end-to-end/main.py", *learn_flags(checkpoint, corpus, out)))
 
 
 def test_learning_leaves_a_mask_a_history_and_its_configuration(learned, checkpoint):

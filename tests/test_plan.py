@@ -105,6 +105,7 @@ def test_the_built_in_dimensions_give_the_published_sizes():
     }
 
 
+@pytest.mark.slow
 def test_settings_that_save_memory_save_it_in_the_plan():
     name = "meta-llama/Llama-2-7b-hf"
     plain = plan_of(name, method="paper", activation_checkpointing="false")
@@ -151,6 +152,7 @@ def test_weights_that_wait_are_counted_in_host_memory(capsys):
     assert found == [0.0, pytest.approx(copy, abs=0.01), pytest.approx(2 * copy, abs=0.01)]
 
 
+@pytest.mark.slow
 def test_shards_share_everything_but_activations(capsys):
     flags = ["--model", "meta-llama/Llama-3.1-8B", "--output_dir", "none"]
     totals = {}

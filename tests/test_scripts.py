@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama
+from conftest import slow, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from proxsparse.__main__ import main
@@ -76,7 +76,7 @@ def test_every_published_recipe_has_a_script_that_names_it():
         assert RECIPES[recipe].model == PUBLISHED[name][0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS[:3], *map(slow, SCRIPTS[3:])])
 def test_a_recipe_holds_the_published_settings(script, capsys):
     model, lambda1, learning_rate, ctx_len, lambda2, epsilon = PUBLISHED[script]
     (recipe,) = re.findall(r"^recipe=(\S+)$", (ROOT / "script" / script).read_text(), re.M)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import slow, tiny_llama
 from datasets import Dataset
 from test_prunable import build
 from transformers import TrainerCallback
@@ -259,7 +259,9 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("dtype", "lam"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "auto")])
+@pytest.mark.parametrize(
+    ("dtype", "lam"), [(torch.float32, "auto"), slow(torch.bfloat16, None), slow(torch.float32, None)]
+)
 def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer, method, dtype, lam):
     saving = {"save_strategy": "steps", "save_steps": 2, "method": method, "save_total_limit": 2, "lambda_value": lam}
     whole = trainer(tmp_path / "whole", tokenizer, tiny_llama().to(dtype), **saving)
@@ -277,7 +279,7 @@ def test_a_resumed_run_ends_with_the_mask_of_an_unbroken_one(tmp_path, tokenizer
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("family", ["mixtral", slow("qwen3_moe"), slow("gpt2")])
 def test_other_architectures_resume_exactly(tmp_path, tokenizer, family):
     saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     whole = trainer(tmp_path / "whole", tokenizer, build(family, vocab_size=257), **saving)
