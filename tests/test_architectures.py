@@ -231,7 +231,7 @@ def test_layers_that_do_not_run_one_after_the_other_are_walked_by_running_the_wh
     """The slow walk gives the fast one's masks, and is taken where layers are shared or run several times."""
     fast = layerwise.prune_layerwise(tiny_model("llama"), WINDOWS, Wanda(), TWO_OF_FOUR)
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise, "in_sequence", lambda *_: False)
+        patch.setattr(walk, "in_sequence", lambda *_: False)
         slow = layerwise.prune_layerwise(tiny_model("llama"), WINDOWS, Wanda(), TWO_OF_FOUR)
     assert all(torch.equal(slow.tensors[name], mask) for name, mask in fast.tensors.items())
     walks = {}
