@@ -32,6 +32,7 @@ from proxsparse.commands.groups import (
     options_of,
     read_mask,
     require,
+    samples_of,
     tokenizer_to_save,
 )
 from proxsparse.deploy.dense import save_pruned
@@ -43,7 +44,7 @@ from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.record import OWN, origin_of, refuse_to_overwrite
 from proxsparse.resume import RUN_FILE
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
+from proxsparse.text import SELF, check_ctx_len, parts_of, stamp
 
 
 def arguments() -> Parser:
@@ -104,13 +105,12 @@ def main(args: argparse.Namespace) -> None:
     if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
         raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model
-    config = load_config(base, **options_of(args))
-    check_ctx_len(args.ctx_len, config)
+    of_base = argparse.Namespace(**vars(args) | {"model": base})
+    check_ctx_len(args.ctx_len, load_config(base, **options_of(args)))  # before a model writes the text
     tokenizer = load_tokenizer(base, **options_of(args))
     set_seed(args.seed)
-    dense = load(argparse.Namespace(**vars(args) | {"model": base})) if SELF in parts_of(args.dataset) else None
-    windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, dense)
-    check_tokens(windows, config)
+    dense = load(of_base) if SELF in parts_of(args.dataset) else None
+    windows = samples_of(of_base, tokenizer, dense)
     saved = tokenizer_to_save(args)
     # One layer at a time is on the device; the models wait on the CPU.
     home = "cpu" if args.scope == "layer" else args.device
