@@ -80,6 +80,13 @@ def _on_gpu(kernel):
     return call
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that need no kernels come first. Of two processes that share the tests, one starts in the middle of the
+    list and compiles the kernels. The other finds them compiled when it is through with the first ones."""
+    without = {f"test_{name}" for name in ["bad_input", "checkpoint", "cli", "flags", "quantised", "settings", "text"]}
+    items.sort(key=lambda item: item.path.stem not in without)
+
+
 @pytest.fixture(autouse=True)
 def triton_takes_tensors_of_the_cpu(monkeypatch):
     """As its interpreter does, so that the same tests run where there is a GPU."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from conftest import slow
 from tiny_models import KINDS, byte_tokenizer, tiny_model
 from torch import nn
 
@@ -250,7 +251,7 @@ def test_eval_measures_a_model_that_has_nothing_to_prune():
     assert shares_24(hf.LlamaForCausalLM(config)) == {}
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "rwkv"])
+@pytest.mark.parametrize("kind", [slow("mamba"), "jamba", "rwkv"])
 def test_bench_decodes_with_the_models_own_cache_and_keeps_dense_what_the_code_reads(kind, saved, tmp_path, capsys):
     base, mask, pruned = saved(kind), tmp_path / "mask", tmp_path / "pruned"
     assert main(["prune", "--model", base, "--prune_method", "magnitude", "--save", str(mask)]) == 0

@@ -348,6 +348,7 @@ def test_a_missing_data_package_says_how_to_get_it():
         embedded.package_file("no_such_package", "x")
 
 
+@pytest.mark.slow
 def test_the_embedded_texts_are_prose():
     pytest.importorskip("mwparserfromhell")
     articles, news = embedded.wikipedia(), embedded.news()
