@@ -83,7 +83,7 @@ def _on_gpu(kernel):
 def pytest_collection_modifyitems(items):
     """Tests that need no kernels come first. Of two processes that share the tests, one starts in the middle of the
     list and compiles the kernels. The other finds them compiled when it is through with the first ones."""
-    without = {f"test_{name}" for name in ["bad_input", "checkpoint", "cli", "flags", "quantised", "settings", "text"]}
+    without = {f"test_{name}" for name in ["checkpoint", "cli", "flags", "settings", "text"]}
     items.sort(key=lambda item: item.path.stem not in without)
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import slow, tiny_llama
 from test_trainer import trainer
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
@@ -25,11 +25,9 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("method", ["masked", "paper"])
-@pytest.mark.parametrize(
-    "optim", [pytest.param("adamw_torch", marks=pytest.mark.slow), "adamw_torch_fused", "adafactor"]
-)
+@pytest.mark.parametrize("optim", [slow("adamw_torch"), "adamw_torch_fused", "adafactor"])
 def test_the_step_in_backward_gives_the_same_weights(tmp_path, tokenizer, method, optim, dtype):
     given = {"method": method, "optim": optim, "max_grad_norm": 0.0, "model": None}
     results = [

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, slow, tiny_llama
 from datasets import Dataset
 from pretended import Card, OnCard
 from safetensors.torch import load_file
@@ -47,8 +47,8 @@ SETTINGS = {
     "paper, lambda2": (PAPER | {"project_lambda2": 1, "lambda2_value": 0.25}, [{}, {"keep_base": "cpu"}]),
 }
 CASES = [(name, places) for name, (_, variants) in SETTINGS.items() for places in variants]
-FAST = (CASES[0], CASES[3])
-COSTLY = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+FAST = CASES[:1]
+COSTLY = [case if case in FAST else slow(*case) for case in CASES]
 
 
 def small_model(**changes):
