@@ -18,6 +18,7 @@ fi
 
 bash script/setup.sh
 export HF_HUB_OFFLINE=1
-model_dir=smollm2-135m dataset=wiki evaluation="wiki;news" split=heldout baselines="magnitude wanda" dtype=float32
+model_dir=smollm2-135m dataset=wiki evaluation="wiki;news" split=heldout baselines="magnitude wanda"
+dtype=float32 permute=auto
 set -- --save_steps 0.2 --save_total_limit 2
 source script/chain.sh
