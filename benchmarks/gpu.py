@@ -31,7 +31,8 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from proxsparse.commands.bench import decode
-from proxsparse.deploy.sparse import device_seconds, seconds, use_semi_structured
+from proxsparse.deploy.sparse import use_semi_structured
+from proxsparse.deploy.timing import device_seconds, seconds
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import dimensions, plan_learning
 from proxsparse.learning.rounded import Adafactor
@@ -222,6 +223,7 @@ def products() -> list[dict]:
                     with torch.no_grad():
                         works = [lambda w=w, x=x: nn.functional.linear(x, w) for w in own]
                         found[form] = device_seconds(works)
+                        found[f"{form} graph"] = device_seconds(works, graph=True)
                         difference = (works[0]() - nn.functional.linear(x, weights[0])).abs().max().item()
                         found[f"{form} error"] = difference
                 except RuntimeError as error:
@@ -229,10 +231,12 @@ def products() -> list[dict]:
             rows.append({"layer": name, "shape": shape, "rows": tokens, **found})
     cells = []
     for r in rows:
-        own = [f"{r[form] * 1e6:,.0f}" if form in r else "-" for form in ("dense", "cuSPARSELt", "CUTLASS")]
-        gains = [f"{r['dense'] / r[form]:.2f}" if form in r else "-" for form in ("cuSPARSELt", "CUTLASS")]
-        cells.append([r["layer"], str(r["rows"]), *own, *gains])
-    heads = ("layer", "rows", "dense, us", "cuSPARSELt, us", "CUTLASS, us", "gain, cuSPARSELt", "gain, CUTLASS")
+        for way in ("", " graph"):
+            own = [r.get(f"{form}{way}") for form in ("dense", "cuSPARSELt", "CUTLASS")]
+            gains = [f"{own[0] / value:.2f}" if own[0] and value else "-" for value in own[1:]]
+            times = [f"{value * 1e6:,.0f}" if value else "-" for value in own]
+            cells.append([r["layer"], str(r["rows"]), "graph" if way else "calls", *times, *gains])
+    heads = ("layer", "rows", "as", "dense, us", "cuSPARSELt, us", "CUTLASS, us", "gain, cuSPARSELt", "gain, CUTLASS")
     print_table(f"bfloat16 products on {card()}", heads, cells)
     return rows
 

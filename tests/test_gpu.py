@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_llama
 from test_rehearsal import CASES, SETTINGS, small_model, trainer
 
+from proxsparse.commands.bench import StaticDecoding
 from proxsparse.deploy.sparse import use_dense, use_semi_structured
+from proxsparse.deploy.timing import recorded
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.prox import top2_mask
@@ -52,3 +54,16 @@ def test_sparse_weights_compute_what_dense_ones_do_and_come_back_bit_for_bit(mon
             assert difference.norm() < 0.02 * dense.float().norm()  # sums in another order, rounded to bfloat16
     use_dense(model)
     assert all(torch.equal(target.weight, before[target.name]) for target in find_prunable(model))
+
+
+@torch.no_grad()
+def test_a_recorded_step_decodes_what_the_step_decodes():
+    model = tiny_llama(hidden_size=256, intermediate_size=512).to("cuda").eval()
+    decoding = StaticDecoding(model, torch.tensor([[7]], device="cuda"), 9)
+    replay, tokens = recorded(decoding.step), []
+    for step in (decoding.step, replay):
+        found: list[int] = []
+        decoding.run(lambda step=step, found=found: (step(), found.append(decoding.token.item())))
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0])) > 1

@@ -294,11 +294,30 @@ def test_sparse_weights_compute_what_dense_ones_do_and_each_use_decides_anew(pru
 
 
 @pytest.mark.slow
-def test_bench_measures_prefill_and_decoding_each_with_its_own_sparse_layers(pruned_in_halves, tmp_path, capsys):
+@pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["calls", "graph"])
+def test_bench_measures_prefill_and_decoding_each_with_its_own_sparse_layers(
+    pruned_in_halves, tmp_path, capsys, monkeypatch, graph
+):
+    # A graph can't be recorded here: its work is done again and again instead.
+    for module in ("proxsparse.commands.bench", "proxsparse.deploy.timing"):
+        monkeypatch.setattr(f"{module}.recorded", lambda work: work)
     pruned_in_halves.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with Card() as card:
-        assert main(["bench", "--model", str(tmp_path), "--prompt", "8", "--tokens", "2", "--repeat", "1"]) == 0
+        argv = ["bench", "--model", str(tmp_path), "--prompt", "8", "--tokens", "2", "--repeat", "1", *graph]
+        assert main(argv) == 0
     shown = capsys.readouterr().out
     assert shown.count("prefill: ") == shown.count("decode: ") == 1
     assert not card.count.faults
+
+
+def test_a_model_that_can_not_be_recorded_is_said(pruned_in_halves, tmp_path, capsys, monkeypatch):
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("proxsparse.commands.bench.recorded", refuse)
+    pruned_in_halves.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with Card():
+        assert main(["bench", "--model", str(tmp_path), "--graph", "--prompt", "8", "--tokens", "2"]) == 1
+    assert "The prefill of LlamaForCausalLM can't be recorded, so leave --graph away" in capsys.readouterr().err

@@ -7,23 +7,26 @@
 Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
 tensors, for those shapes where a quick measurement shows a gain. Dense and sparse are measured in one process, on the
 same weights. Compact weights have int8 values with --quantize int8, and where the model's files hold int8 values.
+With --graph both run as CUDA graphs, as inference servers run them: the host then takes no time.
 """
 
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from proxsparse.commands.cli import Parser, command, positive_int, print_json
 from proxsparse.commands.groups import add_model_arguments, describe_device, load
-from proxsparse.deploy.sparse import CompactLinear, seconds, stored_kind, use_compact, use_semi_structured
+from proxsparse.deploy.sparse import CompactLinear, stored_kind, use_compact, use_semi_structured
+from proxsparse.deploy.timing import recorded, seconds
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.compact import KINDS
 
@@ -39,6 +42,7 @@ def arguments() -> Parser:
         "--repeat", type=positive_int, default=5, help="measurements, whose median is shown; default: %(default)s"
     )
     parser.add_argument("--quantize", default=None, choices=KINDS, help="compact weights with int8 values, on a CPU")
+    parser.add_argument("--graph", action="store_true", help="on a GPU: CUDA graphs, and a cache of fixed size")
     return parser
 
 
@@ -48,6 +52,8 @@ def main(args: argparse.Namespace) -> None:
     model.eval()
     if args.quantize and model.device.type != "cpu":
         raise UsageError(f"--quantize is for compact weights, which need --device cpu; the model is on {model.device}.")
+    if args.graph and model.device.type != "cuda":
+        raise UsageError(f"--graph is for CUDA graphs, which need a GPU; the model is on {model.device}.")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
@@ -73,7 +79,7 @@ def measure_semi_structured(model: PreTrainedModel, ids: Tensor, args: argparse.
     """Prefill and decoding on a GPU, with the weights that gain at their number of rows."""
     found: dict[str, float] = {}
     for part, tokens in (("prefill", args.prompt), ("decode", 1)):
-        converted = use_semi_structured(model, tokens)
+        converted = use_semi_structured(model, tokens, args.graph)
         counts = f"{converted['sparse']} linear layers are semi-structured, {converted['dense']} stay dense"
         print(f"{part}: {counts} (they gain nothing, or do not fit)")
         found |= measure(model, ids, args, (part,))
@@ -85,14 +91,9 @@ def measure(
     model: PreTrainedModel, ids: Tensor, args: argparse.Namespace, parts: Sequence[str] = ("prefill", "decode")
 ) -> dict[str, float]:
     """Tokens per second of prefill and of decoding, and bytes of the weights."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    works: dict[str, tuple[int, Callable[[], object]]] = {
-        "prefill": (args.prompt, lambda: model(input_ids=ids, use_cache=False, **last)),
-        "decode": (args.tokens + 1, lambda: decode(model, ids[:, :1], args.tokens + 1)),
-    }
     found: dict[str, float] = {}
     for part in parts:
-        tokens, work = works[part]
+        tokens, work = work_of(part, model, ids, args)
         found[f"{part}_tokens_per_second"] = tokens / seconds(work, model.device, args.repeat)
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
     size = sum(module.nbytes for module in compact)
@@ -101,6 +102,59 @@ def measure(
         inner = [t for t in (packed, getattr(parameter, "meta", None)) if t is not None] or [parameter]
         size += sum(t.numel() * t.element_size() for t in inner)
     return found | {"weight_bytes": size}
+
+
+def work_of(
+    part: str, model: PreTrainedModel, ids: Tensor, args: argparse.Namespace
+) -> tuple[int, Callable[[], object]]:
+    """How many tokens a part takes, and the work to be timed; with --graph it is recorded."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    prefill = partial(model, input_ids=ids, use_cache=False, **last)
+    first, tokens = ids[:, :1], args.tokens + 1
+    if not args.graph:
+        works = {"prefill": (args.prompt, prefill), "decode": (tokens, partial(decode, model, first, tokens))}
+        return works[part]
+    try:
+        if part == "prefill":
+            return args.prompt, recorded(prefill)
+        decoding = StaticDecoding(model, first, tokens)
+        step = recorded(decoding.step)
+        return tokens, lambda: decoding.run(step)
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the model's own code, or of CUDA
+        kind = type(model).__name__
+        raise RunError(f"The {part} of {kind} can't be recorded, so leave --graph away: {error}") from error
+
+
+class StaticDecoding:
+    """Decoding with a cache of fixed size: every token takes the same work on the same memory, as a graph needs it.
+
+    Raises:
+        UsageError: some layers see fewer tokens than are decoded. Their cache would move, which a graph can't do.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: Tensor, tokens: int):
+        self.model, self.first, self.tokens = model, first, tokens
+        self.token = first.clone()  # the one to feed
+        size = max(tokens, 4)  # three tokens are fed before the step is recorded
+        self.cache = StaticCache(config=model.config, max_cache_len=size)
+        smallest = min(layer.get_max_length() for layer in self.cache.layers)
+        if 0 <= smallest < size:
+            raise UsageError(f"With --graph at most {smallest - 1} --tokens, this model's window; got {tokens - 1}.")
+
+    def step(self) -> None:
+        """Feed one token, and put the likeliest next one in its place."""
+        out = self.model(input_ids=self.token, use_cache=True, past_key_values=self.cache)
+        self.token.copy_(out.logits[:, -1:].argmax(-1))
+
+    @torch.no_grad()
+    def run(self, step: Callable[[], object]) -> None:
+        """Decode from the start: ``step`` once per token."""
+        self.cache.reset()
+        self.token.copy_(self.first)
+        for _ in range(self.tokens):
+            step()
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ that gain are converted. ``proxsparse bench`` shows what a machine gains.
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from transformers import PreTrainedModel
 
 from proxsparse.deploy.compact_linear import CompactLinear as CompactLinear
+from proxsparse.deploy.timing import device_seconds
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.compact import check_kind
@@ -109,13 +108,14 @@ def _dense_linear(compact: CompactLinear) -> nn.Linear:
 
 
 @torch.no_grad()
-def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, int]:
+def use_semi_structured(model: PreTrainedModel, tokens: int = 1, graph: bool = False) -> dict[str, int]:
     """Turn pruned linear weights on a GPU into torch's semi-structured tensors where that is faster, in place.
 
     Weights that are semi-structured already are made dense first, so that each call decides anew.
 
     Args:
         tokens: rows of the input that each shape is measured with: 1 for decoding, the prompt's for prefill.
+        graph: measure products in a CUDA graph, for a model that runs in one.
 
     Returns:
         {"sparse": number converted, "dense": number left dense}.
@@ -137,8 +137,11 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1) -> dict[str, in
         some = members[:MEASURED]
         sparse = [_semi_structured(target) for target in some]
         x = torch.randn(tokens, shape[1], device=model.device, dtype=some[0].weight.dtype)
-        dense_time = device_seconds([partial(nn.functional.linear, x, target.weight) for target in some])
-        if dense_time <= WORTHWHILE * device_seconds([partial(nn.functional.linear, x, weight) for weight in sparse]):
+        dense_time, sparse_time = (
+            device_seconds([partial(nn.functional.linear, x, weight) for weight in weights], graph=graph)
+            for weights in ([target.weight for target in some], sparse)
+        )
+        if dense_time <= WORTHWHILE * sparse_time:
             continue
         for place, target in enumerate(members):
             weight = sparse[place] if place < len(sparse) else _semi_structured(target)
@@ -198,40 +201,6 @@ def _semi_structured(target: Prunable) -> Tensor:
             return to_sparse_semi_structured(weight)
     except RuntimeError as error:
         raise RunError(f"torch can't make {target.name} semi-structured: {str(error).splitlines()[0]}") from error
-
-
-def device_seconds(works: Sequence[Callable[[], object]], repeat: int = 20) -> float:
-    """Median seconds per piece of work on a GPU, by its clock.
-
-    The pieces follow one another without waiting, as the layers of a model do. The host's time counts only where the
-    GPU waits for it.
-    """
-    taken = []
-    for attempt in range(repeat + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for work in works:
-            work()
-        end.record()
-        end.synchronize()
-        if attempt >= 3:
-            taken.append(start.elapsed_time(end) / 1e3 / len(works))
-    return sorted(taken)[len(taken) // 2]
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeat: int = 20) -> float:
-    """Median wall time of a piece of work, after a warm-up."""
-    taken = []
-    for attempt in range(repeat + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if attempt >= 3:
-            taken.append(time.perf_counter() - start)
-    return sorted(taken)[len(taken) // 2]
 
 
 def _replace(model: PreTrainedModel, target: Prunable, module: nn.Module) -> None:
