@@ -5,14 +5,15 @@ import shutil
 import numba
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import slow, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_prunable import FAMILIES, build
 from torch import nn
 
-from proxsparse.deploy import compact_linear, decode_int8
+import proxsparse
+from proxsparse.deploy import compact_linear, decode_avx2
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear, use_compact
@@ -23,11 +24,13 @@ from proxsparse.model.compact import (
     decompress,
     dequantise,
     pack_positions,
+    pattern_of,
     quantise_rows,
     unpack_positions,
 )
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import top2_mask
 
 
@@ -49,14 +52,15 @@ def load_compact(folder):
     return load_model(str(folder))
 
 
-def pruned_linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0):
+def pruned_linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0, pattern=TWO_OF_FOUR):
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     with torch.no_grad():
-        linear.weight.mul_(top2_mask(linear.weight.float()))
+        linear.weight.mul_(pattern.mask(linear.weight.float().abs()))
     return linear
 
 
+PATTERNS = [Pattern.parse(text) for text in ("1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "6:8", "8:16", "13:16")]
 blocks = st.lists(
     st.tuples(st.permutations(range(4)), st.floats(-4, 4, width=16), st.floats(-4, 4, width=16)), min_size=1, max_size=9
 )
@@ -70,7 +74,7 @@ def test_compression_is_exact_whatever_the_block(found, dtype):
     values, positions = compress(rows)
     packed = pack_positions(positions)
     assert packed.shape[-1] == -(-positions.shape[-1] // 4)
-    assert torch.equal(unpack_positions(packed, positions.shape[-1]), positions)
+    assert torch.equal(unpack_positions(packed, rows.shape[-1]), positions)
     assert torch.equal(decompress(values, positions), rows)
 
 
@@ -79,16 +83,50 @@ def test_a_weight_that_is_not_24_is_refused():
         compress(torch.ones(2, 8))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 30), st.integers(1, 8), st.booleans())
-def test_the_kernel_is_the_dense_product(outputs, blocks_in, tokens, half):
-    linear = pruned_linear(4 * blocks_in, outputs, torch.bfloat16 if half else torch.float32)
-    compact = CompactLinear(linear)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_zeros_of_a_weight_tell_its_pattern_and_the_compact_form_gives_it_back(pattern):
+    for shape in ((5, 3 * pattern.m), (2, 3, 4 * pattern.m)):
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        rows *= pattern.mask(rows.abs())
+        rows.view(-1)[0] = 0  # a block with one fewer
+        assert pattern_of(rows) == pattern
+        values, positions = compress(rows, pattern)
+        packed = pack_positions(positions, pattern)
+        assert packed.shape == (*shape[:-1], -(-shape[-1] // 8))
+        assert torch.equal(unpack_positions(packed, shape[-1], pattern), positions)
+        assert torch.equal(decompress(values, positions, pattern), rows)
+        with pytest.raises(ValueError, match="non-zeros"):
+            compress(torch.ones(shape), pattern)
+
+
+def test_dense_and_empty_weights_have_no_pattern():
+    assert pattern_of(torch.ones(3, 16)) is None
+    assert pattern_of(torch.zeros(3, 16)) is None
+    assert pattern_of(torch.ones(3, 6) * torch.tensor([1, 0, 1, 0, 1, 1])) is None
+
+
+@pytest.fixture(params=["AVX2", slow("any processor")])
+def processor(request, monkeypatch):
+    if request.param == "AVX2" and not decode_avx2.supported():
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(decode_avx2, "supported", lambda: request.param == "AVX2")
+
+
+any_product = given(
+    st.integers(1, 70), st.integers(1, 30), st.integers(1, 11), st.booleans(), st.sampled_from(PATTERNS)
+)
+few_examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@few_examples
+@any_product
+def test_the_kernel_is_the_dense_product(processor, outputs, blocks_in, tokens, half, pattern):
+    inputs = torch.randn(tokens, pattern.m * blocks_in)
+    linear = pruned_linear(inputs.shape[1], outputs, torch.bfloat16 if half else torch.float32, pattern=pattern)
+    compact = CompactLinear(linear, pattern=pattern)
     assert torch.equal(compact.dense(), linear.weight)
-    inputs = torch.randn(tokens, 4 * blocks_in)
     wanted = inputs.double() @ linear.weight.double().T
-    found = compact(inputs)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compact(inputs).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40])
@@ -117,29 +155,20 @@ def test_it_has_the_bytes_it_promises():
     assert small.nbytes <= 0.3125 * 1024 * 1024 * 2 + 8 * 1024  # two numbers per row
 
 
-def dequantised(linear):
+def dequantised(linear, pattern=TWO_OF_FOUR):
     """The weight that int8 values stand for, in float64."""
-    values, positions = compress(linear.weight.detach())
+    values, positions = compress(linear.weight.detach(), pattern)
     codes, scales = quantise_rows(values)
-    return decompress(codes.double() * scales.double()[:, None], positions)
+    return decompress(codes.double() * scales.double()[:, None], positions, pattern)
 
 
-@pytest.fixture(params=["AVX2", "any processor"])
-def processor(request, monkeypatch):
-    if request.param == "AVX2" and not decode_int8.supported():
-        pytest.skip("needs a processor with AVX2")
-    monkeypatch.setattr(decode_int8, "supported", lambda: request.param == "AVX2")
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 70), st.integers(1, 30), st.integers(1, 11), st.booleans())
-def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_in, tokens, half):
-    linear = pruned_linear(4 * blocks_in, outputs, torch.bfloat16 if half else torch.float32)
-    compact, weight = CompactLinear(linear, "int8"), dequantised(linear)
-    inputs = torch.randn(tokens, 4 * blocks_in)
-    # An input is off by half a step, 1 / 16382 of the token's largest.
-    off = inputs.abs().amax(1, keepdim=True).double() / 16382 * weight.abs().sum(1)
-    assert ((compact(inputs).double() - inputs.double() @ weight.T).abs() <= 1.01 * off + 1e-5).all()
+@few_examples
+@any_product
+def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_in, tokens, half, pattern):
+    inputs = torch.randn(tokens, pattern.m * blocks_in)
+    linear = pruned_linear(inputs.shape[1], outputs, torch.bfloat16 if half else torch.float32, pattern=pattern)
+    compact, weight = CompactLinear(linear, "int8", pattern), dequantised(linear, pattern)
+    torch.testing.assert_close(compact(inputs).double(), inputs.double() @ weight.T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compact.dense().double(), weight, rtol=2.0**-8 if half else 1e-6, atol=0)
     assert not compact.dense()[linear.weight == 0].any()
 
@@ -147,19 +176,15 @@ def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_
 def test_a_processor_that_numba_is_told_to_compile_for_counts(monkeypatch):
     for features, wanted in (("", False), ("+sse4.2,-avx2", False), ("+avx2,+fma", True)):
         monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
-        assert decode_int8.supported() is wanted
+        assert decode_avx2.supported() is wanted
 
 
-def test_int8_products_at_the_largest_codes_do_not_overflow(processor):
-    linear = nn.Linear(16384, 8, bias=False)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_products_show_what_is_not_finite(processor, quantize):
+    linear = pruned_linear(64, 8)
     with torch.no_grad():
-        linear.weight.copy_(torch.tensor([1.0, 0, -1, 0]).repeat(4096))
-    inputs = torch.tensor([3.0, 0, -3, 0]).repeat(4096).expand(5, -1)
-    torch.testing.assert_close(CompactLinear(linear, "int8")(inputs), torch.full((5, 8), 3.0 * 8192))
-
-
-def test_int8_products_show_what_is_not_finite(processor):
-    compact = CompactLinear(pruned_linear(64, 8), "int8")
+        linear.weight[:, 4:8] = torch.tensor([0.0, 1.0, 2.0, 0.0])
+    compact = CompactLinear(linear, quantize)
     inputs = torch.randn(3, 64)
     inputs[0, 5], inputs[1, 6] = float("nan"), float("inf")
     assert [bool(row.isfinite().all()) for row in compact(inputs)] == [False, False, True]
@@ -193,6 +218,7 @@ def test_panels_of_a_large_weight_are_expanded_one_after_the_other(monkeypatch):
         for quantize in (None, "int8"):
             compact = CompactLinear(linear, quantize)
             monkeypatch.setattr(compact, "wide", wide)
+            monkeypatch.setattr(compact, "few", 12)
             weight = dequantised(linear) if quantize else linear.weight.double()
             wanted = inputs.double() @ weight.T + linear.bias.double()
             tolerance = 3e-2 if wide == torch.bfloat16 else 1e-3
@@ -237,6 +263,28 @@ def test_a_sparse_model_generates_what_the_dense_one_does(tmp_path, tokenizer):
     assert torch.equal(model.generate(ids, **options), wanted)
 
 
+@pytest.mark.parametrize("text", ["1:4", "4:8", "8:16"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_other_patterns_are_written_read_and_computed(tmp_path, checkpoint, text, quantize):
+    pattern, model = Pattern.parse(text), load_model(checkpoint).eval()
+    kept = {t.name: pattern.mask(t.rows(t.weight.detach()).float().abs()) for t in find_prunable(model)}
+    mask = Mask(kept, pattern)
+    for form, base in (("files", checkpoint), ("memory", tiny_llama())):
+        save_pruned(base, mask, tmp_path / form, form="compact", quantize=quantize)
+    apply_mask(model, mask)
+    ids = torch.arange(1, 20)[None]
+    for form in ("files", "memory"):
+        again = load_compact(tmp_path / form).eval()
+        if quantize is None:
+            assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            dense = again(input_ids=ids).logits
+            sparse = proxsparse.load(str(tmp_path / form), sparse=True)
+            assert sparse.model.layers[0].mlp.up_proj.panels.pattern == pattern
+            torch.testing.assert_close(sparse(input_ids=ids).logits, dense, rtol=1e-4, atol=1e-4)
+    assert check_sparsity(str(tmp_path / "files"), pattern=pattern)[1] == []
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_a_compact_folder_of_int8_values_gives_the_rounded_weights(family, tokenizer, tmp_path):
     model = prune(build(family)).to(torch.bfloat16)
@@ -257,12 +305,12 @@ def test_a_compact_folder_of_int8_values_gives_the_rounded_weights(family, token
 
 def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
     model = tiny_llama()
-    with pytest.raises(UsageError, match="holds 2:4 weights; this mask is 4:8"):
-        save_pruned(model, Mask(magnitudes(model), "4:8"), tmp_path / "dense", form="compact")
+    with pytest.raises(UsageError, match="with an M of 2, 4, 8 or 16; this mask is 3:5"):
+        save_pruned(model, Mask(magnitudes(model), "3:5"), tmp_path / "dense", form="compact")
     assert not (tmp_path / "dense").exists()
     with pytest.raises(UsageError, match=r"`quantize` of compact weights must be int8; got 'fp8'\."):
         use_compact(prune(tiny_llama()), "fp8")
-    with pytest.raises(UsageError, match="can't be made compact: a block has more than two non-zeros"):
+    with pytest.raises(UsageError, match="can't be made compact: none of its 14 weights is N:M in its zeros"):
         use_compact(tiny_llama())
 
 

@@ -11,7 +11,7 @@
            and others load; written shard by shard
   mask     one bit per weight, and a JSON file that names its model: to
            publish next to a gated base model
-  compact  two values and their positions per block, 9/16 of a 16-bit weight
+  compact  the kept values and their positions, 9/16 of a 16-bit weight
            (5/16 with --quantize int8); proxsparse.load reads it
   npz      the mask as MaskLLM's programs read it
 
@@ -57,15 +57,16 @@ from proxsparse.deploy.runtimes import RUNTIMES, check_runtime
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, WINDOWS, Run
 from proxsparse.mask import Mask, apply_mask, fit_mask
+from proxsparse.model.compact import check_pattern
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import EMBEDDED, empty_model, fetch, load_model, load_tokenizer, resolve_device
 from proxsparse.model.source import model_source
-from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_record, refuse_to_overwrite
 from proxsparse.text import SELF, parts_of
 
 MASKS = ("mask", "npz")  # forms without weights
+OF_A_TEXT = {"samples": 128, "ctx_len": 2048, "seed": 0, "device": "auto"}
 
 
 def arguments() -> Parser:
@@ -76,10 +77,13 @@ def arguments() -> Parser:
     parser.add_argument("--form", default="dense", choices=[*FORMS, *MASKS], help="see above; default: %(default)s")
     parser.add_argument("--quantize", default=None, choices=list(KINDS), help="weights of few bits, see above")
     parser.add_argument("--dataset", default=None, metavar="TEXT", help=f"text for --quantize int4: {CALIBRATION_HELP}")
-    parser.add_argument("--samples", type=positive_int, default=128, help="of the text; default: %(default)s")
-    parser.add_argument("--ctx_len", type=positive_int, default=2048, help="tokens per sample; default: %(default)s")
-    parser.add_argument("--seed", type=seed, default=0, help="of the choice of samples; default: %(default)s")
-    parser.add_argument("--device", default="auto", help="where int4 weights are rounded; default: %(default)s")
+    for name, kind, what in (
+        ("samples", positive_int, "of the text"),
+        ("ctx_len", positive_int, "tokens per sample"),
+        ("seed", seed, "of the choice of samples"),
+        ("device", str, "where int4 weights are rounded by the text"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=None, help=f"{what}; default: {OF_A_TEXT[name]}")
     parser.add_argument(
         "--runtime",
         default=None,
@@ -112,8 +116,8 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
     mask, to = mask_or_zeros(args), Path(args.to)
-    if args.form == "compact" and mask.pattern != TWO_OF_FOUR:
-        raise UsageError(f"--form {args.form} holds 2:4 weights; this mask is {mask.pattern}. Use --form dense.")
+    if args.form == "compact":
+        check_pattern(mask.pattern)
     if args.results and not Path(args.results).is_file():
         raise UsageError(f"--results: there is no file {args.results}.")
     if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
@@ -122,6 +126,11 @@ def main(args: argparse.Namespace) -> None:
         check_quantisation(args.quantize, args.form)
     if args.dataset and args.quantize != "int4":
         raise UsageError("--dataset is for --quantize int4: leave it out.")
+    for name, default in OF_A_TEXT.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not args.dataset:
+            raise UsageError(f"--{name} is for --quantize int4 with a text: give --dataset, or leave it out.")
     refuse_to_overwrite(to)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model

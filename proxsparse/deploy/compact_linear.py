@@ -1,8 +1,8 @@
-"""nn.Linear with a compact 2:4 weight, for inference on the CPU.
+"""nn.Linear with a compact N:M weight, for inference on the CPU.
 
 Few tokens (decoding) go through a kernel that reads the compact weight, because reading limits them. Many tokens
-(prefill) go through dense products with a few rows of the weight at a time, which are expanded into a buffer that stays
-in the cache.
+(prefill) go through the same kernel, or, where dense products are faster, through dense products with a few rows of the
+weight at a time. These are expanded into a buffer that stays in the cache.
 """
 
 import threading
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxsparse.deploy import decode_int8
+from proxsparse.deploy import decode_avx2
 from proxsparse.deploy.decode import Panels
-from proxsparse.deploy.decode_int8 import Int8Panels
 from proxsparse.errors import RunError
 from proxsparse.model.compact import check_kind, compress, quantise_rows
 from proxsparse.model.loading import native_bf16
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
-FEW_TOKENS = 12  # beyond, a dense product is faster
+FEW_TOKENS = 12  # beyond, a dense product is faster than the plain loop
 BUFFER = 2 * 1024 * 1024  # weights that are expanded at once, 8 MB
 ROWS = 384  # but so many rows at least: products with fewer take longer
 
@@ -47,22 +47,22 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 class CompactLinear(nn.Module):
-    """nn.Linear with a compact 2:4 weight, for inference on the CPU.
+    """nn.Linear with a compact N:M weight, for inference on the CPU.
 
-    A few tokens read 0.56 (float32: 0.53, int8: 0.31 of 16-bit) of the dense bytes. Sums are float32, or int32 with
-    int8 values.
+    A few tokens read 0.56 (float32: 0.53, int8: 0.31 of 16-bit) of the dense bytes of a 2:4 weight. Sums are float32.
 
     Args:
-        linear: its weight has at most two non-zeros in every block of four; float32 or bfloat16, on the CPU.
+        linear: its weight has at most N non-zeros in every block of M; float32 or bfloat16, on the CPU.
         quantize: int8: the kept values are rounded to int8, with one scale per output.
+        pattern: N:M, where M is 2, 4, 8 or 16.
 
     Raises:
-        ValueError: the weight is not 2:4, or of another dtype or device.
-        UsageError: another kind of quantisation.
+        ValueError: the weight is not N:M, or of another dtype or device.
+        UsageError: another kind of quantisation, or another M.
         RunError: in the backward pass.
     """
 
-    def __init__(self, linear: nn.Linear, quantize: str | None = None):
+    def __init__(self, linear: nn.Linear, quantize: str | None = None, pattern: Pattern = TWO_OF_FOUR):
         super().__init__()
         check_kind(quantize)
         weight = linear.weight.detach()
@@ -75,14 +75,11 @@ class CompactLinear(nn.Module):
         self.quantize = quantize
         # Processors without products of bfloat16 take several times as long for them as for float32.
         self.wide = self.dtype if native_bf16("cpu") else torch.float32
-        values, positions = compress(weight)
-        self.panels: Panels | Int8Panels
-        if quantize is None:
-            self.panels = Panels(values, positions)
-        else:
-            kind = Int8Panels if decode_int8.supported() else Panels
-            codes, scales = quantise_rows(values)
-            self.panels = kind(codes, positions, scales)
+        # Those that have them have wider registers than our kernel uses, too.
+        self.few = FEW_TOKENS if native_bf16("cpu") or not decode_avx2.supported() else None
+        values, positions = compress(weight, pattern)
+        codes, scales = (values, None) if quantize is None else quantise_rows(values)
+        self.panels = Panels(codes, positions, scales, pattern)
         self.bias = linear.bias
         self.read = False
 
@@ -119,8 +116,7 @@ class CompactLinear(nn.Module):
 
     def _product(self, inputs: Tensor) -> Tensor:
         flat = inputs.detach().reshape(-1, self.in_features)
-        few = len(flat) <= FEW_TOKENS or (isinstance(self.panels, Int8Panels) and self.wide == torch.float32)
-        if few:
+        if self.few is None or len(flat) <= self.few:
             out = self.panels.multiply(flat.float()).to(inputs.dtype)
         else:
             flat = flat.to(self.wide)
@@ -134,4 +130,4 @@ class CompactLinear(nn.Module):
     def extra_repr(self) -> str:
         kind = "" if self.quantize is None else f", {self.quantize}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, 2:4{kind}"
+        return f"{sizes}, {self.panels.pattern}{kind}"

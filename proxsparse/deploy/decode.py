@@ -1,11 +1,14 @@
-"""Matrix-vector product with a compact 2:4 weight on the CPU: reads 0.56 of the bytes that a dense weight has.
+"""Product of a few tokens with a compact N:M weight on the CPU: reads the kept values and their places, nothing else.
 
-Decoding one token reads every weight once, and memory limits it, so fewer bytes take less time. The layout makes the
-arithmetic SIMD without gathers: PANEL rows lie next to each other, so that one input value goes to all of them and each
-row picks its two of four inputs by comparisons of its position bits. numba compiles the loops on first use.
+Decoding one token reads every weight once, and memory limits it, so fewer bytes take less time. PANEL rows lie next to
+each other, so that SIMD instructions work on several of them: each row picks the inputs of its own kept values. On
+processors with AVX2 one shuffle does that (``decode_avx2``). Others take a plain loop. Sums are float32 in both.
 
-Shapes: O = out_features, I = in_features, P = panels of PANEL rows, G = pairs of blocks (I / 8, rounded up),
-T = tokens.
+Inputs are taken in groups: 8, or 16 where M is 16. The places within a group have 4 bits, two to a byte. In 2:4
+weights the places within a block have 2 bits, four to a byte.
+
+Shapes: O = out_features, I = in_features, P = panels of PANEL rows, G = groups (rounded up), V = kept values per group
+(rounded up to an even number), C = bytes of places per group, T = tokens.
 """
 
 import numba
@@ -14,14 +17,13 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from proxsparse.model.compact import as_numpy
-from proxsparse.operator.kernels.cache import choose_cache
+from proxsparse.deploy import decode_avx2
+from proxsparse.deploy.decode_avx2 import EIGHT, LANES, PAIRED, PANEL, SIXTEEN
+from proxsparse.model.compact import as_numpy, check_pattern
 from proxsparse.operator.kernels.threads import match_torch
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
-choose_cache()
-
-PANEL = 32  # rows: two or more SIMD registers
-RUN = 32  # pairs of blocks widened together: 16 KiB, inside the L1 cache
+RUN = 32  # groups widened together by the plain loop: inside the L1 cache
 
 U = np.uint32
 
@@ -30,14 +32,21 @@ class Panels:
     """A compact weight in the layout of the kernel.
 
     Args:
-        values: (O, I / 2) float32, bfloat16, or int8 codes.
-        positions: (O, I / 2) uint8 in 0..3, of each value within its block; the second of a block is the larger.
+        values: (O, I N / M) float32, bfloat16, or int8 codes.
+        positions: (O, I N / M) uint8 in 0..M-1, of each value within its block.
         scales: (O,) float32, of int8 codes: a weight is its code times the scale of its row.
+        pattern: N:M.
+
+    Raises:
+        UsageError: the pattern has no compact form.
     """
 
-    def __init__(self, values: Tensor, positions: Tensor, scales: Tensor | None = None):
-        self.shape = values.shape[0], 2 * values.shape[1]
-        self.values, self.codes = pack_panels(as_numpy(values), positions.numpy())
+    def __init__(self, values: Tensor, positions: Tensor, scales: Tensor | None = None, pattern: Pattern = TWO_OF_FOUR):
+        check_pattern(pattern)
+        self.pattern = pattern
+        self.shape = values.shape[0], values.shape[1] // pattern.n * pattern.m
+        self.layout = PAIRED if pattern == TWO_OF_FOUR else EIGHT if pattern.m <= LANES else SIXTEEN
+        self.values, self.codes = _pack(as_numpy(values), positions.numpy(), pattern, self.layout)
         self.scales = None if scales is None else scales.numpy()
 
     @property
@@ -46,11 +55,12 @@ class Panels:
 
     def multiply(self, inputs: Tensor) -> Tensor:
         """(T, I) float32 -> (T, O) float32."""
-        padded = np.zeros((len(inputs), 8 * self.codes.shape[1]), np.float32)
-        padded[:, : self.shape[1]] = inputs.numpy()
+        missing = self.codes.shape[1] * _group(self.pattern) - self.shape[1]
+        padded = torch.nn.functional.pad(inputs, (0, missing)) if missing else inputs.contiguous()
         out = np.empty((len(inputs), len(self.codes) * PANEL), np.float32)
+        product = decode_avx2.multiply if decode_avx2.supported() else _multiply_plain
         match_torch()
-        multiply(self.values, self.codes, padded, out)
+        product(self.codes, self.values, padded.numpy(), self.layout, out)
         found = out[:, : self.shape[0]]
         return torch.from_numpy(found if self.scales is None else found * self.scales)
 
@@ -58,43 +68,46 @@ class Panels:
         """Write dense rows into out (rows, I) float32; ``first`` is the number of the first one."""
         scales = np.ones(self.shape[0], np.float32) if self.scales is None else self.scales
         match_torch()
-        expand(self.values, self.codes, scales, first, out.numpy())
+        _expand(self.codes, self.values, scales, self.layout, self.pattern.n, self.pattern.m, first, out.numpy())
 
 
-def pack_panels(values: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kept values and positions in the kernel's layout.
+def _group(pattern: Pattern) -> int:
+    return max(LANES, pattern.m)
 
-    Args:
-        values: (O, I / 2) float32, uint16 bits of bfloat16, or int8.
-        positions: (O, I / 2) uint8 in 0..3, of each value within its block; the second of a block is the larger.
 
-    Returns:
-        (P, G, 4, PANEL) values and (P, G, PANEL) uint8 codes of four positions each; rows and blocks beyond the
-        weight's are zero.
-    """
+def _pack(values: np.ndarray, positions: np.ndarray, pattern: Pattern, layout: int) -> tuple[np.ndarray, np.ndarray]:
+    """Kept values (P, G, V, PANEL), and their places (P, G, C, PANEL) uint8; what is beyond the weight is zero."""
     rows, kept = values.shape
-    panels, pairs = -(-rows // PANEL), -(-kept // 4)
-    padded = np.zeros((panels * PANEL, pairs * 4), values.dtype)
-    padded[:rows, :kept] = values
-    places = np.tile(np.array([0, 1, 0, 1], np.uint8), (panels * PANEL, pairs))
+    of_group = _group(pattern) // pattern.m * pattern.n
+    panels, groups, even = -(-rows // PANEL), -(-kept // of_group), of_group + of_group % 2
+    block = np.arange(groups * of_group) % of_group // pattern.n  # of each value, within its group
+    places = np.zeros((panels * PANEL, groups * of_group), np.uint8)
     places[:rows, :kept] = positions
-    first, second = places[:, 0::2], places[:, 1::2]
-    # Two bits each: the first value of a block is at 0, 1 or 2, the second at 1, 2 or 3.
-    codes = (first | (second - 1) << 2).reshape(-1, pairs, 2)
-    codes = codes[..., 0] | codes[..., 1] << 4
-    return (
-        np.ascontiguousarray(padded.reshape(panels, PANEL, pairs, 4).transpose(0, 2, 3, 1)),
-        np.ascontiguousarray(codes.reshape(panels, PANEL, pairs).transpose(0, 2, 1)),
-    )
+    if layout != PAIRED:
+        places += (block * pattern.m).astype(np.uint8)
+    padded = np.zeros(places.shape, values.dtype)
+    padded[:rows, :kept] = values
+
+    def laid(of_rows: np.ndarray) -> np.ndarray:
+        found = np.zeros((panels, groups, even, PANEL), of_rows.dtype)
+        found[:, :, :of_group] = of_rows.reshape(panels, PANEL, groups, of_group).transpose(0, 2, 3, 1)
+        return found
+
+    bits = 2 if layout == PAIRED else 4
+    places = laid(places)
+    codes = places[:, :, 0 :: 8 // bits].copy()
+    for number in range(1, 8 // bits):
+        codes |= places[:, :, number :: 8 // bits] << (bits * number)
+    return laid(padded), codes
 
 
-def _widened(values, wide, bits):  # pragma: no cover (compiled)
+def _in_float32(values, wide, bits):  # pragma: no cover (compiled)
     raise NotImplementedError
 
 
-@overload(_widened)
-def _widened_overload(values, wide, bits):
-    """A run of values as float32: themselves, int8 as numbers, or bfloat16 bits shifted into the upper half."""
+@overload(_in_float32)
+def _in_float32_overload(values, wide, bits):
+    """A run of values as float32, ``bits`` is the memory of ``wide``."""
     if values.dtype == numba.float32:
         return lambda values, wide, bits: values
     if values.dtype == numba.int8:
@@ -116,36 +129,40 @@ def _widened_overload(values, wide, bits):
     return widened
 
 
-@numba.njit(parallel=True, fastmath={"contract", "nsz", "nnan", "reassoc"}, error_model="numpy", cache=True)
-def multiply(values, codes, inputs, out):
-    """out = inputs W^T for a compact W.
-
-    Args:
-        values, codes: the result of ``pack_panels``.
-        inputs: (T, 8 G) float32, zero beyond I.
-        out: (T, P * PANEL) float32, overwritten.
-    """
-    panels, pairs = codes.shape[0], codes.shape[1]
+@numba.njit(parallel=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", cache=True)
+def _multiply_plain(codes, values, inputs, layout, out):  # pragma: no cover (compiled)
+    """``decode_avx2.multiply`` for any processor."""
+    panels, groups, even = values.shape[0], values.shape[1], values.shape[2]
+    group = inputs.shape[1] // groups
     for p in numba.prange(panels):
-        wide = np.empty((RUN, 4, PANEL), np.float32)
+        wide = np.empty((RUN, even, PANEL), np.float32)
         bits = wide.view(np.uint32)
-        for t in range(inputs.shape[0]):
-            sums = np.zeros(PANEL, np.float32)
-            x = inputs[t]
-            for start in range(0, pairs, RUN):
-                stop = min(start + RUN, pairs)
-                run = _widened(values[p, start:stop], wide, bits)
+        for t in range(len(inputs)):
+            sums, x = np.zeros(PANEL, np.float32), inputs[t]
+            for start in range(0, groups, RUN):
+                stop = min(start + RUN, groups)
+                run = _in_float32(values[p, start:stop], wide, bits)
                 for g in range(start, stop):
-                    a, b, c, d = x[8 * g], x[8 * g + 1], x[8 * g + 2], x[8 * g + 3]
-                    e, f, h, i = x[8 * g + 4], x[8 * g + 5], x[8 * g + 6], x[8 * g + 7]
                     code, kept = codes[p, g], run[g - start]
-                    for r in range(PANEL):
-                        place = U(code[r])
-                        first = c if place & U(2) else (b if place & U(1) else a)
-                        second = d if place & U(8) else (c if place & U(4) else b)
-                        third = h if place & U(32) else (f if place & U(16) else e)
-                        fourth = i if place & U(128) else (h if place & U(64) else f)
-                        sums[r] += kept[0, r] * first + kept[1, r] * second + kept[2, r] * third + kept[3, r] * fourth
+                    if layout == PAIRED:
+                        # Comparisons, which become SIMD instructions; reads at many places do not.
+                        a, b, c, d = x[8 * g], x[8 * g + 1], x[8 * g + 2], x[8 * g + 3]
+                        e, f, h, i = x[8 * g + 4], x[8 * g + 5], x[8 * g + 6], x[8 * g + 7]
+                        for r in range(PANEL):
+                            place = U(code[0, r])
+                            # The first of two positions is at most 2, and the second at least 1.
+                            first = c if place & U(2) else (b if place & U(1) else a)
+                            second = (d if place & U(4) else c) if place & U(8) else b
+                            third = h if place & U(32) else (f if place & U(16) else e)
+                            fourth = (i if place & U(64) else h) if place & U(128) else f
+                            sums[r] += (
+                                kept[0, r] * first + kept[1, r] * second + kept[2, r] * third + kept[3, r] * fourth
+                            )
+                    else:
+                        for v in range(even):
+                            for r in range(PANEL):
+                                place = U(code[v // 2, r]) >> U(4 * (v % 2)) & U(15)
+                                sums[r] += kept[v, r] * x[group * g + np.int64(place)]
             out[t, p * PANEL : (p + 1) * PANEL] = sums
 
 
@@ -162,18 +179,25 @@ def _number_overload(value):
 
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
-def expand(values, codes, scales, first, out):
+def _expand(codes, values, scales, layout, n, m, first, out):  # pragma: no cover (compiled)
     """Dense rows of a compact weight, times their scales: out (rows, I) float32, of which the first is ``first``."""
     count, width = out.shape
+    group = max(LANES, m)
     for o in numba.prange(count):
         p, r, scale = (first + o) // PANEL, (first + o) % PANEL, scales[first + o]
         for i in range(width):
             out[o, i] = 0
         # Views of a row or a panel would be counted by numba in each turn, which takes longer than the work.
         for g in range(codes.shape[1]):
-            code, i = np.int64(codes[p, g, r]), 8 * g
-            out[o, i + (code & 3)] = _number(values[p, g, 0, r]) * scale
-            out[o, i + 1 + (code >> 2 & 3)] = _number(values[p, g, 1, r]) * scale
-            if i + 4 < width:
-                out[o, i + 4 + (code >> 4 & 3)] = _number(values[p, g, 2, r]) * scale
-                out[o, i + 5 + (code >> 6)] = _number(values[p, g, 3, r]) * scale
+            i = group * g
+            if layout == PAIRED:
+                code = np.int64(codes[p, g, 0, r])
+                out[o, i + (code & 3)] = _number(values[p, g, 0, r]) * scale
+                out[o, i + (code >> 2 & 3)] = _number(values[p, g, 1, r]) * scale
+                if i + 4 < width:
+                    out[o, i + 4 + (code >> 4 & 3)] = _number(values[p, g, 2, r]) * scale
+                    out[o, i + 4 + (code >> 6)] = _number(values[p, g, 3, r]) * scale
+                continue
+            for v in range(min(group // m, (width - i) // m) * n):
+                place = np.int64(codes[p, g, v // 2, r]) >> (4 * (v % 2)) & 15
+                out[o, i + place] = _number(values[p, g, v, r]) * scale

@@ -28,13 +28,13 @@ from proxsparse.mask import Mask, fit_mask
 from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
-from proxsparse.model.compact import index_entry, packed, write_index
+from proxsparse.model.compact import check_pattern, index_entry, packed, write_index
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
-from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.operator.pattern import Pattern
 from proxsparse.record import OWN, atomic_path, read_json, refuse_to_overwrite, write_json
 from proxsparse.text import check_windows
 
@@ -131,8 +131,8 @@ def _check_folder(folder: Path) -> None:
 def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
     if form not in FORMS:
         raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
-    if form == "compact" and mask.pattern != TWO_OF_FOUR:
-        raise UsageError(f"The compact form holds 2:4 weights; this mask is {mask.pattern}. Use `form=dense`.", "form")
+    if form == "compact":
+        check_pattern(mask.pattern)
     if quantize is not None:
         check_quantisation(quantize, form)
 
@@ -250,33 +250,34 @@ def _stream(base: Checkpoint, changes: Changes, folder: Path, quantiser: Quantis
 
 
 def _stream_compact(base: Checkpoint, changes: Changes, folder: Path, quantize: str | None) -> None:
-    """Write the compact form as ``_stream`` does the dense one; a weight that is 2:4 along no dimension stays dense."""
+    """Write the compact form as ``_stream`` does the dense one; a weight that is N:M along no dimension stays dense."""
+    pattern = changes.mask.pattern
     index: dict[str, dict[str, Any]] = {}
     for number, path in enumerate(base.files, 1):
         tensors: dict[str, Tensor] = {}
         for key, stored in base.of_file(path).items():
             tensor, kept = changes.of(key, stored.read())
-            dim = None if kept is None else _input_dim(kept)
+            dim = None if kept is None else _input_dim(kept, pattern)
             if dim is None:
                 tensors[key] = tensor.contiguous()
             else:
                 rows = tensor.movedim(dim, -1)
-                tensors |= packed(key, rows, quantize)
+                tensors |= packed(key, rows, quantize, pattern)
                 index[key] = index_entry(rows, dim, quantize)
         name = _file_name("compact", number, len(base.files))
         save_file(tensors, folder / name, metadata=base.metadata(path))
-    write_index(folder, index, quantize)
+    write_index(folder, index, quantize, pattern)
 
 
 def _file_name(stem: str, number: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _input_dim(kept: Tensor) -> int | None:
-    """The last dimension along which a mask is 2:4, as the file lays it out; None: along none."""
+def _input_dim(kept: Tensor, pattern: Pattern) -> int | None:
+    """The last dimension along which a mask is N:M, as the file lays it out; None: along none."""
     for dim in reversed(range(kept.dim())):
         mask = kept.movedim(dim, -1)
-        if mask.shape[-1] % 4 == 0 and not TWO_OF_FOUR.violations(mask.to(torch.uint8)).any():
+        if mask.shape[-1] % pattern.m == 0 and not pattern.violations(mask.to(torch.uint8)).any():
             return dim
     return None
 
@@ -302,10 +303,10 @@ def _save_from_memory(
         index = {}
         for name, target in targets.items():
             rows = target.rows(state.pop(name))
-            state |= packed(name, rows, quantize)
+            state |= packed(name, rows, quantize, mask.pattern)
             index[name] = index_entry(rows, target.in_dim, quantize)
         save_torch_state_dict(state, folder, filename_pattern="compact{suffix}.safetensors")
-        write_index(folder, index, quantize)
+        write_index(folder, index, quantize, mask.pattern)
         model.config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)

@@ -7,6 +7,7 @@ that gain are converted. ``proxsparse bench`` shows what a machine gains.
 
 import dataclasses
 import logging
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,10 @@ from proxsparse.deploy.compact_linear import CompactLinear as CompactLinear
 from proxsparse.deploy.timing import device_seconds
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.checkpoint import Checkpoint
-from proxsparse.model.compact import check_kind
+from proxsparse.model.compact import check_kind, pattern_of
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +68,16 @@ def use_compact(model: PreTrainedModel, quantize: str | None = None) -> int:
         weight the model's code reads stay dense.
 
     Raises:
-        UsageError: no weight is 2:4; another kind of quantisation.
+        UsageError: no weight is N:M; another kind of quantisation.
     """
     check_kind(quantize)
     replaced: list[tuple[Prunable, CompactLinear]] = []
-    for target in _pruned(model, "compact"):
+    pattern, targets = _compressible(model)
+    for target in targets:
         if type(target.module) is not nn.Linear:
             continue
         try:
-            compact = CompactLinear(target.module, quantize)
+            compact = CompactLinear(target.module, quantize, pattern)
         except ValueError as error:
             raise UsageError(f"{target.name} can't be made compact: {error}.") from error
         _replace(model, target, compact)
@@ -127,7 +129,7 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1, graph: bool = F
     if model.device.type != "cuda":
         raise RunError(f"Semi-structured tensors need a CUDA device; the model is on {model.device}.")
     use_dense(model)
-    targets = _pruned(model, "sparse")  # torch would drop the smaller weights of other blocks without a word
+    targets = _halved(model)  # torch would drop the smaller weights of other blocks without a word
     shapes: dict[tuple[int, ...], list[Prunable]] = {}
     for target in targets:
         if type(target.module) is nn.Linear and semi_structured_fits(tuple(target.weight.shape), target.weight.dtype):
@@ -157,7 +159,23 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1, graph: bool = F
     return {"sparse": count, "dense": len(targets) - count}
 
 
-def _pruned(model: PreTrainedModel, form: str) -> list[Prunable]:
+def _compressible(model: PreTrainedModel) -> tuple[Pattern, list[Prunable]]:
+    """The pattern of most pruned weights of a model, from their zeros, and the weights that have it.
+
+    Raises:
+        UsageError: there are none.
+    """
+    targets = find_prunable(model, multiple=1)
+    found = Counter(pattern for target in targets if (pattern := pattern_of(target.rows(target.weight.detach()))))
+    if not found:
+        raise UsageError(f"The model can't be made compact: none of its {len(targets)} weights is N:M in its zeros.")
+    pattern = found.most_common(1)[0][0]
+    rows = {target.name: target.rows(target.weight.detach()) for target in targets}
+    fits = [t for t in targets if not rows[t.name].shape[-1] % pattern.m]
+    return pattern, [t for t in fits if not pattern.violations(rows[t.name]).any()]
+
+
+def _halved(model: PreTrainedModel) -> list[Prunable]:
     """The 2:4 weights of a model; others were left out of the pruning, and stay dense.
 
     Raises:
@@ -166,7 +184,7 @@ def _pruned(model: PreTrainedModel, form: str) -> list[Prunable]:
     blocks = [t for t in find_prunable(model, multiple=1) if t.rows(t.weight).shape[-1] % 4 == 0]
     found = [t for t in blocks if not TWO_OF_FOUR.violations(t.rows(t.weight.detach())).any()]
     if blocks and not found:
-        raise UsageError(f"{blocks[0].name} can't be made {form}: a block has more than two non-zeros.")
+        raise UsageError(f"{blocks[0].name} can't be made sparse: a block has more than two non-zeros.")
     return found
 
 

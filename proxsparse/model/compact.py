@@ -1,13 +1,15 @@
-"""The compact 2:4 store: two kept values per block and their positions, 9/16 of a dense 16-bit weight, bit for bit.
+"""The compact store of N:M weights: N kept values per block of M and their positions, bit for bit.
 
 A folder in this form has config.json, the tokenizer, compact.json (which weights are compact, and their shapes) and
-compact*.safetensors: for every pruned weight ``NAME.values`` (O, I / 2) and ``NAME.positions`` (O, ceil(I / 8)) uint8,
-four 2-bit positions per byte, lowest first; every other tensor as it was. NAME is the one in the files of the base.
-Rows have the input dimension last. Stacked experts are (E, O, ...).
+compact*.safetensors: for every pruned weight ``NAME.values`` (O, I N / M) and ``NAME.positions`` (O, ceil(I / 8))
+uint8; every other tensor as it was. NAME is the one in the files of the base. Rows have the input dimension last.
+Stacked experts are (E, O, ...). The positions of 2:4 weights have 2 bits, four to a byte, lowest first. Those of other
+patterns are the mask, one bit per weight, lowest first. M is 2, 4, 8 or 16. 2:4, 4:8 and 8:16 take 9/16 of a dense
+16-bit weight.
 
-With int8 values it takes 5/16 of a dense 16-bit weight. ``NAME.values`` are int8 codes then, and ``NAME.scales`` (O,)
-float32: a weight is its code times the scale of its row, rounded to the dtype that compact.json names. The largest
-weight of a row has the code 127 or -127. So a weight that was read and is quantised again gets the same codes.
+With int8 values they take 5/16 of it. ``NAME.values`` are int8 codes then, and ``NAME.scales`` (O,) float32: a weight
+is its code times the scale of its row, rounded to the dtype that compact.json names. The largest weight of a row has
+the code 127 or -127. So a weight that was read and is quantised again gets the same codes.
 """
 
 from pathlib import Path
@@ -18,14 +20,17 @@ import torch
 from torch import Tensor
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.operator.pattern import TWO_OF_FOUR
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import top2_mask
 from proxsparse.record import read_json, versions, write_json
 
 KINDS = ("int8",)  # of quantised values
-FORMATS = {None: "proxsparse-compact-1", "int8": "proxsparse-compact-int8-1"}
+FORMATS = {None: "proxsparse-compact-1", "int8": "proxsparse-compact-int8-1"}  # of 2:4
+ANY_FORMATS = {None: "proxsparse-compact-nm-1", "int8": "proxsparse-compact-nm-int8-1"}  # which name their pattern
+LENGTHS = (2, 4, 8, 16)  # of a block
 INDEX = "compact.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NUMBERS = {1: "one", 2: "two"}
 LARGEST = 127  # code: -128 is not used, so that codes are symmetric around zero
 
 
@@ -36,47 +41,93 @@ class Compact(NamedTuple):
         rows: its shape with inputs last.
         in_dim: the dimension that is the input in its own layout.
         dtype: of the weight where its values are quantised, else None.
+        pattern: N:M.
     """
 
     rows: tuple[int, ...]
     in_dim: int
     dtype: torch.dtype | None = None
+    pattern: Pattern = TWO_OF_FOUR
 
 
-def compress(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept values and positions of a 2:4 weight.
-
-    Args:
-        rows: (..., I) with at most two non-zeros in every block of four.
-
-    Returns:
-        (..., I / 2) values in the weight's dtype, and (..., I / 2) uint8 positions, ascending within each block.
+def check_pattern(pattern: Pattern) -> None:
+    """Refuse patterns that have no compact form.
 
     Raises:
-        ValueError: a block has more than two non-zeros.
+        UsageError: names those that there are.
     """
-    blocks = rows.unflatten(-1, (-1, 4))
-    if TWO_OF_FOUR.violations(rows).any():
-        raise ValueError("a block has more than two non-zeros")
-    positions = top2_mask(rows.float()).unflatten(-1, (-1, 4)).nonzero()[:, -1].view(*blocks.shape[:-1], 2)
-    return blocks.gather(-1, positions).flatten(-2), positions.to(torch.uint8).flatten(-2)
+    if not pattern.n or pattern.m not in LENGTHS:
+        raise UsageError(
+            f"The compact form holds N:M weights with an M of 2, 4, 8 or 16; this mask is {pattern}.", "form"
+        )
 
 
-def decompress(values: Tensor, positions: Tensor) -> Tensor:
-    """The dense weight: (..., I / 2) values and positions -> (..., I), zeros are +0.0."""
-    pairs, places = values.unflatten(-1, (-1, 2)), positions.long().unflatten(-1, (-1, 2))
-    return values.new_zeros(*pairs.shape[:-1], 4).scatter_(-1, places, pairs).flatten(-2)
+def pattern_of(rows: Tensor) -> Pattern | None:
+    """The sparsest pattern with a compact form that the zeros of a weight (..., I) have; of equal ones, the shortest.
+
+    None: it is dense, or has no non-zeros.
+    """
+    found = []
+    for m in LENGTHS:
+        if rows.shape[-1] % m == 0:
+            most = int((rows.unflatten(-1, (-1, m)) != 0).sum(-1).max())
+            found += [Pattern(most, m, 1 - most / m)] if 0 < most < m else []
+    return max(found, key=lambda pattern: pattern.ratio, default=None)
 
 
-def pack_positions(positions: Tensor) -> Tensor:
-    """(..., n) uint8 in 0..3 -> (..., ceil(n / 4)) uint8."""
-    padded = torch.nn.functional.pad(positions, (0, -positions.shape[-1] % 4)).unflatten(-1, (-1, 4))
-    return padded[..., 0] | padded[..., 1] << 2 | padded[..., 2] << 4 | padded[..., 3] << 6
+def compress(rows: Tensor, pattern: Pattern = TWO_OF_FOUR) -> tuple[Tensor, Tensor]:
+    """Kept values and positions of an N:M weight.
+
+    Args:
+        rows: (..., I) with at most N non-zeros in every block of M.
+        pattern: N:M.
+
+    Returns:
+        (..., I N / M) values in the weight's dtype, and as many uint8 positions, ascending within each block.
+
+    Raises:
+        ValueError: a block has more than N non-zeros.
+    """
+    if pattern.violations(rows).any():
+        raise ValueError(f"a block has more than {NUMBERS.get(pattern.n, pattern.n)} non-zeros")
+    kept = top2_mask(rows.float()) if pattern == TWO_OF_FOUR else pattern.mask(rows.float().abs())
+    positions = kept.unflatten(-1, (-1, pattern.m)).nonzero()[:, -1].view(*rows.shape[:-1], -1, pattern.n)
+    values = rows.unflatten(-1, (-1, pattern.m)).gather(-1, positions)
+    return values.flatten(-2), positions.to(torch.uint8).flatten(-2)
 
 
-def unpack_positions(packed: Tensor, count: int) -> Tensor:
-    """Inverse of ``pack_positions``: the first ``count`` positions of each row."""
-    return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)[..., :count]
+def decompress(values: Tensor, positions: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """The dense weight: (..., I N / M) values and positions -> (..., I), zeros are +0.0."""
+    kept, places = values.unflatten(-1, (-1, pattern.n)), positions.long().unflatten(-1, (-1, pattern.n))
+    return values.new_zeros(*kept.shape[:-1], pattern.m).scatter_(-1, places, kept).flatten(-2)
+
+
+def pack_positions(positions: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """Positions as a file holds them: (..., I N / M) uint8 -> (..., ceil(I / 8)) uint8."""
+    if pattern == TWO_OF_FOUR:
+        padded = torch.nn.functional.pad(positions, (0, -positions.shape[-1] % 4)).unflatten(-1, (-1, 4))
+        return padded[..., 0] | padded[..., 1] << 2 | padded[..., 2] << 4 | padded[..., 3] << 6
+    kept = decompress(torch.ones_like(positions), positions, pattern).numpy()
+    return torch.from_numpy(np.packbits(kept, axis=-1, bitorder="little"))
+
+
+def unpack_positions(packed: Tensor, width: int, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """Inverse of ``pack_positions``, for a weight of so many inputs.
+
+    Raises:
+        ValueError: a block does not keep N of M, or its positions are not ascending.
+    """
+    if pattern == TWO_OF_FOUR:
+        found = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)[..., : width // 2]
+        pairs = found.unflatten(-1, (-1, 2))
+        if not (pairs[..., 0] < pairs[..., 1]).all():
+            raise ValueError("positions of a block are not ascending")
+        return found
+    bits = np.unpackbits(packed.contiguous().numpy(), axis=-1, count=width, bitorder="little")
+    blocks = torch.from_numpy(bits).unflatten(-1, (-1, pattern.m))
+    if not (blocks.sum(-1) == pattern.n).all():
+        raise ValueError(f"a block does not keep {pattern.n} of {pattern.m}")
+    return blocks.nonzero()[:, -1].to(torch.uint8).view(*packed.shape[:-1], width // pattern.m * pattern.n)
 
 
 def check_kind(quantize: str | None) -> None:
@@ -118,20 +169,21 @@ def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales[..., None]).to(dtype)
 
 
-def packed(name: str, rows: Tensor, quantize: str | None = None) -> dict[str, Tensor]:
-    """The tensors that stand for a 2:4 weight in a file.
+def packed(name: str, rows: Tensor, quantize: str | None = None, pattern: Pattern = TWO_OF_FOUR) -> dict[str, Tensor]:
+    """The tensors that stand for an N:M weight in a file.
 
     Args:
         name: name of the weight.
         rows: (..., I) inputs last.
         quantize: None or int8.
+        pattern: N:M.
 
     Raises:
-        ValueError: a block has more than two non-zeros.
+        ValueError: a block has more than N non-zeros.
         RunError: a value is not finite and can't be quantised; names the weight.
     """
-    values, positions = compress(rows)
-    parts = {f"{name}.positions": pack_positions(positions).contiguous()}
+    values, positions = compress(rows, pattern)
+    parts = {f"{name}.positions": pack_positions(positions, pattern).contiguous()}
     if quantize is not None:
         if not values.isfinite().all():
             raise RunError(f"{name} has NaN or infinite entries, which {quantize} has no values for.")
@@ -146,14 +198,21 @@ def index_entry(rows: Tensor, in_dim: int, quantize: str | None = None) -> dict[
     return {"rows": list(rows.shape), "in_dim": in_dim, **dtype}
 
 
-def write_index(folder: Path, weights: dict[str, dict[str, Any]], quantize: str | None = None) -> None:
+def write_index(
+    folder: Path, weights: dict[str, dict[str, Any]], quantize: str | None = None, pattern: Pattern = TWO_OF_FOUR
+) -> None:
     """Write compact.json.
 
     Args:
         weights: name of every compact weight -> ``index_entry``.
         quantize: None or int8.
+        pattern: N:M.
     """
-    write_json(folder / INDEX, {"format": FORMATS[quantize], "weights": weights, "versions": versions()})
+    if pattern == TWO_OF_FOUR:
+        head = {"format": FORMATS[quantize]}
+    else:
+        head = {"format": ANY_FORMATS[quantize], "pattern": str(pattern)}
+    write_json(folder / INDEX, head | {"weights": weights, "versions": versions()})
 
 
 def is_compact(folder: Path | str) -> bool:
@@ -169,12 +228,16 @@ def compact_index(folder: Path) -> dict[str, Compact]:
     """
     try:
         index = read_json(folder / INDEX)
-        if index["format"] not in FORMATS.values():
-            known = " and ".join(map(repr, FORMATS.values()))
-            raise UsageError(f"{folder / INDEX} has format {index['format']!r}; this version reads {known}.")
-        quantised = index["format"] != FORMATS[None]
+        formats = [*FORMATS.values(), *ANY_FORMATS.values()]
+        if index["format"] not in formats:
+            raise UsageError(
+                f"{folder / INDEX} has format {index['format']!r}; this version reads {', '.join(map(repr, formats))}."
+            )
+        quantised = index["format"] in (FORMATS["int8"], ANY_FORMATS["int8"])
+        pattern = TWO_OF_FOUR if index["format"] in FORMATS.values() else Pattern.of_blocks(index["pattern"])
+        check_pattern(pattern)
         return {
-            name: Compact(tuple(w["rows"]), int(w["in_dim"]), DTYPES[w["dtype"]] if quantised else None)
+            name: Compact(tuple(w["rows"]), int(w["in_dim"]), DTYPES[w["dtype"]] if quantised else None, pattern)
             for name, w in index["weights"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,20 +252,17 @@ def unpacked(values: Tensor, positions: Tensor, scales: Tensor | None, weight: C
     Raises:
         ValueError: the tensors do not make a weight of that shape.
     """
-    rows = weight.rows
-    if tuple(values.shape) != (*rows[:-1], rows[-1] // 2) or positions.dtype != torch.uint8:
+    rows, pattern = weight.rows, weight.pattern
+    if tuple(values.shape) != (*rows[:-1], rows[-1] // pattern.m * pattern.n) or positions.dtype != torch.uint8:
         raise ValueError(f"values of shape {tuple(values.shape)} do not make a weight of {rows}")
-    places = unpack_positions(positions, rows[-1] // 2)
-    pairs = places.unflatten(-1, (-1, 2))
-    if not (pairs[..., 0] < pairs[..., 1]).all():
-        raise ValueError("positions of a block are not ascending")
+    places = unpack_positions(positions, rows[-1], pattern)
     if scales is not None and weight.dtype is not None:
         if tuple(scales.shape) != rows[:-1] or values.dtype != torch.int8:
             raise ValueError(
                 f"scales of shape {tuple(scales.shape)} and values of {values.dtype} do not belong together"
             )
         values = dequantise(values, scales, weight.dtype)
-    return decompress(values, places).movedim(-1, weight.in_dim).contiguous()
+    return decompress(values, places, pattern).movedim(-1, weight.in_dim).contiguous()
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
