@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from proxsparse.commands.bench import decode
 from proxsparse.deploy.sparse import use_semi_structured
 from proxsparse.deploy.timing import device_seconds, seconds
+from proxsparse.errors import RunError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import dimensions, plan_learning
 from proxsparse.learning.rounded import Adafactor
@@ -223,10 +224,10 @@ def products() -> list[dict]:
                     with torch.no_grad():
                         works = [lambda w=w, x=x: nn.functional.linear(x, w) for w in own]
                         found[form] = device_seconds(works)
-                        found[f"{form} graph"] = device_seconds(works, graph=True)
                         difference = (works[0]() - nn.functional.linear(x, weights[0])).abs().max().item()
                         found[f"{form} error"] = difference
-                except RuntimeError as error:
+                        found[f"{form} graph"] = device_seconds(works, graph=True)
+                except (RuntimeError, RunError) as error:
                     print(f"{form}, {tokens} rows: {str(error).splitlines()[0]}", file=sys.stderr)
             rows.append({"layer": name, "shape": shape, "rows": tokens, **found})
     cells = []

@@ -351,6 +351,9 @@ def test_rounded_columns_are_the_greedy_minimum_of_the_output_error(monkeypatch)
 def test_what_four_bits_do_not_take_is_one_sentence(base, kept, wide, tmp_path, corpus, capsys):
     assert export("int8", base, kept, tmp_path / "a", "--dataset", corpus) == 2
     assert "--dataset is for --quantize int4" in capsys.readouterr().err
+    for flag, value in (("samples", "2"), ("ctx_len", "16"), ("seed", "1"), ("device", "cpu")):
+        assert export("int4", base, kept, tmp_path / "a", f"--{flag}", value) == 2
+        assert f"--{flag} is for --quantize int4 with --dataset" in capsys.readouterr().err
     assert export("int4", base, kept, tmp_path / "a", "--form", "compact") == 2
     assert "--quantize int4 needs the dense form" in capsys.readouterr().err
     tiny_llama(hidden_size=48, intermediate_size=64).save_pretrained(tmp_path / "narrow")

@@ -298,9 +298,14 @@ def test_sparse_weights_compute_what_dense_ones_do_and_each_use_decides_anew(pru
 def test_bench_measures_prefill_and_decoding_each_with_its_own_sparse_layers(
     pruned_in_halves, tmp_path, capsys, monkeypatch, graph
 ):
-    # A graph can't be recorded here: its work is done again and again instead.
-    for module in ("proxsparse.commands.bench", "proxsparse.deploy.timing"):
-        monkeypatch.setattr(f"{module}.recorded", lambda work: work)
+    recordings = []
+
+    def recorded(module):  # a graph can't be recorded here: its work is done again and again instead
+        return lambda work: recordings.append(module) or work
+
+    modules = ("proxsparse.commands.bench", "proxsparse.deploy.timing")
+    for module in modules:
+        monkeypatch.setattr(f"{module}.recorded", recorded(module))
     pruned_in_halves.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with Card() as card:
@@ -309,15 +314,22 @@ def test_bench_measures_prefill_and_decoding_each_with_its_own_sparse_layers(
     shown = capsys.readouterr().out
     assert shown.count("prefill: ") == shown.count("decode: ") == 1
     assert not card.count.faults
+    fitting = len({t.weight.shape for t in find_prunable(pruned_in_halves) if t.weight.shape[1] % 64 == 0})
+    # Both parts, dense and sparse; in each part every shape, dense and sparse.
+    assert [recordings.count(module) for module in modules] == ([4, 4 * fitting] if graph else [0, 0])
 
 
-def test_a_model_that_can_not_be_recorded_is_said(pruned_in_halves, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("where", ["proxsparse.commands.bench", "proxsparse.deploy.timing"])
+def test_a_model_that_can_not_be_recorded_is_said(pruned_in_halves, tmp_path, capsys, monkeypatch, where):
     def refuse(work):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA_LAUNCH_BLOCKING=1")
 
-    monkeypatch.setattr("proxsparse.commands.bench.recorded", refuse)
+    for module in ("proxsparse.commands.bench", "proxsparse.deploy.timing"):
+        monkeypatch.setattr(f"{module}.recorded", refuse if module == where else lambda work: work)
     pruned_in_halves.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with Card():
         assert main(["bench", "--model", str(tmp_path), "--graph", "--prompt", "8", "--tokens", "2"]) == 1
-    assert "The prefill of LlamaForCausalLM can't be recorded, so leave --graph away" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "LlamaForCausalLM can't run as CUDA graphs, so leave --graph out: operation not permitted" in said
+    assert "LAUNCH_BLOCKING" not in said

@@ -7,7 +7,8 @@
 Sparse means: on a CPU the pruned linear layers compute from compact weights; on a GPU from torch's semi-structured
 tensors, for those shapes where a quick measurement shows a gain. Dense and sparse are measured in one process, on the
 same weights. Compact weights have int8 values with --quantize int8, and where the model's files hold int8 values.
-With --graph both run as CUDA graphs, as inference servers run them: the host then takes no time.
+With --graph the prefill and each step of decoding are CUDA graphs, so that the host hardly counts; inference servers
+decode that way.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import ModelOutput
 
 from proxsparse.commands.cli import Parser, command, positive_int, print_json
@@ -54,6 +56,8 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--quantize is for compact weights, which need --device cpu; the model is on {model.device}.")
     if args.graph and model.device.type != "cuda":
         raise UsageError(f"--graph is for CUDA graphs, which need a GPU; the model is on {model.device}.")
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < positions < args.prompt + args.tokens:
         raise UsageError(f"--prompt {args.prompt} and --tokens {args.tokens} are more than the model's positions.")
@@ -64,19 +68,27 @@ def main(args: argparse.Namespace) -> None:
     except Exception as error:  # of the model's own code, before anything of ours is in it
         raise RunError(f"{type(model).__name__} can't decode with its cache here: {error}") from error
     ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.prompt), device=model.device)
-    rows = {"dense": measure(model, ids, args)}
-    if model.device.type == "cuda":
-        rows["sparse"] = measure_semi_structured(model, ids, args)
-    else:
-        kind = args.quantize or stored_kind(args.model, args.revision)
+    kind = args.quantize or stored_kind(args.model, args.revision)
+    try:
+        rows = {"dense": measure(model, ids, args), "sparse": measure_sparse(model, ids, args, kind)}
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the model's own code, or of CUDA
+        if not args.graph:
+            raise
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"{type(model).__name__} can't run as CUDA graphs, so leave --graph out: {line}") from error
+    dtype, device = str(model.dtype).removeprefix("torch."), describe_device(model.device)
+    show(rows, f"{dtype} on {device}" + (", CUDA graphs" if args.graph else ""))
+    measured = {"graph": args.graph, "prompt": args.prompt, "tokens": args.tokens}
+    print_json({"model": args.model, "device": device, "dtype": str(model.dtype), **measured, **rows})
+
+
+def measure_sparse(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace, kind: str | None) -> dict[str, float]:
+    """Prefill and decoding with sparse weights; on a GPU, each with the weights that gain at its number of rows."""
+    if model.device.type != "cuda":
         print(f"{use_compact(model, kind)} linear layers are compact" + (f", with {kind} values" if kind else ""))
-        rows["sparse"] = measure(model, ids, args)
-    show(rows, describe_device(model.device), str(model.dtype).removeprefix("torch."))
-    print_json({"model": args.model, "device": describe_device(model.device), "dtype": str(model.dtype), **rows})
-
-
-def measure_semi_structured(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Prefill and decoding on a GPU, with the weights that gain at their number of rows."""
+        return measure(model, ids, args)
     found: dict[str, float] = {}
     for part, tokens in (("prefill", args.prompt), ("decode", 1)):
         converted = use_semi_structured(model, tokens, args.graph)
@@ -95,6 +107,7 @@ def measure(
     for part in parts:
         tokens, work = work_of(part, model, ids, args)
         found[f"{part}_tokens_per_second"] = tokens / seconds(work, model.device, args.repeat)
+        del work  # and the memory of its graph
     compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
     size = sum(module.nbytes for module in compact)
     for parameter in model.parameters():
@@ -107,42 +120,47 @@ def measure(
 def work_of(
     part: str, model: PreTrainedModel, ids: Tensor, args: argparse.Namespace
 ) -> tuple[int, Callable[[], object]]:
-    """How many tokens a part takes, and the work to be timed; with --graph it is recorded."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    prefill = partial(model, input_ids=ids, use_cache=False, **last)
+    """How many tokens a part takes, and the work to be timed; with --graph it is recorded.
+
+    Raises:
+        UsageError: the model keeps no cache that a graph can use.
+    """
+    takes = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     first, tokens = ids[:, :1], args.tokens + 1
     if not args.graph:
+        prefill = partial(model, input_ids=ids, use_cache=False, **last)
         works = {"prefill": (args.prompt, prefill), "decode": (tokens, partial(decode, model, first, tokens))}
         return works[part]
-    try:
-        if part == "prefill":
-            return args.prompt, recorded(prefill)
-        decoding = StaticDecoding(model, first, tokens)
-        step = recorded(decoding.step)
-        return tokens, lambda: decoding.run(step)
-    except (UsageError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of the model's own code, or of CUDA
-        kind = type(model).__name__
-        raise RunError(f"The {part} of {kind} can't be recorded, so leave --graph away: {error}") from error
+    if "past_key_values" not in takes:
+        raise UsageError(
+            f"--graph needs a model with a cache of keys and values, which {type(model).__name__} has not."
+        )
+    if part == "prefill":
+        # Without a cache transformers looks for packed sequences, and masks them where it can't wait for the answer.
+        return args.prompt, recorded(
+            lambda: model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), **last)
+        )
+    decoding = StaticDecoding(model, first, tokens)
+    step = recorded(decoding.step)
+    return tokens, lambda: decoding.run(step)
 
 
 class StaticDecoding:
-    """Decoding with a cache of fixed size: every token takes the same work on the same memory, as a graph needs it.
-
-    Raises:
-        UsageError: some layers see fewer tokens than are decoded. Their cache would move, which a graph can't do.
-    """
+    """Decoding with a cache of fixed size: every token takes the same work on the same memory, as a graph needs it."""
 
     def __init__(self, model: PreTrainedModel, first: Tensor, tokens: int):
         self.model, self.first, self.tokens = model, first, tokens
         self.token = first.clone()  # the one to feed
-        size = max(tokens, 4)  # three tokens are fed before the step is recorded
+        size = max(tokens, 4)  # three tokens are fed before the recording, which is the fourth
         self.cache = StaticCache(config=model.config, max_cache_len=size)
-        smallest = min(layer.get_max_length() for layer in self.cache.layers)
-        if 0 <= smallest < size:
-            raise UsageError(f"With --graph at most {smallest - 1} --tokens, this model's window; got {tokens - 1}.")
+        # A layer with a sliding window keeps its length as a number of Python's, which a graph would freeze. The
+        # model's own mask is what limits attention to the window.
+        self.cache.layers = [
+            StaticLayer(size) if type(layer) is StaticSlidingWindowLayer else layer for layer in self.cache.layers
+        ]
 
+    @torch.no_grad()
     def step(self) -> None:
         """Feed one token, and put the likeliest next one in its place."""
         out = self.model(input_ids=self.token, use_cache=True, past_key_values=self.cache)
@@ -179,8 +197,8 @@ def cache_of(model: PreTrainedModel, out: ModelOutput) -> dict[str, Any]:
     raise UsageError(f"{type(model).__name__} keeps no cache, so there is no decoding to measure.")
 
 
-def show(rows: dict[str, dict[str, float]], device: str, dtype: str) -> None:
-    table = Table(title=f"{dtype} on {device}")
+def show(rows: dict[str, dict[str, float]], title: str) -> None:
+    table = Table(title=title)
     for head in ("weights", "prefill tokens/s", "decode tokens/s", "weights, MB"):
         table.add_column(head, justify="left" if head == "weights" else "right")
     for name, row in rows.items():

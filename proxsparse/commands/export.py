@@ -81,7 +81,7 @@ def arguments() -> Parser:
         ("samples", positive_int, "of the text"),
         ("ctx_len", positive_int, "tokens per sample"),
         ("seed", seed, "of the choice of samples"),
-        ("device", str, "where int4 weights are rounded by the text"),
+        ("device", str, "where int4 weights are rounded with the text"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=None, help=f"{what}; default: {OF_A_TEXT[name]}")
     parser.add_argument(
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, default)
         elif not args.dataset:
-            raise UsageError(f"--{name} is for --quantize int4 with a text: give --dataset, or leave it out.")
+            raise UsageError(f"--{name} is for --quantize int4 with --dataset: leave it out, or give both.")
     refuse_to_overwrite(to)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model

@@ -139,10 +139,11 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1, graph: bool = F
         some = members[:MEASURED]
         sparse = [_semi_structured(target) for target in some]
         x = torch.randn(tokens, shape[1], device=model.device, dtype=some[0].weight.dtype)
-        dense_time, sparse_time = (
-            device_seconds([partial(nn.functional.linear, x, weight) for weight in weights], graph=graph)
-            for weights in ([target.weight for target in some], sparse)
-        )
+        with torch.cuda.device(model.device):
+            dense_time, sparse_time = (
+                device_seconds([partial(nn.functional.linear, x, weight) for weight in weights], graph=graph)
+                for weights in ([target.weight for target in some], sparse)
+            )
         if dense_time <= WORTHWHILE * sparse_time:
             continue
         for place, target in enumerate(members):
