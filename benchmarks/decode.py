@@ -22,10 +22,11 @@ from common import print_table, write_record
 from torch import Tensor, nn
 
 from proxsparse.deploy.compact_linear import CompactLinear
-from proxsparse.operator.prox import top2_mask
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
 MANY = ((4096, 11008), (1536, 576))  # shapes that are measured with more rows, too
+PATTERNS = (TWO_OF_FOUR, Pattern.parse("4:8"))  # of compact weights
 ROUNDS = {1: 30, 8: 15, 256: 5}
 
 
@@ -33,8 +34,7 @@ def main() -> int:
     found = []
     for outputs, inputs in SHAPES:
         torch.manual_seed(0)
-        weight = torch.randn(outputs, inputs).div_(inputs**0.5)
-        ways = ways_of(weight.mul_(top2_mask(weight)))
+        ways = ways_of(torch.randn(outputs, inputs).div_(inputs**0.5))
         for rows in ROUNDS if (outputs, inputs) in MANY else (1,):
             found.append({"out": outputs, "in": inputs, "rows": rows, **measure(ways, rows, inputs)})
     names = list(found[0]["ms"])
@@ -52,12 +52,16 @@ def ways_of(weight: Tensor) -> dict[str, tuple[torch.dtype, Callable[[Tensor], T
     """Name -> the dtype of its inputs, the product, and the weight that it should multiply with."""
     found: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor], Tensor]] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        found[f"dense {name}"] = (dtype, linear, linear.weight)
-        found[f"compact {name}"] = (dtype, CompactLinear(linear), linear.weight)
-    compact = CompactLinear(linear, "int8")
-    found["compact int8"] = (torch.bfloat16, compact, compact.dense())
+        for pattern in PATTERNS:
+            linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+            linear.weight = nn.Parameter((weight * pattern.mask(weight.abs())).to(dtype), requires_grad=False)
+            if pattern == TWO_OF_FOUR:
+                found[f"dense {name}"] = (dtype, linear, linear.weight)
+            found[f"{pattern} {name}"] = (dtype, CompactLinear(linear, pattern=pattern), linear.weight)
+    for pattern in PATTERNS:
+        linear.weight = nn.Parameter((weight * pattern.mask(weight.abs())).bfloat16(), requires_grad=False)
+        compact = CompactLinear(linear, "int8", pattern)
+        found[f"{pattern} int8"] = (torch.bfloat16, compact, compact.dense())
     scales = linear.weight.abs().amax(1) / 127
     codes = (linear.weight / scales[:, None]).round().to(torch.int8)
     product = partial(_torch_int8, codes, scales)

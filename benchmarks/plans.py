@@ -26,7 +26,7 @@ ROWS = [
     (1, 80, {"keep_base": "checkpoint"}, 4096, LLAMA_2_13B),
     (8, 24, {}, 4096, LLAMA_2_7B),
     (8, 48, {}, 4096, LLAMA_2_13B),
-    (32, 48, {}, 4096, "meta-llama/Llama-3.1-70B"),
+    (32, 80, {}, 4096, "meta-llama/Llama-3.1-70B"),
 ]
 
 

@@ -180,7 +180,9 @@ def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoin
         assert sentence in capsys.readouterr().err
     broken = tiny_llama()
     broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(RunError, match=r"The loss is nan at step 1. Lower `learning_rate`"):
+    with pytest.raises(
+        RunError, match=r"The loss is nan at step 1. Lower `learning_rate` in a run of another `output_dir`"
+    ):
         recover(broken, dense, kept, tokenizer, windows, **PLAIN)
 
 

@@ -207,7 +207,7 @@ GROUPS = {
 HELP = {
     "trust_remote_code": "run code that comes with the model: true or false",
     "seed": "seed of the choice of samples and of all noise",
-    "bf16": "compute in bfloat16; default: true on GPUs and on CPUs that do so natively",
+    "bf16": "compute in bfloat16; default: true where the device does so natively",
     "activation_checkpointing": "recompute activations in the backward pass; default: true on GPUs",
     "gradient_accumulation_steps": "micro-batches per optimizer step",
     "output_dir": "folder of the run; default: runs/<a name made of the settings>",

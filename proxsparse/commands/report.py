@@ -4,9 +4,9 @@
     python eval/report.py --run runs/demo --rows dense=runs/demo/dense.json \\
         "ProxSparse 2:4=mine.json" --compare Wanda=runs/demo/wanda
 
-Without --rows and --compare it shows what is in the folder of the run: the dense and the pruned model, and the
-baselines that were pruned for it. --rows takes results that eval/ppl.py and eval/eval_mask_ppl.py wrote with --output.
---compare takes other masks, and shows how far the run's own mask agrees with them, by layer kind.
+Without --rows and --compare it shows what is in the folder of the run: the dense, the pruned and the recovered model,
+and the baselines that were pruned for it. --rows takes results that eval/ppl.py and eval/eval_mask_ppl.py wrote with
+--output. --compare takes other masks, and shows how far the run's own mask agrees with them, by layer kind.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from proxsparse.record import read_record
 
 # The settings that a reader of the report asks for first.
 SHOWN = (
-    "model", "dataset", "samples", "ctx_len", "batch_size", "seed", "method", "lambda_value", "target_share",
+    "model", "dataset", "permute", "samples", "ctx_len", "batch_size", "seed", "method", "lambda_value", "target_share",
     "learning_rate", "score", "masked_forward", "distill", "relative", "lambda_ramp", "lambda2_value", "epsilon",
     "train_only_pruned", "dtype", "bf16", "optim",
 )  # fmt: skip

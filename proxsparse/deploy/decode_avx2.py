@@ -4,6 +4,8 @@ numba has no such shuffle, so the loop is written in LLVM's language, with the i
 of ``decode``.
 """
 
+import functools
+
 import numba
 import numpy as np
 from llvmlite import binding, ir
@@ -25,11 +27,14 @@ FLOAT, INT, SHORT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.Int
 FLOATS, INTS, SHORTS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, INT, SHORT, BYTE))
 
 
+_host_features = functools.cache(binding.get_host_cpu_features)  # to ask takes longer than a small product
+
+
 def supported() -> bool:
     """Whether numba compiles for a processor that has AVX2."""
     chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if chosen is None:
-        return bool(binding.get_host_cpu_features().get("avx2"))
+        return bool(_host_features().get("avx2"))
     return "+avx2" in chosen.split(",")
 
 

@@ -73,7 +73,7 @@ class DistillingTrainer(SFTTrainer):
             if not loss.isfinite():
                 raise RunError(
                     f"The loss is {loss.item()} at step {step}. "
-                    f"Lower {self.lower}. {resume_hint(str(self.args.output_dir))}"
+                    f"Lower {self.lower} in a run of another `output_dir`. {resume_hint(str(self.args.output_dir))}"
                 )
         return loss
 
