@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.commands import prune as prune_command
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.keep import Kept
@@ -204,6 +205,25 @@ def test_a_run_learns_in_its_order_and_every_command_knows_it(base, corpus, tmp_
     assert console(["check", "--model", str(run / "pruned"), "--base", str(base)]) == 0
     assert console(learning(base, corpus, run)) == 2
     assert "--permute auto, now it is none" in capsys.readouterr().err
+
+
+def test_a_baseline_takes_the_order_of_the_run_where_the_text_is_the_same(base, corpus, tmp_path, monkeypatch):
+    run, chosen = tmp_path / "run", []
+    assert console(learning(base, corpus, run, "--permute", "auto")) == 0
+    real = prune_command.order_channels
+    monkeypatch.setattr(prune_command, "order_channels", lambda *args, **kwargs: chosen.append(real(*args, **kwargs)))
+    orders = []
+    for name, more in {"same": [], "other": ["--seed", "7"], "wider": ["--sparsity_type", "4:8"]}.items():
+        flags = ["--prune_method", "wanda", "--save", str(tmp_path / name), *more]
+        assert console(["prune", "--run", str(run), *flags]) == 0
+        orders.append(load_mask(tmp_path / name).order)
+    assert orders[0] == load_mask(run).order
+    assert orders[1:] == chosen  # chosen anew
+    # What the run chose is what the baseline would have chosen.
+    shutil.copytree(run, tmp_path / "without")
+    (tmp_path / "without" / "channel_order.npz").unlink()
+    assert console(["prune", "--run", str(tmp_path / "without"), "--prune_method", "wanda"]) == 0
+    assert chosen[-1] == orders[0]
 
 
 def test_a_stopped_run_goes_on_in_its_order(base, corpus, tmp_path):

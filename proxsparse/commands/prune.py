@@ -14,10 +14,13 @@ result is a checkpoint; with --mask_only it is a mask.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
@@ -37,8 +40,8 @@ from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
-from proxsparse.model.channels import PERMUTE, PERMUTE_HELP, order_of
-from proxsparse.model.inputs import digest
+from proxsparse.model.channels import ORDER_FILE, PERMUTE, PERMUTE_HELP, load_order, order_of, put_into_order
+from proxsparse.model.inputs import digest, origin_of
 from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.record import refuse_to_overwrite
@@ -155,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
     wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
     if args.permute == "auto":
-        order_channels(model, windows if method.reads_text else None, pattern=wanted.pattern)
+        reorder(model, windows if method.reads_text else None, wanted.pattern, Run(args.run) if args.run else None)
     mask = method.prune_model(model, tokenizer, windows, wanted)
     mask.order = order_of(model)
     mask.base_model = args.model
@@ -171,6 +174,18 @@ def main(args: argparse.Namespace) -> None:
         found = zero_shot(model, tokenizer, args.eval_zero_shot or list(PAPER_TASKS))
         Console().print(accuracy_table(found))
     print_json({"method": args.prune_method, "pattern": str(mask.pattern), "kept": mask.density(), "save": args.save})
+
+
+def reorder(model: PreTrainedModel, windows: Tensor | None, pattern: Pattern, run: Run | None) -> None:
+    """Reorder the channels: as the run did, where it chose its order by the same windows, else anew."""
+    if run is not None and windows is not None and pattern == run.pattern:
+        measured = windows[: run.settings.get("norm_samples", len(windows))]
+        with contextlib.suppress(UsageError):  # the order of another text
+            order = load_order(run.folder / ORDER_FILE, origin_of(model, measured))
+            if order:
+                put_into_order(model, order)
+                return
+    order_channels(model, windows, pattern=pattern)
 
 
 def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, Any]:
