@@ -19,7 +19,8 @@ from proxsparse.model.compact import check_kind, compress, quantise_rows
 from proxsparse.model.loading import native_bf16
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
-FEW_TOKENS = 12  # beyond, a dense product is faster than the plain loop
+FEW_TOKENS = 12  # beyond, to expand the weight and multiply densely is faster than the plain loop
+SOME_TOKENS = 96  # beyond, it is faster than the shuffles too, where the processor has wider registers than these use
 BUFFER = 2 * 1024 * 1024  # weights that are expanded at once, 8 MB
 ROWS = 384  # but so many rows at least: products with fewer take longer
 
@@ -75,8 +76,9 @@ class CompactLinear(nn.Module):
         self.quantize = quantize
         # Processors without products of bfloat16 take several times as long for them as for float32.
         self.wide = self.dtype if native_bf16("cpu") else torch.float32
-        # Those that have them have wider registers than our kernel uses, too.
-        self.few = FEW_TOKENS if native_bf16("cpu") or not decode_avx2.supported() else None
+        self.few: int | None = FEW_TOKENS
+        if decode_avx2.supported():
+            self.few = SOME_TOKENS if native_bf16("cpu") else None
         values, positions = compress(weight, pattern)
         codes, scales = (values, None) if quantize is None else quantise_rows(values)
         self.panels = Panels(codes, positions, scales, pattern)

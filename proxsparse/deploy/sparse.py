@@ -28,6 +28,7 @@ from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 logger = logging.getLogger(__name__)
 
 WORTHWHILE = 1.05  # a sparse product must be so many times faster than the dense one
+FIRST_ROWS = 256  # of each weight, which tell the pattern
 MEASURED = 8  # weights of a shape: of a large model, together more than a GPU's cache
 
 
@@ -166,14 +167,14 @@ def _compressible(model: PreTrainedModel) -> tuple[Pattern, list[Prunable]]:
     Raises:
         UsageError: there are none.
     """
-    targets = find_prunable(model, multiple=1)
-    found = Counter(pattern for target in targets if (pattern := pattern_of(target.rows(target.weight.detach()))))
+    rows = {target: target.rows(target.weight.detach()) for target in find_prunable(model, multiple=1)}
+    patterns = [pattern_of(weight.flatten(0, -2)[:FIRST_ROWS]) for weight in rows.values()]
+    found = Counter(pattern for pattern in patterns if pattern is not None)
     if not found:
-        raise UsageError(f"The model can't be made compact: none of its {len(targets)} weights is N:M in its zeros.")
+        raise UsageError(f"The model can't be made compact: none of its {len(rows)} weights is N:M in its zeros.")
     pattern = found.most_common(1)[0][0]
-    rows = {target.name: target.rows(target.weight.detach()) for target in targets}
-    fits = [t for t in targets if not rows[t.name].shape[-1] % pattern.m]
-    return pattern, [t for t in fits if not pattern.violations(rows[t.name]).any()]
+    fits = [target for target, weight in rows.items() if weight.shape[-1] % pattern.m == 0]
+    return pattern, [target for target in fits if not pattern.violations(rows[target]).any()]
 
 
 def _halved(model: PreTrainedModel) -> list[Prunable]:
