@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         inner = scratch / path.name
         yield inner
+        _let_be_read(scratch)
         if inner.is_dir():
             (inner / OWN).touch()
             if path.is_dir():
@@ -43,6 +45,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(inner, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _let_be_read(folder: Path) -> None:
+    """Give every file the permissions of any new one: safetensors writes files that only their owner can read."""
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def refuse_to_overwrite(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Exports in every form, their check, model cards, and what the benchmark prints."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_the_mask_form_holds_one_bit_a_weight_and_hashes(checkpoint, mask, tmp_p
     assert record["pattern"] == "2:4"
     assert record["base_model"] == checkpoint
     assert set(record["sha256"]) == set(first.tensors)
+
+
+@pytest.mark.parametrize("form", ["dense", "compact", "mask"])
+def test_what_is_written_can_be_read_by_whom_the_user_lets(checkpoint, mask, tmp_path, form):
+    before = os.umask(0o027)
+    try:
+        assert export("--model", checkpoint, "--mask", mask, "--form", form, "--to", tmp_path / "out") == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert any(name.endswith(".safetensors") for name in modes)
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_the_compact_form_loads_dense_and_sparse(checkpoint, mask, tmp_path):
