@@ -62,6 +62,8 @@ def ways_of(weight: Tensor) -> dict[str, tuple[torch.dtype, Callable[[Tensor], T
         linear.weight = nn.Parameter((weight * pattern.mask(weight.abs())).bfloat16(), requires_grad=False)
         compact = CompactLinear(linear, "int8", pattern)
         found[f"{pattern} int8"] = (torch.bfloat16, compact, compact.dense())
+    linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    linear.weight = nn.Parameter((weight * TWO_OF_FOUR.mask(weight.abs())).bfloat16(), requires_grad=False)
     scales = linear.weight.abs().amax(1) / 127
     codes = (linear.weight / scales[:, None]).round().to(torch.int8)
     product = partial(_torch_int8, codes, scales)

@@ -1,5 +1,6 @@
-"""The compact 2:4 store and the products with it."""
+"""The compact store of N:M weights, and the products with it."""
 
+import json
 import shutil
 
 import numba
@@ -13,7 +14,7 @@ from test_prunable import FAMILIES, build
 from torch import nn
 
 import proxsparse
-from proxsparse.deploy import compact_linear, decode_avx2
+from proxsparse.deploy import compact_linear, decode_loops
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear, use_compact
@@ -60,7 +61,7 @@ def pruned_linear(inputs, outputs, dtype=torch.float32, bias=False, seed=0, patt
     return linear
 
 
-PATTERNS = [Pattern.parse(text) for text in ("1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "6:8", "8:16", "13:16")]
+PATTERNS = [Pattern.parse(text) for text in ("1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "6:8", "8:16", "11:16")]
 blocks = st.lists(
     st.tuples(st.permutations(range(4)), st.floats(-4, 4, width=16), st.floats(-4, 4, width=16)), min_size=1, max_size=9
 )
@@ -88,7 +89,8 @@ def test_the_zeros_of_a_weight_tell_its_pattern_and_the_compact_form_gives_it_ba
     for shape in ((5, 3 * pattern.m), (2, 3, 4 * pattern.m)):
         rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         rows *= pattern.mask(rows.abs())
-        rows.view(-1)[0] = 0  # a block with one fewer
+        assert pattern_of(rows) == pattern
+        rows.view(-1)[0] = 0  # perhaps a block with one fewer
         assert pattern_of(rows) == pattern
         values, positions = compress(rows, pattern)
         packed = pack_positions(positions, pattern)
@@ -103,13 +105,24 @@ def test_dense_and_empty_weights_have_no_pattern():
     assert pattern_of(torch.ones(3, 16)) is None
     assert pattern_of(torch.zeros(3, 16)) is None
     assert pattern_of(torch.ones(3, 6) * torch.tensor([1, 0, 1, 0, 1, 1])) is None
+    assert pattern_of(torch.ones(0, 16)) is None
+    assert pattern_of(torch.ones(3, 16) * (torch.arange(16) != 5)) is None  # 15:16 would not be smaller
+
+
+def test_the_bytes_of_the_files_stay_as_they_are():
+    positions = torch.tensor([[0, 1, 2, 3, 1, 3]], dtype=torch.uint8)
+    assert pack_positions(positions).tolist() == [[228, 13]]
+    positions = torch.tensor([[0, 1, 2, 7, 3, 4, 5, 6]], dtype=torch.uint8)
+    assert pack_positions(positions, Pattern.parse("4:8")).tolist() == [[0b10000111, 0b01111000]]
+    positions = torch.tensor([[3, 0, 2]], dtype=torch.uint8)
+    assert pack_positions(positions, Pattern.parse("1:4")).tolist() == [[0b00011000, 0b00000100]]
 
 
 @pytest.fixture(params=["AVX2", slow("any processor")])
 def processor(request, monkeypatch):
-    if request.param == "AVX2" and not decode_avx2.supported():
+    if request.param == "AVX2" and not decode_loops.has_shuffles():
         pytest.skip("needs a processor with AVX2")
-    monkeypatch.setattr(decode_avx2, "supported", lambda: request.param == "AVX2")
+    monkeypatch.setattr(decode_loops, "has_shuffles", lambda: request.param == "AVX2")
 
 
 any_product = given(
@@ -127,6 +140,59 @@ def test_the_kernel_is_the_dense_product(processor, outputs, blocks_in, tokens, 
     assert torch.equal(compact.dense(), linear.weight)
     wanted = inputs.double() @ linear.weight.double().T
     torch.testing.assert_close(compact(inputs).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("pattern", [Pattern.parse(text) for text in ("2:4", "4:8", "8:16")], ids=str)
+def test_wide_weights_and_inputs_of_any_kind_are_multiplied(pattern, plain, monkeypatch):
+    if plain:
+        monkeypatch.setattr(decode_loops, "has_shuffles", lambda: False)
+    linear = pruned_linear(16 * 40, 33, pattern=pattern)
+    compact = CompactLinear(linear, pattern=pattern)
+    inputs = torch.randn(640, 7).T
+    for given_inputs in (
+        inputs,
+        inputs.double(),
+        inputs.half(),
+        inputs[:, :, None].expand(-1, -1, 2)[..., 1],
+        inputs[:0],
+    ):
+        wanted = given_inputs.double() @ linear.weight.double().T
+        tolerance = 2e-3 if given_inputs.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(compact(given_inputs).double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_each_layer_is_compact_by_its_own_zeros():
+    model = tiny_llama()
+    up, down, q, k = (
+        model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.down_proj, model.model.layers[0].self_attn.q_proj,
+        model.model.layers[1].self_attn.k_proj,
+    )  # fmt: skip
+    with torch.no_grad():
+        for linear, text in ((up, "2:4"), (down, "4:8")):
+            linear.weight.mul_(Pattern.parse(text).mask(linear.weight.abs()))
+        q.weight.mul_(torch.rand(q.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.9)  # unstructured
+        k.weight.zero_()
+    assert use_compact(model) == 2
+    assert str(model.model.layers[0].mlp.up_proj.panels.pattern) == "2:4"
+    assert str(model.model.layers[1].mlp.down_proj.panels.pattern) == "4:8"
+    unstructured = tiny_llama()
+    with torch.no_grad():
+        for target in find_prunable(unstructured):
+            target.weight.mul_(torch.rand_like(target.weight) < 0.8)
+    with pytest.raises(UsageError, match="no linear layer is N:M"):
+        use_compact(unstructured)
+
+
+def test_rows_that_are_sparser_than_the_rest_do_not_mislead(monkeypatch):
+    monkeypatch.setattr("proxsparse.deploy.sparse.FIRST_ROWS", 4)
+    model = tiny_llama()
+    linear = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        linear.weight.mul_(TWO_OF_FOUR.mask(linear.weight.abs()))
+        linear.weight[:4].mul_(Pattern.parse("1:4").mask(linear.weight[:4].abs()))
+    assert use_compact(model) == 1
+    assert model.model.layers[0].mlp.up_proj.panels.pattern == TWO_OF_FOUR
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40])
@@ -174,9 +240,9 @@ def test_int8_values_compute_with_the_rounded_weight(processor, outputs, blocks_
 
 
 def test_a_processor_that_numba_is_told_to_compile_for_counts(monkeypatch):
-    for features, wanted in (("", False), ("+sse4.2,-avx2", False), ("+avx2,+fma", True)):
+    for features, wanted in (("", False), ("+sse4.2,-avx2", False), ("+avx2,-fma", False), ("+avx2,+fma", True)):
         monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
-        assert decode_avx2.supported() is wanted
+        assert decode_loops.has_shuffles() is wanted
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -305,13 +371,30 @@ def test_a_compact_folder_of_int8_values_gives_the_rounded_weights(family, token
 
 def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
     model = tiny_llama()
-    with pytest.raises(UsageError, match="with an M of 2, 4, 8 or 16; this mask is 3:5"):
+    with pytest.raises(UsageError, match="with an M of 2, 4, 8 or 16, not 3:5"):
         save_pruned(model, Mask(magnitudes(model), "3:5"), tmp_path / "dense", form="compact")
     assert not (tmp_path / "dense").exists()
     with pytest.raises(UsageError, match=r"`quantize` of compact weights must be int8; got 'fp8'\."):
         use_compact(prune(tiny_llama()), "fp8")
-    with pytest.raises(UsageError, match="can't be made compact: none of its 14 weights is N:M in its zeros"):
+    with pytest.raises(UsageError, match="can't be made compact: no linear layer is N:M"):
         use_compact(tiny_llama())
+
+
+def edit_index(folder, **changes):
+    index = json.loads((folder / "compact.json").read_text())
+    (folder / "compact.json").write_text(json.dumps(index | changes))
+
+
+def edit_weight(folder, **changes):
+    index = json.loads((folder / "compact.json").read_text())
+    name = next(iter(index["weights"]))
+    edit_index(folder, weights=index["weights"] | {name: index["weights"][name] | changes})
+
+
+def cut_positions(folder):
+    tensors = load_file(folder / "compact.safetensors")
+    name = next(name for name in tensors if name.endswith(".positions"))
+    save_file(tensors | {name: tensors[name][:1].clone()}, folder / "compact.safetensors")
 
 
 def test_damage_is_noticed(tmp_path, tokenizer):
@@ -323,6 +406,14 @@ def test_damage_is_noticed(tmp_path, tokenizer):
             (folder / "compact.safetensors").read_bytes()[:5000]
         ),
         "gone": lambda folder: (folder / "compact.safetensors").unlink(),
+        "pattern": lambda folder: edit_index(folder, format="proxsparse-compact-nm-1", pattern="3:5"),
+        "no pattern": lambda folder: edit_index(folder, format="proxsparse-compact-nm-1", pattern="foo"),
+        "bits": lambda folder: edit_index(folder, format="proxsparse-compact-nm-1", pattern="4:8"),
+        "no rows": lambda folder: edit_weight(folder, rows=[]),
+        "half a row": lambda folder: edit_weight(folder, rows=[8, 64.5]),
+        "no blocks": lambda folder: edit_weight(folder, rows=[64, 30]),
+        "dimension": lambda folder: edit_weight(folder, in_dim=9),
+        "positions": lambda folder: cut_positions(folder),
     }.items():
         folder = tmp_path / name
         shutil.copytree(tmp_path / "good", folder)

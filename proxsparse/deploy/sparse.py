@@ -1,13 +1,12 @@
 """Run a pruned model sparse: on the CPU with compact weights, on a GPU with torch's semi-structured tensors.
 
 Neither is faster everywhere. Reading the weights from memory limits decoding, and compact weights have fewer bytes.
-Arithmetic limits prefill, which uses dense products on the CPU. On a GPU every shape is measured, and only those
+Arithmetic limits prefill. On a GPU every shape is measured, and only those
 that gain are converted. ``proxsparse bench`` shows what a machine gains.
 """
 
 import dataclasses
 import logging
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.compact import check_kind, pattern_of
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
-from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.operator.pattern import TWO_OF_FOUR
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +64,35 @@ def use_compact(model: PreTrainedModel, quantize: str | None = None) -> int:
         quantize: int8: the kept values are rounded to int8.
 
     Returns:
-        how many were replaced. Conv1D, stacked experts, layers that were left out of the pruning, and layers whose
-        weight the model's code reads stay dense.
+        how many were replaced, each by the pattern that its own zeros have. Conv1D, stacked experts, layers that were
+        left out of the pruning, and layers whose weight the model's code reads stay dense.
 
     Raises:
         UsageError: no weight is N:M; another kind of quantisation.
     """
     check_kind(quantize)
     replaced: list[tuple[Prunable, CompactLinear]] = []
-    pattern, targets = _compressible(model)
-    for target in targets:
-        if type(target.module) is not nn.Linear:
+    # A target that is named anywhere keeps its dense weight alive.
+    targets = [target for target in find_prunable(model, multiple=1)[::-1] if type(target.module) is nn.Linear]
+    some = bool(targets)
+    while targets:
+        target = targets.pop()
+        assert isinstance(target.module, nn.Linear)
+        weight = target.weight.detach()
+        pattern = pattern_of(weight[:FIRST_ROWS])
+        if pattern is not None and pattern.violations(weight).any():
+            pattern = pattern_of(weight)
+        if pattern is None:
             continue
         try:
             compact = CompactLinear(target.module, quantize, pattern)
         except ValueError as error:
             raise UsageError(f"{target.name} can't be made compact: {error}.") from error
         _replace(model, target, compact)
-        # The target would keep the dense weight alive.
         replaced.append((dataclasses.replace(target, module=compact), compact))
+        del target, weight
+    if some and not replaced:
+        raise UsageError("The model can't be made compact: no linear layer is N:M, as 2:4 or 4:8.")
     runs(model)
     unread = 0
     for target, compact in replaced:
@@ -159,22 +168,6 @@ def use_semi_structured(model: PreTrainedModel, tokens: int = 1, graph: bool = F
             target.module.weight = nn.Parameter(target.module.weight.detach().to_dense(), requires_grad=False)  # type: ignore[operator]
     count = sum(map(len, converted.values()))
     return {"sparse": count, "dense": len(targets) - count}
-
-
-def _compressible(model: PreTrainedModel) -> tuple[Pattern, list[Prunable]]:
-    """The pattern of most pruned weights of a model, from their zeros, and the weights that have it.
-
-    Raises:
-        UsageError: there are none.
-    """
-    rows = {target: target.rows(target.weight.detach()) for target in find_prunable(model, multiple=1)}
-    patterns = [pattern_of(weight.flatten(0, -2)[:FIRST_ROWS]) for weight in rows.values()]
-    found = Counter(pattern for pattern in patterns if pattern is not None)
-    if not found:
-        raise UsageError(f"The model can't be made compact: none of its {len(rows)} weights is N:M in its zeros.")
-    pattern = found.most_common(1)[0][0]
-    fits = [target for target, weight in rows.items() if weight.shape[-1] % pattern.m == 0]
-    return pattern, [target for target in fits if not pattern.violations(rows[target]).any()]
 
 
 def _halved(model: PreTrainedModel) -> list[Prunable]:

@@ -54,24 +54,23 @@ def check_pattern(pattern: Pattern) -> None:
     """Refuse patterns that have no compact form.
 
     Raises:
-        UsageError: names those that there are.
+        UsageError: says which ones there are.
     """
     if not pattern.n or pattern.m not in LENGTHS:
-        raise UsageError(
-            f"The compact form holds N:M weights with an M of 2, 4, 8 or 16; this mask is {pattern}.", "form"
-        )
+        raise UsageError(f"The compact form holds N:M weights with an M of 2, 4, 8 or 16, not {pattern}.", "form")
 
 
 def pattern_of(rows: Tensor) -> Pattern | None:
-    """The sparsest pattern with a compact form that the zeros of a weight (..., I) have; of equal ones, the shortest.
+    """The sparsest pattern that the zeros of a weight (..., I) have; of equal ones, the shortest.
 
-    None: it is dense, or has no non-zeros.
+    None: the weight has no non-zeros, or keeps more than three quarters of any block, so that the compact form would
+    not be smaller.
     """
     found = []
     for m in LENGTHS:
-        if rows.shape[-1] % m == 0:
+        if rows.numel() and rows.shape[-1] % m == 0:
             most = int((rows.unflatten(-1, (-1, m)) != 0).sum(-1).max())
-            found += [Pattern(most, m, 1 - most / m)] if 0 < most < m else []
+            found += [Pattern(most, m, 1 - most / m)] if 0 < most <= 0.75 * m else []
     return max(found, key=lambda pattern: pattern.ratio, default=None)
 
 
@@ -88,12 +87,15 @@ def compress(rows: Tensor, pattern: Pattern = TWO_OF_FOUR) -> tuple[Tensor, Tens
     Raises:
         ValueError: a block has more than N non-zeros.
     """
-    if pattern.violations(rows).any():
+    kept = rows != 0
+    counts = kept.unflatten(-1, (-1, pattern.m)).sum(-1)
+    if (counts > pattern.n).any():
         raise ValueError(f"a block has more than {NUMBERS.get(pattern.n, pattern.n)} non-zeros")
-    kept = top2_mask(rows.float()) if pattern == TWO_OF_FOUR else pattern.mask(rows.float().abs())
-    positions = kept.unflatten(-1, (-1, pattern.m)).nonzero()[:, -1].view(*rows.shape[:-1], -1, pattern.n)
-    values = rows.unflatten(-1, (-1, pattern.m)).gather(-1, positions)
-    return values.flatten(-2), positions.to(torch.uint8).flatten(-2)
+    if (counts < pattern.n).any():
+        kept = top2_mask(rows.float()) if pattern == TWO_OF_FOUR else pattern.mask(rows.float().abs())
+    shape = (*rows.shape[:-1], rows.shape[-1] // pattern.m * pattern.n)
+    positions = kept.flatten().nonzero().view(-1) % pattern.m
+    return rows[kept].view(shape), positions.to(torch.uint8).view(shape)
 
 
 def decompress(values: Tensor, positions: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
@@ -226,24 +228,32 @@ def compact_index(folder: Path) -> dict[str, Compact]:
         UsageError: the folder is of another version.
         RunError: the index is damaged.
     """
+    formats = [*FORMATS.values(), *ANY_FORMATS.values()]
     try:
         index = read_json(folder / INDEX)
-        formats = [*FORMATS.values(), *ANY_FORMATS.values()]
-        if index["format"] not in formats:
-            raise UsageError(
-                f"{folder / INDEX} has format {index['format']!r}; this version reads {', '.join(map(repr, formats))}."
-            )
+        known = index["format"] in formats
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / INDEX} is damaged ({error}); export the model again.") from error
+    if not known:
+        names = ", ".join(map(repr, formats))
+        raise UsageError(f"{folder / INDEX} has format {index['format']!r}; this version reads {names}.")
+    try:
         quantised = index["format"] in (FORMATS["int8"], ANY_FORMATS["int8"])
         pattern = TWO_OF_FOUR if index["format"] in FORMATS.values() else Pattern.of_blocks(index["pattern"])
         check_pattern(pattern)
-        return {
-            name: Compact(tuple(w["rows"]), int(w["in_dim"]), DTYPES[w["dtype"]] if quantised else None, pattern)
-            for name, w in index["weights"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
+        return {name: _described(weight, quantised, pattern) for name, weight in index["weights"].items()}
+    except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{folder / INDEX} is damaged ({error}); export the model again.") from error
+
+
+def _described(entry: dict[str, Any], quantised: bool, pattern: Pattern) -> Compact:
+    """What compact.json says of one weight; ValueError where that can't be."""
+    rows, dim = tuple(entry["rows"]), entry["in_dim"]
+    if not rows or not all(isinstance(size, int) and size > 0 for size in rows) or rows[-1] % pattern.m:
+        raise ValueError(f"a weight of shape {list(rows)} is not {pattern}")
+    if not isinstance(dim, int) or not 0 <= dim < len(rows):
+        raise ValueError(f"a weight of shape {list(rows)} has no dimension {dim}")
+    return Compact(rows, dim, DTYPES[entry["dtype"]] if quantised else None, pattern)
 
 
 def unpacked(values: Tensor, positions: Tensor, scales: Tensor | None, weight: Compact) -> Tensor:
@@ -255,6 +265,8 @@ def unpacked(values: Tensor, positions: Tensor, scales: Tensor | None, weight: C
     rows, pattern = weight.rows, weight.pattern
     if tuple(values.shape) != (*rows[:-1], rows[-1] // pattern.m * pattern.n) or positions.dtype != torch.uint8:
         raise ValueError(f"values of shape {tuple(values.shape)} do not make a weight of {rows}")
+    if tuple(positions.shape) != (*rows[:-1], -(-rows[-1] // 8)):
+        raise ValueError(f"positions of shape {tuple(positions.shape)} do not belong to a weight of {rows}")
     places = unpack_positions(positions, rows[-1], pattern)
     if scales is not None and weight.dtype is not None:
         if tuple(scales.shape) != rows[:-1] or values.dtype != torch.int8:

@@ -1,17 +1,20 @@
-"""The product of ``decode`` on processors with AVX2, which pick eight inputs by one shuffle.
+"""The loops of ``decode``: its product on processors with AVX2, its product on any other, and dense rows.
 
-numba has no such shuffle, so the loop is written in LLVM's language, with the instructions' own names. Shapes are those
-of ``decode``.
+Processors with AVX2 pick eight inputs by one shuffle. numba has no such shuffle, so that loop is written in LLVM's
+language, with the instructions' own names. Shapes are those of ``decode``. What the loops share stands in this one
+file, because numba takes a compiled loop from its cache for as long as the loop's own file is unchanged.
 """
 
 import functools
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.codegen import get_host_cpu_features
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
 
 from proxsparse.operator.kernels.cache import choose_cache
@@ -21,21 +24,21 @@ choose_cache()
 PANEL = 16  # rows
 LANES = 8  # float32 in a register
 TILE = 4  # tokens that share the reading of values and places
+RUN = 32  # groups widened together by the plain loop: inside the L1 cache
 PAIRED, EIGHT, SIXTEEN = 0, 1, 2  # layouts: 2:4, other blocks of up to 8 inputs, blocks of 16
 
 FLOAT, INT, SHORT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 FLOATS, INTS, SHORTS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, INT, SHORT, BYTE))
+U = np.uint32
 
 
-_host_features = functools.cache(binding.get_host_cpu_features)  # to ask takes longer than a small product
+_features = functools.cache(get_host_cpu_features)  # to ask takes longer than a small product
 
 
-def supported() -> bool:
-    """Whether numba compiles for a processor that has AVX2."""
+def has_shuffles() -> bool:
+    """Whether numba compiles for a processor that has AVX2 and FMA."""
     chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    if chosen is None:
-        return bool(_host_features().get("avx2"))
-    return "+avx2" in chosen.split(",")
+    return {"+avx2", "+fma"} <= set((_features() if chosen is None else chosen).split(","))
 
 
 def _dot_of(layout: int, tile: int):
@@ -128,6 +131,8 @@ def _widened(builder, dtype, place):
         return _load(builder, FLOATS, place)
     if dtype == types.int8:
         return builder.sitofp(builder.sext(_load(builder, BYTES, place), INTS), FLOATS)
+    if dtype != types.uint16:
+        raise TypingError(f"values of {dtype}")
     return builder.bitcast(builder.shl(builder.zext(_load(builder, SHORTS, place), INTS), _same(16)), FLOATS)
 
 
@@ -161,14 +166,15 @@ _sixteen_one, _sixteen_tile = _dot_of(SIXTEEN, 1), _dot_of(SIXTEEN, TILE)
 
 @numba.njit(parallel=True, error_model="numpy", cache=True)
 def multiply(codes, values, inputs, layout, out):  # pragma: no cover (compiled)
-    """out (T, P * PANEL) = inputs W^T; inputs are (T, G * group) float32, zero beyond I. It needs AVX2."""
+    """out (T, P * PANEL) = inputs W^T; inputs are (T, G * group) float32, zero beyond I. It needs ``has_shuffles``."""
     tokens, stride = inputs.shape[0], inputs.strides[0]
     size = codes.shape[2]
     for p in numba.prange(len(codes)):
         found = np.empty((TILE, PANEL), np.float32)
         to, places, kept = found.ctypes.data, codes.ctypes.data + p * codes.strides[0], values[p]
-        for first in range(0, tokens, TILE):
-            count = min(TILE, tokens - first)
+        for start in range(0, tokens, TILE):
+            # The last tile begins earlier where too few tokens are left; the sums of a token are the same in any tile.
+            first, count = (min(start, tokens - TILE), TILE) if tokens >= TILE else (0, tokens)
             x = inputs.ctypes.data + first * stride
             if count == TILE:
                 if layout == PAIRED:
@@ -187,3 +193,105 @@ def multiply(codes, values, inputs, layout, out):  # pragma: no cover (compiled)
                         _sixteen_one(places, kept, x + t * stride, stride, size, to + t * found.strides[0])
             for t in range(count):
                 out[first + t, p * PANEL : (p + 1) * PANEL] = found[t]
+
+
+def _in_float32(values, wide, bits):  # pragma: no cover (compiled)
+    raise NotImplementedError
+
+
+@overload(_in_float32)
+def _in_float32_overload(values, wide, bits):
+    """A run of values as float32, ``bits`` is the memory of ``wide``."""
+    if values.dtype == numba.float32:
+        return lambda values, wide, bits: values
+    if values.dtype == numba.int8:
+
+        def converted(values, wide, bits):
+            source, flat = values.reshape(-1), wide.reshape(-1)
+            for j in range(source.size):
+                flat[j] = source[j]
+            return wide
+
+        return converted
+
+    def widened(values, wide, bits):
+        source, flat = values.reshape(-1), bits.reshape(-1)
+        for j in range(source.size):
+            flat[j] = U(source[j]) << U(16)
+        return wide
+
+    return widened
+
+
+@numba.njit(parallel=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", cache=True)
+def multiply_plain(codes, values, inputs, layout, out):  # pragma: no cover (compiled)
+    """``multiply`` for any processor."""
+    panels, groups, even = values.shape[0], values.shape[1], values.shape[2]
+    group = inputs.shape[1] // groups
+    for p in numba.prange(panels):
+        wide = np.empty((RUN, even, PANEL), np.float32)
+        bits = wide.view(np.uint32)
+        for t in range(len(inputs)):
+            sums, x = np.zeros(PANEL, np.float32), inputs[t]
+            for start in range(0, groups, RUN):
+                stop = min(start + RUN, groups)
+                run = _in_float32(values[p, start:stop], wide, bits)
+                for g in range(start, stop):
+                    code, kept = codes[p, g], run[g - start]
+                    if layout == PAIRED:
+                        # Comparisons, which become SIMD instructions; reads at many places do not.
+                        a, b, c, d = x[8 * g], x[8 * g + 1], x[8 * g + 2], x[8 * g + 3]
+                        e, f, h, i = x[8 * g + 4], x[8 * g + 5], x[8 * g + 6], x[8 * g + 7]
+                        for r in range(PANEL):
+                            place = U(code[0, r])
+                            # The first of two positions is at most 2, and the second at least 1.
+                            first = c if place & U(2) else (b if place & U(1) else a)
+                            second = (d if place & U(4) else c) if place & U(8) else b
+                            third = h if place & U(32) else (f if place & U(16) else e)
+                            fourth = (i if place & U(64) else h) if place & U(128) else f
+                            sums[r] += (
+                                kept[0, r] * first + kept[1, r] * second + kept[2, r] * third + kept[3, r] * fourth
+                            )
+                    else:
+                        for v in range(even):
+                            for r in range(PANEL):
+                                place = U(code[v // 2, r]) >> U(4 * (v % 2)) & U(15)
+                                sums[r] += kept[v, r] * x[group * g + np.int64(place)]
+            out[t, p * PANEL : (p + 1) * PANEL] = sums
+
+
+def _number(value):  # pragma: no cover (compiled)
+    raise NotImplementedError
+
+
+@overload(_number)
+def _number_overload(value):
+    """One value as float32."""
+    if value == numba.uint16:
+        return lambda value: U(U(value) << U(16)).view(np.float32)
+    return lambda value: np.float32(value)
+
+
+@numba.njit(parallel=True, error_model="numpy", cache=True)
+def expand(codes, values, scales, layout, n, m, first, out):  # pragma: no cover (compiled)
+    """Dense rows of a compact weight, times their scales: out (rows, I) float32, of which the first is ``first``."""
+    count, width = out.shape
+    group = max(LANES, m)
+    for o in numba.prange(count):
+        p, r, scale = (first + o) // PANEL, (first + o) % PANEL, scales[first + o]
+        for i in range(width):
+            out[o, i] = 0
+        # Views of a row or a panel would be counted by numba in each turn, which takes longer than the work.
+        for g in range(codes.shape[1]):
+            i = group * g
+            if layout == PAIRED:
+                code = np.int64(codes[p, g, 0, r])
+                out[o, i + (code & 3)] = _number(values[p, g, 0, r]) * scale
+                out[o, i + (code >> 2 & 3)] = _number(values[p, g, 1, r]) * scale
+                if i + 4 < width:
+                    out[o, i + 4 + (code >> 4 & 3)] = _number(values[p, g, 2, r]) * scale
+                    out[o, i + 4 + (code >> 6)] = _number(values[p, g, 3, r]) * scale
+                continue
+            for v in range(min(group // m, (width - i) // m) * n):
+                place = np.int64(codes[p, g, v // 2, r]) >> (4 * (v % 2)) & 15
+                out[o, i + place] = _number(values[p, g, v, r]) * scale
