@@ -145,6 +145,7 @@ def test_the_kernel_is_the_dense_product(processor, outputs, blocks_in, tokens, 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("pattern", [Pattern.parse(text) for text in ("2:4", "4:8", "8:16")], ids=str)
 def test_wide_weights_and_inputs_of_any_kind_are_multiplied(pattern, plain, monkeypatch):
+    monkeypatch.setattr("proxsparse.deploy.decode.AT_ONCE", 16 * 40 * 5)  # tokens in two parts
     if plain:
         monkeypatch.setattr(decode_loops, "has_shuffles", lambda: False)
     linear = pruned_linear(16 * 40, 33, pattern=pattern)

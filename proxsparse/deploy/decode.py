@@ -21,6 +21,8 @@ from proxsparse.model.compact import as_numpy, check_pattern
 from proxsparse.operator.kernels.threads import match_torch
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
+AT_ONCE = 2**20  # inputs of several tokens, 4 MB: they stay in the cache while the rows pass by
+
 
 class Panels:
     """A compact weight in the layout of the kernel.
@@ -54,7 +56,10 @@ class Panels:
         out = np.empty((len(inputs), len(self.codes) * PANEL), np.float32)
         product = decode_loops.multiply if decode_loops.has_shuffles() else decode_loops.multiply_plain
         match_torch()
-        product(self.codes, self.values, padded.numpy(), self.layout, out)
+        step = max(1, AT_ONCE // padded.shape[1])
+        for first in range(0, len(inputs), step):
+            some = slice(first, first + step)
+            product(self.codes, self.values, padded[some].numpy(), self.layout, out[some])
         found = out[:, : self.shape[0]]
         return torch.from_numpy(found if self.scales is None else found * self.scales)
 
