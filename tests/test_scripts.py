@@ -125,7 +125,7 @@ def test_a_second_start_skips_what_is_done_and_any_model_works(models, corpus, t
     first = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
     assert first.returncode == 0, first.stdout + first.stderr
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
-    assert (settings["method"], settings["lambda_value"]) == ("masked", None)
+    assert (settings["method"], settings["lambda_value"]) == ("masked", 0.002)
     mask = (tmp_path / "run" / "mask.safetensors").stat().st_mtime_ns
     again = shell("learn_mask.sh", models["Qwen"], "--bf16", "false", cwd=tmp_path, **setting)
     assert again.returncode == 0
