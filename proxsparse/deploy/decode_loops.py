@@ -24,7 +24,7 @@ choose_cache()
 PANEL = 16  # rows
 LANES = 8  # float32 in a register
 TILE = 4  # tokens that share the reading of values and places
-RUN = 32  # groups widened together by the plain loop: inside the L1 cache
+RUN = 32  # groups whose products are summed alone, so that less is rounded away; inside the L1 cache
 PAIRED, EIGHT, SIXTEEN = 0, 1, 2  # layouts: 2:4, other blocks of up to 8 inputs, blocks of 16
 
 FLOAT, INT, SHORT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
@@ -68,34 +68,46 @@ def _build_dot(builder, layout, tile, dtype, groups, places, values, inputs, str
     halves, size = range(PANEL // LANES), dtype.bitwidth // 8
     at_once = 4 if layout == PAIRED else 2  # values whose places share a byte
     add = _instruction(builder, "llvm.fma.v8f32", FLOATS, FLOATS, FLOATS)
-    totals = [[cgutils.alloca_once(builder, FLOATS) for _ in halves] for _ in range(tile)]
+    nothing = ir.Constant(FLOATS, [0.0] * LANES)
+    totals, partial = ([[cgutils.alloca_once(builder, FLOATS) for _ in halves] for _ in range(tile)] for _ in range(2))
     for total in (total for both in totals for total in both):
-        builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
-    with cgutils.for_range(builder, groups) as loop:
-        width = 4 * (2 if layout == SIXTEEN else 1) * LANES
-        starts = [_place(builder, inputs, (stride, token), (loop.index, width)) for token in range(tile)]
-        tables = [_tables(builder, layout, start) for start in starts]
+        builder.store(nothing, total)
 
-        def add_byte(byte) -> None:
-            """Add the products of the values whose places are in one byte per row."""
+    def add_byte(byte, tables) -> None:
+        """Add the products of the values whose places are in one byte per row."""
+        for half in halves:
+            packed = _load(builder, BYTES, _place(builder, places, (byte, PANEL), (half, LANES)))
+            packed = builder.zext(packed, INTS)
+            for number in range(at_once):
+                chosen = builder.lshr(packed, _same(8 // at_once * number))
+                row = _place(builder, values, (byte, at_once * PANEL * size), (number, PANEL * size))
+                kept = _widened(builder, dtype, _place(builder, row, (half, LANES * size)))
+                for token in range(tile):
+                    picked = _pick(builder, layout, tables[token], chosen, number)
+                    total = partial[token][half]
+                    builder.store(builder.call(add, [kept, picked, builder.load(total)]), total)
+
+    run = ir.Constant(groups.type, RUN)
+    with cgutils.for_range(builder, builder.sdiv(builder.add(groups, ir.Constant(groups.type, RUN - 1)), run)) as runs:
+        first = builder.mul(runs.index, run)
+        left = builder.sub(groups, first)
+        count = builder.select(builder.icmp_signed("<", left, run), left, run)
+        for total in (total for both in partial for total in both):
+            builder.store(nothing, total)
+        with cgutils.for_range(builder, count) as loop:
+            group = builder.add(first, loop.index)
+            width = 4 * (2 if layout == SIXTEEN else 1) * LANES
+            starts = [_place(builder, inputs, (stride, token), (group, width)) for token in range(tile)]
+            tables = [_tables(builder, layout, start) for start in starts]
+            if layout == PAIRED:
+                add_byte(group, tables)
+            else:
+                with cgutils.for_range(builder, bytes_of_group) as inner:
+                    add_byte(builder.add(builder.mul(group, bytes_of_group), inner.index), tables)
+        for token in range(tile):
             for half in halves:
-                packed = _load(builder, BYTES, _place(builder, places, (byte, PANEL), (half, LANES)))
-                packed = builder.zext(packed, INTS)
-                for number in range(at_once):
-                    chosen = builder.lshr(packed, _same(8 // at_once * number))
-                    row = _place(builder, values, (byte, at_once * PANEL * size), (number, PANEL * size))
-                    kept = _widened(builder, dtype, _place(builder, row, (half, LANES * size)))
-                    for token in range(tile):
-                        picked = _pick(builder, layout, tables[token], chosen, number)
-                        total = totals[token][half]
-                        builder.store(builder.call(add, [kept, picked, builder.load(total)]), total)
-
-        if layout == PAIRED:
-            add_byte(loop.index)
-        else:
-            first = builder.mul(loop.index, bytes_of_group)
-            with cgutils.for_range(builder, bytes_of_group) as inner:
-                add_byte(builder.add(first, inner.index))
+                total = totals[token][half]
+                builder.store(builder.fadd(builder.load(total), builder.load(partial[token][half])), total)
     for number, total in enumerate(total for both in totals for total in both):
         to = _place(builder, sums, (number, 4 * LANES))
         builder.store(builder.load(total), builder.inttoptr(to, FLOATS.as_pointer()), align=4)
@@ -232,9 +244,9 @@ def multiply_plain(codes, values, inputs, layout, out):  # pragma: no cover (com
         wide = np.empty((RUN, even, PANEL), np.float32)
         bits = wide.view(np.uint32)
         for t in range(len(inputs)):
-            sums, x = np.zeros(PANEL, np.float32), inputs[t]
+            totals, x = np.zeros(PANEL, np.float32), inputs[t]
             for start in range(0, groups, RUN):
-                stop = min(start + RUN, groups)
+                stop, sums = min(start + RUN, groups), np.zeros(PANEL, np.float32)
                 run = _in_float32(values[p, start:stop], wide, bits)
                 for g in range(start, stop):
                     code, kept = codes[p, g], run[g - start]
@@ -257,7 +269,8 @@ def multiply_plain(codes, values, inputs, layout, out):  # pragma: no cover (com
                             for r in range(PANEL):
                                 place = U(code[v // 2, r]) >> U(4 * (v % 2)) & U(15)
                                 sums[r] += kept[v, r] * x[group * g + np.int64(place)]
-            out[t, p * PANEL : (p + 1) * PANEL] = sums
+                totals += sums
+            out[t, p * PANEL : (p + 1) * PANEL] = totals
 
 
 def _number(value):  # pragma: no cover (compiled)
