@@ -1,5 +1,6 @@
 """Zero-shot tasks through EleutherAI's evaluation harness (``pip install 'lm_eval>=0.4.9'``)."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ def zero_shot(
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError("Zero-shot tasks need the evaluation harness: pip install 'lm_eval>=0.4.9'.") from error
-    manager = TaskManager()
+    manager = _known_tasks()
     chosen = [_described(task, manager.all_tasks) for task in tasks]
     training = model.training
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -59,6 +59,14 @@ def zero_shot(
         model.train(training)
     rows = {task: _metrics(values) for task, values in found["results"].items()}
     return {task: metrics for task, metrics in rows.items() if metrics}
+
+
+@functools.cache
+def _known_tasks() -> Any:
+    """The harness's index of its tasks. To read it takes many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def accuracy(metrics: dict[str, float]) -> float:
