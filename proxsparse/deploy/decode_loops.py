@@ -32,13 +32,15 @@ FLOATS, INTS, SHORTS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, IN
 U = np.uint32
 
 
-_features = functools.cache(get_host_cpu_features)  # to ask takes longer than a small product
+@functools.cache  # to ask takes longer than a small product
+def _shuffles_with(chosen: str | None) -> bool:
+    features = get_host_cpu_features() if chosen is None else chosen
+    return {"+avx2", "+fma"} <= set(features.split(","))
 
 
 def has_shuffles() -> bool:
     """Whether numba compiles for a processor that has AVX2 and FMA."""
-    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    return {"+avx2", "+fma"} <= set((_features() if chosen is None else chosen).split(","))
+    return _shuffles_with(numba.config.CPU_FEATURES)  # type: ignore[attr-defined]
 
 
 def _dot_of(layout: int, tile: int):
