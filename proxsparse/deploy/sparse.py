@@ -1,8 +1,8 @@
 """Run a pruned model sparse: on the CPU with compact weights, on a GPU with torch's semi-structured tensors.
 
 Neither is faster everywhere. Reading the weights from memory limits decoding, and compact weights have fewer bytes.
-Arithmetic limits prefill. On a GPU every shape is measured, and only those that gain are converted. ``proxsparse bench``
-shows what a machine gains.
+Arithmetic limits prefill. On a GPU every shape is measured, and only those that gain are converted. What a machine
+gains is shown by ``proxsparse bench``.
 """
 
 import dataclasses
