@@ -3,7 +3,8 @@
     python benchmarks/gpu.py kernels     operator, optimizer and masked product on 4096 x 11008 weights (half a minute)
     python benchmarks/gpu.py step        time and memory of three steps of a 7B model with random weights (minutes)
     python benchmarks/gpu.py products    dense and 2:4 products at the shapes of a 7B model, 1 to 4096 rows
-    python benchmarks/gpu.py generate    decoding of a 7B model with random weights, dense compared with 2:4
+    python benchmarks/gpu.py generate    prefill and decoding of a 7B model with random weights, dense and 2:4, as
+                                         calls and as CUDA graphs
 
 Times are medians by the GPU's clock; a step's is the least of several by the host's. A device copy of the same
 weights, read and written, is timed in the same run. Nothing is downloaded. Results go to
@@ -30,9 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from proxsparse.commands.bench import decode
-from proxsparse.deploy.sparse import use_semi_structured
-from proxsparse.deploy.timing import device_seconds, seconds
+from proxsparse.commands.bench import measure, measure_sparse
+from proxsparse.deploy.sparse import use_dense
+from proxsparse.deploy.timing import device_seconds
 from proxsparse.errors import RunError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import dimensions, plan_learning
@@ -244,28 +245,26 @@ def products() -> list[dict]:
 
 @torch.no_grad()
 def generate(tokens: int = 32, prompt: int = 1024) -> list[dict]:
-    """Decoding and prefill of a 7B model pruned by magnitude, dense and with semi-structured weights."""
+    """Decoding and prefill of a 7B model pruned by magnitude, as ``proxsparse bench`` measures them."""
     model = random_model().eval()
     for target in find_prunable(model):
         weight = target.weight.data
         weight.mul_(top2_mask(weight))
     ids = torch.randint(1, 32000, (1, prompt), device="cuda")
     rows = []
-    for name in ("dense", "sparse"):
-        row: dict = {"weights": name}
-        for what, width in (("prefill", prompt), ("decoding", 1)):
-            if name == "sparse":
-                row[f"{what}_layers"] = use_semi_structured(model, width)
-            if what == "prefill":
-                work = lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)  # noqa: E731
-                row[what] = prompt / seconds(work, model.device, 5)
-            else:
-                row[what] = tokens / seconds(lambda: decode(model, ids[:, :1], tokens), model.device, 3)
-        rows.append(row)
-    heads = ("weights", "prefill tokens/s", "decoding tokens/s")
-    cells = [[r["weights"], f"{r['prefill']:,.0f}", f"{r['decoding']:,.1f}"] for r in rows]
-    print_table(f"Llama-2-7B (random, bfloat16) on {card()}", heads, cells)
-    print(json.dumps(rows))
+    for graph in (False, True):
+        settings = argparse.Namespace(prompt=prompt, tokens=tokens, repeat=3, graph=graph)
+        use_dense(model)
+        for name in ("dense", "sparse"):
+            found = measure(model, ids, settings) if name == "dense" else measure_sparse(model, ids, settings, None)
+            rows.append({"weights": name, "graph": graph} | found)
+    heads = ("weights", "as", "prefill tokens/s", "decode tokens/s", "weights, GiB")
+    cells = [
+        [r["weights"], "graph" if r["graph"] else "calls", f"{r['prefill_tokens_per_second']:,.0f}",
+         f"{r['decode_tokens_per_second']:,.1f}", f"{r['weight_bytes'] / GIB:.1f}"]
+        for r in rows
+    ]  # fmt: skip
+    print_table(f"Llama-2-7B (random, bfloat16), {prompt} and {tokens} tokens, on {card()}", heads, cells, 2)
     return rows
 
 
