@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from proxsparse.__main__ import main
 from proxsparse.baselines import METHODS
 from proxsparse.commands.export import FORMS, MASKS
-from proxsparse.deploy.sparse import use_semi_structured
+from proxsparse.deploy.sparse import use_dense, use_semi_structured
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.recover import SCOPES
@@ -290,6 +290,10 @@ def test_sparse_weights_compute_what_dense_ones_do_and_each_use_decides_anew(pru
             assert converted["sparse"] > 0
             assert sum(converted.values()) == count
             assert torch.allclose(model(input_ids=ids).logits.cpu(), dense, atol=0.02)
+            # torch gives its products column by column, which what follows would be slow to read.
+            assert model.model.layers[0].mlp.up_proj(torch.ones(1, 16, 64, device="cuda").bfloat16()).is_contiguous()
+        use_dense(model)
+        assert not any(module._forward_hooks for module in model.modules())
     assert not card.count.faults
 
 
