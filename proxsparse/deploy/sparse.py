@@ -176,10 +176,10 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _row_major(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """The hook of a semi-structured layer: torch gives its products column by column.
+    """The hook of a semi-structured layer: torch 2.11 gives its products column by column, torch 2.13 row by row.
 
-    What follows reads rows, and takes far longer to gather them than this copy does: a whole prefill of Llama-2-7B took
-    twice its time without it (BENCHMARKS.md).
+    What follows reads rows, and takes far longer to gather them than this copy does: without it a prefill of Llama-2-7B
+    took twice its time (BENCHMARKS.md). Rows are not copied.
     """
     return output.contiguous()
 
