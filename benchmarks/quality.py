@@ -12,13 +12,13 @@ done, and the same command again runs only what is missing.
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
 import matplotlib
 
@@ -306,12 +306,12 @@ def show(record: dict) -> None:
         groups.setdefault((label(row), row["samples"], row["ctx_len"], row["windows"]), []).append(row)
     for (name, *_), members in groups.items():
         cells = [name, "yes" if members[0]["updated"] else "no", f"{members[0]['tokens']:,}", str(len(members))]
-        cells += [f"{_mean(m['seconds'] for m in members):.0f}", f"{_mean(m['peak_gib'] for m in members):.1f}"]
+        cells += [f"{mean(m['seconds'] for m in members):.0f}", f"{mean(m['peak_gib'] for m in members):.1f}"]
         for text in texts:
             values = [m[text]["perplexity"] for m in members]
-            spread = f" +- {_spread(values):.2f}" if len(values) > 1 else ""
-            cells += [f"{_mean(values):.2f}{spread}", f"{_mean(m[text]['top1'] for m in members):.1%}"]
-            cells += [f"{_mean(m[text]['kl'] for m in members):.3f}"]
+            spread = f" +- {stdev(values):.2f}" if len(values) > 1 else ""
+            cells += [f"{mean(values):.2f}{spread}", f"{mean(m[text]['top1'] for m in members):.1%}"]
+            cells += [f"{mean(m[text]['kl'] for m in members):.3f}"]
         table.append(cells)
     print_table(f"{record['model']}, 2:4 unless said, calibrated on {record['text']}", heads, table)
 
@@ -324,11 +324,11 @@ def draw(record: dict, path: Path) -> None:
     for row in record["rows"]:
         budget = f", {row['samples']} samples" if several else ""
         groups.setdefault(f"{label(row)}{', weights updated' if row['updated'] else ''}{budget}", []).append(row)
-    order = sorted(groups, key=lambda name: _mean(m[texts[0]]["perplexity"] for m in groups[name]))
+    order = sorted(groups, key=lambda name: mean(m[texts[0]]["perplexity"] for m in groups[name]))
     figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(order)), layout="constrained")
     height = 0.8 / len(texts)
     for i, text in enumerate(texts):
-        values = [_mean(m[text]["perplexity"] for m in groups[name]) for name in order]
+        values = [mean(m[text]["perplexity"] for m in groups[name]) for name in order]
         bars = axis.barh(
             [k + (i - (len(texts) - 1) / 2) * height for k in range(len(order))], values, height, label=text
         )
@@ -341,16 +341,6 @@ def draw(record: dict, path: Path) -> None:
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def _spread(values: list[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 if __name__ == "__main__":
