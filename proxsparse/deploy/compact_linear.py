@@ -70,7 +70,8 @@ class CompactLinear(nn.Module):
         weight = linear.weight.detach()
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
             raise ValueError(
-                f"compact weights are float32 or bfloat16 on the CPU, not {weight.dtype} on {weight.device}"
+                f"compact weights are float32 or bfloat16 on the CPU, not {str(weight.dtype)[6:]} on {weight.device}; "
+                "load the model as float32"
             )
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
