@@ -63,6 +63,7 @@ LEARNED: dict[str, str] = {
     "masked-adamw-nomomentum": "--optim adamw_torch_fused --adam_beta1 0",
     "masked-adamw-beta2-99": "--optim adamw_torch_fused --adam_beta2 0.99",
     "masked-t2": "--temperature 2",
+    "masked-t0.7": "--temperature 0.7",
     # Steps from the paper's method towards the default.
     "paper-activation": "--method paper --score activation --relative true --lambda_value 0.02 --learning_rate 5e-4 "
     "--lambda_ramp 0.5 --train_only_pruned true",
