@@ -42,15 +42,21 @@ def start(folder):
         os._exit(learn.main([*flags, "--output_dir", str(folder)]))
     return child
 
+def newest(folder):
+    return max((int(c.name.removeprefix("checkpoint-")) for c in folder.glob("checkpoint-*")), default=0)
+
 for folder in (whole.with_name("first"), whole):  # the first may compile kernels
     began = time.monotonic()
     assert os.waitpid(start(folder), 0)[1] == 0
     length = time.monotonic() - began
 rng, kills, writing, resumed = random.Random(0), 0, 0, 0
 while kills < KILLS:
-    pause = rng.uniform(0.05, 0.8) * length
-    began, child, ended = time.monotonic(), start(broken), 0
+    late = kills % 2  # soon after it has written a checkpoint, whenever that is; else at any moment
+    pause = rng.uniform(0.0, 0.2) * length if late else rng.uniform(0.05, 0.8) * length
+    first, began, child, ended = newest(broken), time.monotonic(), start(broken), 0
     while not ended and time.monotonic() - began < pause:
+        if late and newest(broken) == first:
+            began = time.monotonic()
         time.sleep(0.01)
         ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
