@@ -28,7 +28,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     Raises:
         UsageError: a file would replace a folder, or a folder would replace one that holds files of the user.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     refuse_to_overwrite(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

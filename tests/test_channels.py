@@ -262,6 +262,20 @@ def test_an_order_that_does_not_fit_and_a_damaged_one_are_one_sentence(base, pru
         load_order(tmp_path / ORDER_FILE)
 
 
+def test_the_order_of_a_model_with_fewer_layers_is_refused(tmp_path):
+    shallow, deep = spread(tiny_llama(num_hidden_layers=1)), spread(tiny_llama(num_hidden_layers=2))
+    deep.save_pretrained(tmp_path / "deep")
+    before = deep(WINDOWS).logits
+    order = order_channels(shallow, None)
+    mask = Mask({t.name: top2_mask(t.weight.detach()) for t in find_prunable(shallow)}, order=order)
+    with pytest.raises(UsageError, match="made for another model: .* leaves out model.layers.1"):
+        apply_mask(deep, mask)
+    assert torch.equal(deep(WINDOWS).logits, before)
+    with pytest.raises(UsageError, match="made for another model"):
+        save_pruned(str(tmp_path / "deep"), mask, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_form_without_room_for_the_order_is_refused(base, pruned, tmp_path, capsys):
     flags = ["--model", str(base), "--mask", str(pruned), "--to", str(tmp_path / "out")]
     assert console(["export", *flags, "--form", "npz"]) == 2

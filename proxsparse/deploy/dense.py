@@ -25,7 +25,7 @@ from proxsparse.deploy.rounding import round_layers
 from proxsparse.deploy.runtimes import NOTES_FILE, TORCHAO_FILE, check_runtime, write_runtime
 from proxsparse.errors import UsageError, doing
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, order_of, put_into_order, recall_order, save_order
+from proxsparse.model.channels import ORDER_FILE, check_order, order_of, put_into_order, recall_order, save_order
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import check_pattern, index_entry, packed, write_index
@@ -176,6 +176,7 @@ def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | Non
     """The files of a model on disk or on the Hub (None: a GGUF), and the model without values."""
     empty = empty_model(name, **hub)
     fit_mask(empty, mask)  # before anything is downloaded
+    check_order(empty, mask.order)
     return None if model_source(name)[1] else fetch(name, hub["revision"]), empty
 
 

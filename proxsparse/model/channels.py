@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.wiring import Wiring
 from proxsparse.record import atomic_path
 
 # In folders of runs and of pruned checkpoints. No safetensors file: some programs read every one as weights.
@@ -152,8 +153,30 @@ def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
         fits = shape is not None and len(shape) > move.dim and shape[move.dim] == index.shape[-1]
         if not fits or (index.dim() == 2 and shape is not None and shape[0] != len(index)):
             raise UsageError(f"The order of channels does not fit the model: {move.name} is {shape} there.", "mask")
+    check_order(model, order)
     order.apply(model)
     mark(model, order)
+
+
+def check_order(model: PreTrainedModel, order: ChannelOrder) -> None:
+    """Refuse an order that was made for another model and would move some of what must move together.
+
+    Args:
+        model: it may be without values.
+
+    Raises:
+        UsageError: the model would not compute the same in this order.
+    """
+    moved = {(move.name, move.dim) for move in order.moves}
+    groups = [group for own in Wiring(model).groups.values() for group in own] if moved else []
+    for members in ([(member.name, member.dim) for member in group.members] for group in groups):
+        left = [name for name, dim in members if (name, dim) not in moved]
+        if left and len(left) < len(members):
+            raise UsageError(
+                f"The mask was made for another model: its order of channels leaves out {left[0]}, which this one has. "
+                "Give the mask's own base model.",
+                "mask",
+            )
 
 
 def mark(model: nn.Module, order: ChannelOrder) -> None:
