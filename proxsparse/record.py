@@ -71,6 +71,25 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
 
 
+def refuse_folder(folder: Path | str, *sources: str | None) -> None:
+    """Refuse, before any work is done, a folder that can't be written in the end.
+
+    Args:
+        folder: to be written as a whole.
+        sources: what the work reads, names of models among them; None: nothing.
+
+    Raises:
+        UsageError: it is a file, it holds something else, or it holds what is read and would be replaced.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; name a new folder.")
+    for source in sources:
+        if source and folder.is_dir() and Path(source).exists() and Path(source).resolve() == folder.resolve():
+            raise UsageError(f"{folder} is read, so it can't be replaced by what is made of it; name another folder.")
+    refuse_to_overwrite(folder)
+
+
 def usual_cache() -> Path | None:
     """The user's folder for caches; None where there is no home folder, as in containers with a user of no name."""
     found = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

@@ -391,3 +391,34 @@ def test_a_pruned_model_is_exported_by_its_zeros(checkpoint, mask, tmp_path, cap
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert console(["export", "--model", checkpoint, "--to", str(tmp_path / "d")]) == 2
     assert "give a pruned model, or a mask" in capsys.readouterr().err
+
+
+def test_destinations_that_can_not_be_written_are_refused_before_any_work(
+    pruned, checkpoint, mask, corpus, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    base, text = ["--model", checkpoint], ["--dataset", corpus, "--ctx_len", "32"]
+    commands = {
+        "is read, so it can't be replaced": ["export", "--model", str(pruned), "--to", str(pruned)],
+        "is a file; name a new folder": ["apply", *base, "--mask", str(mask), "--no_eval", "--save", str(file)],
+        "is a file; name a folder": ["prune", *base, *text, "--prune_method", "wanda", "--save", str(file)],
+        "is a folder: name a file": ["eval", *base, *text, "--output", str(tmp_path)],
+    }
+    before = {path.name: path.read_bytes() for path in pruned.iterdir()}
+    monkeypatch.setattr("proxsparse.model.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    for sentence, command in commands.items():
+        assert console(command) == 2
+        assert sentence in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in pruned.iterdir()} == before
+    assert file.read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_written_into_that_folder(checkpoint, mask, tmp_path):
+    large_disk, link = tmp_path / "disk", tmp_path / "link"
+    large_disk.mkdir()
+    link.symlink_to(large_disk)
+    for _ in range(2):  # the second time it replaces what it wrote
+        assert export("--model", checkpoint, "--mask", mask, "--to", link) == 0
+        assert link.is_symlink()
+        assert (large_disk / "model.safetensors").is_file()

@@ -127,6 +127,17 @@ def test_a_run_knows_model_text_and_context(run, checkpoint, corpus, capsys, tmp
     assert "done already" not in capsys.readouterr().out
 
 
+def test_what_was_measured_of_a_mask_goes_when_the_mask_is_replaced(run, tmp_path, capsys):
+    for words in ("prune", "--prune_method", "wanda"), ("apply", "--baseline", "wanda", "--max_windows", "2"):
+        assert console([words[0], "--run", str(run), *words[1:]]) == 0
+    assert (run / "wanda.json").is_file()
+    other = ["prune", "--run", str(run), "--prune_method", "wanda", "--nsamples", "1", "--seed", "7"]
+    assert console([*other, "--save", str(tmp_path / "elsewhere")]) == 0
+    assert (run / "wanda.json").is_file()  # the run's own mask is the same
+    assert console(other) == 0
+    assert not (run / "wanda.json").exists()
+
+
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
     for command in ("apply", "eval", "export", "report", "prune"):
         flags = {"export": ["--to", "x"], "prune": ["--prune_method", "wanda"]}.get(command, [])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -125,6 +126,9 @@ def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_mo
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [*rows][2:] == ["dense", "ProxSparse 2:4, weights updated", "ProxSparse 2:4"]
     assert rows["dense"] != rows["ProxSparse 2:4"] != rows["ProxSparse 2:4, weights updated"]
+    shutil.rmtree(run / "recovered")
+    assert console(["recover", "--run", str(run), "--device", "cpu", "--scope", "norms"]) == 0
+    assert not (run / "recovered.json").exists()  # it was measured of other weights
 
 
 def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, corpus, tmp_path):

@@ -34,7 +34,7 @@ from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
 from proxsparse.model.loading import EMBEDDED
-from proxsparse.record import OWN, refuse_to_overwrite
+from proxsparse.record import OWN, refuse_folder
 
 
 def arguments() -> Parser:
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     if saved and not args.no_eval and done_already(args, "pruned perplexity", decisive_of(args)):
         return
     if args.save:
-        refuse_to_overwrite(Path(args.save))
+        refuse_folder(args.save, args.model, args.mask)
     windows = {} if args.no_eval else windows_of(args)
     tokenizer = tokenizer_to_save(args) if args.save else None
     model = load(args)

@@ -236,6 +236,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def file_to_write(text: str) -> str:
+    """The name of a file that can be written or replaced, for argparse: said before the work, not after it."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"is the name of a file, and {text} is a folder: name a file")
+    return text
+
+
 def seed(text: str) -> int:
     """An integer that every generator takes as its seed, for argparse."""
     value = int(text) if text.isdigit() else -1

@@ -62,7 +62,7 @@ from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import EMBEDDED, empty_model, fetch, load_model, load_tokenizer, resolve_device
 from proxsparse.model.source import model_source
-from proxsparse.record import read_record, refuse_to_overwrite
+from proxsparse.record import read_record, refuse_folder
 from proxsparse.text import SELF, parts_of
 
 MASKS = ("mask", "npz")  # forms without weights
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
             setattr(args, name, default)
         elif not args.dataset:
             raise UsageError(f"--{name} is for --quantize int4 with --dataset: leave it out, or give both.")
-    refuse_to_overwrite(to)
+    refuse_folder(to, args.model, args.mask)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
     elif args.mask:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.commands.cli import Parser, batch_size, positive_int
+from proxsparse.commands.cli import Parser, batch_size, file_to_write, positive_int
 from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
@@ -304,7 +304,7 @@ def evaluate(model: PreTrainedModel, windows: dict[str, Tensor], args: argparse.
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default=None, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--output", default=None, type=file_to_write, metavar="FILE", help="write the result as JSON")
 
 
 def write_result(model: PreTrainedModel, args: argparse.Namespace, **found: Any) -> None:

@@ -44,7 +44,7 @@ from proxsparse.model.channels import ORDER_FILE, PERMUTE, PERMUTE_HELP, load_or
 from proxsparse.model.inputs import digest, origin_of
 from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
-from proxsparse.record import refuse_to_overwrite
+from proxsparse.record import refuse_folder
 from proxsparse.text import SELF, parts_of, stamp
 
 
@@ -166,6 +166,8 @@ def main(args: argparse.Namespace) -> None:
     note = " (not 2:4: layers keep different shares)" if args.allocation != "uniform" else ""
     print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
     if args.save:
+        if args.run:
+            Run(args.run).forget_result(args.prune_method, args.save)
         save_mask(mask, Path(args.save) / MASK_FILE)
     if args.save_model:
         save_pruned(model, mask, args.save_model, tokenizer=tokenizer)
@@ -219,7 +221,9 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
             f"{args.prune_method} changes weights, so a mask alone is not its result: give --save_model or --mask_only."
         )
     if args.save_model:
-        refuse_to_overwrite(Path(args.save_model))
+        refuse_folder(args.save_model, args.model)
+    if args.save and Path(args.save).is_file():
+        raise UsageError(f"--save {args.save} is a file; name a folder.", "save")
     if args.permute != "none" and not pattern.structured:
         raise UsageError(f"--permute auto is for N:M patterns, whose blocks it forms; got {pattern}.")
     if args.allocation != "uniform":

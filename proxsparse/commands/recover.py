@@ -37,12 +37,12 @@ from proxsparse.commands.groups import (
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
-from proxsparse.learning.folder import WINDOWS, Run
+from proxsparse.learning.folder import RECOVERED, WINDOWS, Run
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
-from proxsparse.record import OWN, origin_of, refuse_to_overwrite
+from proxsparse.record import OWN, origin_of, refuse_folder
 from proxsparse.resume import RUN_FILE
 from proxsparse.text import SELF, check_ctx_len, parts_of, stamp
 
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     given = read_mask(args)
     if given is None and args.base is None:
         raise UsageError("--model is the pruned model: give the dense one as --base, or a --mask.", "base")
-    refuse_to_overwrite(to)
+    refuse_folder(to, args.model, args.base, args.mask)
     if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
         raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model
@@ -125,6 +125,8 @@ def main(args: argparse.Namespace) -> None:
     mask = dataclasses.replace(
         mask, base_model=base, info=mask.info | {"weights_updated": updated, "recovery": made_of}
     )
+    if args.run:
+        Run(args.run).forget_result(RECOVERED, to)
     save_pruned(model, mask, to, tokenizer=saved)
     shutil.rmtree(scratch)
     print(f"weights updated by {updated}; the checkpoint in {to} is {mask.pattern}")

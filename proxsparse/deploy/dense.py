@@ -35,7 +35,7 @@ from proxsparse.model.loading import empty_model, fetch, load_model, load_tokeni
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source
 from proxsparse.operator.pattern import Pattern
-from proxsparse.record import OWN, atomic_path, read_json, refuse_to_overwrite, write_json
+from proxsparse.record import OWN, atomic_path, read_json, refuse_folder, write_json
 from proxsparse.text import check_windows
 
 FORMS = ("dense", "compact")
@@ -83,7 +83,7 @@ def save_pruned(
     """
     folder = Path(folder)
     _check_form(form, mask, quantize)
-    _check_folder(folder)
+    refuse_folder(folder)
     mask = _with_rounding(mask, windows, quantize, model)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     base, shape = _named(model, mask, hub) if isinstance(model, str) else _in_memory(model, mask)
@@ -120,12 +120,6 @@ def _origin(base: Checkpoint | None) -> str:
     if base.is_rounded:
         return "rounded"
     return "files" if base.is_plain or base.is_compact else "dequantised"
-
-
-def _check_folder(folder: Path) -> None:
-    refuse_to_overwrite(folder)
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; name a new folder.")
 
 
 def _check_form(form: str, mask: Mask, quantize: str | None) -> None:

@@ -143,6 +143,12 @@ class Run:
         """Measured perplexities: of ``DENSE``, ``PRUNED``, or of a baseline."""
         return self.folder / f"{name}.json"
 
+    def forget_result(self, name: str, written: Path | str) -> None:
+        """Delete what was measured of a mask or of recovered weights, where the run's own are about to be replaced."""
+        own = self.recovered_folder if name == RECOVERED else self.baseline_folder(name)
+        if Path(written).resolve() == own.resolve():
+            self.result_file(name).unlink(missing_ok=True)
+
     def baseline_folder(self, method: str) -> Path:
         """Folder with the mask of a baseline that saw the same samples."""
         return self.folder / method
