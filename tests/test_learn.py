@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from conftest import tiny_llama
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.commands import apply as apply_command
+from proxsparse.commands import eval as eval_command
 from proxsparse.commands.flags import LearnParser, option
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import Run
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import load_mask
+from proxsparse.model.loading import EMBEDDED
 from proxsparse.operator.kernels import cache
 from proxsparse.recipes import RECIPES, RELEASED
 
@@ -136,6 +140,16 @@ def test_what_was_measured_of_a_mask_goes_when_the_mask_is_replaced(run, tmp_pat
     assert (run / "wanda.json").is_file()  # the run's own mask is the same
     assert console(other) == 0
     assert not (run / "wanda.json").exists()
+
+
+@pytest.mark.parametrize("command", [apply_command, eval_command])
+def test_only_the_model_of_the_run_is_measured_as_its_own(command, run, checkpoint):
+    parse = lambda *words: command.arguments().parse(["--run", str(run), *words])  # noqa: E731
+    for own in parse(), parse("--model", checkpoint):
+        assert own.model == checkpoint
+        assert Path(own.output).parent == run
+    other = parse("--model", EMBEDDED)  # which is the default where there is no run
+    assert (other.model, other.output) == (EMBEDDED, None)
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):

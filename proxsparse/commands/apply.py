@@ -33,7 +33,6 @@ from proxsparse.commands.groups import (
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.model.loading import EMBEDDED
 from proxsparse.record import OWN, refuse_folder
 
 
@@ -52,7 +51,7 @@ def arguments() -> Parser:
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if args.baseline:
         own = {"mask": str(run.baseline_folder(args.baseline)), "output": str(run.result_file(args.baseline))}
-    elif args.mask or args.model != EMBEDDED:  # not the run's own: its files stay
+    elif args.mask or args.model not in (None, run.settings["model"]):  # not the run's own: its files stay
         own = {"mask": str(run.mask_file)}
     else:
         own = {"mask": str(run.mask_file), "output": str(run.result_file(PRUNED)), "save": str(run.pruned_folder)}

@@ -34,7 +34,6 @@ from proxsparse.commands.groups import (
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import sparsity_by_kind
-from proxsparse.model.loading import EMBEDDED
 from proxsparse.model.prunable import find_prunable
 
 
@@ -48,7 +47,7 @@ def arguments() -> Parser:
 
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     found = evaluation_of(run)
-    if args.model in (EMBEDDED, found["model"]):  # its default, or the run's own
+    if args.model in (None, found["model"]):
         return found | {"output": str(run.result_file(DENSE))}
     if Path(args.model).resolve() == run.recovered_folder.resolve():
         return found | {"output": str(run.result_file(RECOVERED))}

@@ -60,7 +60,7 @@ from proxsparse.mask import Mask, apply_mask, fit_mask
 from proxsparse.model.compact import check_pattern
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.layout import Layout
-from proxsparse.model.loading import EMBEDDED, empty_model, fetch, load_model, load_tokenizer, resolve_device
+from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer, resolve_device
 from proxsparse.model.source import model_source
 from proxsparse.record import read_record, refuse_folder
 from proxsparse.text import SELF, parts_of
@@ -109,8 +109,8 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         found |= {
             name: run.settings[name] for name in ("dataset", "samples", "ctx_len", "seed") if name in run.settings
         }
-    own = not (args.mask or args.quantize or args.model != EMBEDDED)  # what was measured is what is exported
-    return found | ({"results": str(measured)} if own and measured.is_file() else {})
+    other = args.mask or args.quantize or args.model not in (None, run.settings["model"])  # than what was measured
+    return found | ({"results": str(measured)} if not other and measured.is_file() else {})
 
 
 @command(arguments)

@@ -55,7 +55,8 @@ class RunParser(Parser):
     """A parser with --run FOLDER, from which a command knows model, text, context and files by itself.
 
     Args:
-        from_run: gives name -> default from the run and what was given; what the user writes wins.
+        from_run: gives name -> default from the run and what was given, where model is None unless the user wrote one;
+            what the user writes wins.
     """
 
     def __init__(self, from_run: Callable[[Run, argparse.Namespace], dict[str, Any]], **kwargs: Any):
@@ -71,8 +72,9 @@ class RunParser(Parser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         args = self.parse_args(argv)
         if args.run:
-            found = self.from_run(Run.finished(args.run), args)
-            known = {action.dest for action in self._actions}
+            known = {action.dest: action.default for action in self._actions}
+            self.set_defaults(model=None)
+            found = {"model": known.get("model")} | self.from_run(Run.finished(args.run), self.parse_args(argv))
             self.set_defaults(**{name: value for name, value in found.items() if name in known})
             args = self.parse_args(argv)
         return args

@@ -30,7 +30,7 @@ from proxsparse.commands.groups import (
 from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, accuracy, zero_shot
 from proxsparse.learning.folder import ZERO_SHOT, Run
-from proxsparse.model.loading import EMBEDDED, load_tokenizer
+from proxsparse.model.loading import load_tokenizer
 
 
 def arguments() -> Parser:
@@ -51,7 +51,7 @@ def arguments() -> Parser:
 
 
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    if args.mask or args.model != EMBEDDED:  # not the run's own: its result stays
+    if args.mask or args.model not in (None, run.settings["model"]):  # not the run's own: its result stays
         return model_of(run) | {"mask": str(run.mask_file)}
     return model_of(run) | {"mask": str(run.mask_file), "output": str(run.result_file(ZERO_SHOT))}
 
