@@ -142,6 +142,16 @@ def test_what_was_measured_of_a_mask_goes_when_the_mask_is_replaced(run, tmp_pat
     assert not (run / "wanda.json").exists()
 
 
+def test_a_report_refuses_rows_of_other_context_lengths(run, tmp_path, capsys):
+    for name, length in ("dense", "16"), ("other", "32"):
+        words = ["eval", "--run", str(run), "--max_windows", "1", "--ctx_len", length]
+        assert console([*words, "--output", str(tmp_path / f"{name}.json")]) == 0
+    rows = [f"{name}={tmp_path / name}.json" for name in ("dense", "other")]
+    capsys.readouterr()
+    assert console(["report", "--run", str(run), "--rows", *rows]) == 2
+    assert "other.json) has windows of 32 tokens, not 16. Measure it again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [apply_command, eval_command])
 def test_only_the_model_of_the_run_is_measured_as_its_own(command, run, checkpoint):
     parse = lambda *words: command.arguments().parse(["--run", str(run), *words])  # noqa: E731

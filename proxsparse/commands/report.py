@@ -97,18 +97,26 @@ def named(entries: list[str] | None, flag: str) -> dict[str, str] | None:
 
 
 def read_rows(files: dict[str, str]) -> dict[str, dict]:
-    """Results by title, all of the same texts.
+    """Results by title, all of the same texts, in windows of one length.
 
     Raises:
-        UsageError: they measure different texts.
+        UsageError: they measure different texts, or at different context lengths.
     """
     rows = {name: read_record(file, needs="perplexity")["perplexity"] for name, file in files.items()}
     for name, found in rows.items():
         first = next(iter(rows.values()))
         if set(found) != set(first):
             raise UsageError(
-                f"--rows must measure the same texts; {name} has {', '.join(found)}, not {', '.join(first)}."
+                f"The rows of a report must measure the same texts; {name} ({files[name]}) has {', '.join(found)}, not "
+                f"{', '.join(first)}. Measure it again with the same --dataset."
             )
+        for text, wanted in first.items():
+            lengths = [row[text].get("ctx_len") for row in (found, first)]
+            if None not in lengths and lengths[0] != lengths[1]:
+                raise UsageError(
+                    f"Perplexities of different context lengths can't be compared; {name} ({files[name]}) has windows "
+                    f"of {lengths[0]} tokens, not {wanted['ctx_len']}. Measure it again with the same --ctx_len."
+                )
     return rows
 
 
