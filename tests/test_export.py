@@ -422,3 +422,15 @@ def test_a_link_to_a_folder_is_written_into_that_folder(checkpoint, mask, tmp_pa
         assert export("--model", checkpoint, "--mask", mask, "--to", link) == 0
         assert link.is_symlink()
         assert (large_disk / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_can_not_be_used_fails_the_check(pruned, capsys):
+    file = pruned / "model.safetensors"
+    tensors = load_file(file)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert console(["check", "--model", str(pruned)]) == 1
+    assert "model.norm.weight: is not in the files" in capsys.readouterr().out
+    save_file(tensors | {"model.norm.weight": norm * torch.nan}, file, metadata={"format": "pt"})
+    assert console(["check", "--model", str(pruned)]) == 1
+    assert "model.norm.weight: has values that are not finite" in capsys.readouterr().out

@@ -58,18 +58,22 @@ def check_sparsity(
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders: list[str] = []
     seen: set[str] = set()
+    parameters = {key for key, _ in model.named_parameters()}
+    tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
     for tensors in _parts(layout):
         for key, tensor in tensors.items():
             seen.add(key)
             target = targets.get(key)
             if target is not None and target.rows(tensor).shape[-1] % pattern.m == 0:
                 offenders += _wrong_blocks(key, target, tensor, pattern, counts)
+            if key in parameters and tensor.is_floating_point() and not tensor.float().isfinite().all():
+                offenders.append(f"{key}: has values that are not finite")
             if original is not None:
                 sentence = _difference(key, tensor, original, order, pruned=target is not None)
                 counts["changed_tensors"] += sentence is not None
                 offenders += [sentence] if sentence else []
+    offenders += [f"{key}: is not in the files" for key in sorted(parameters - seen - tied)]
     if original is not None:
-        tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
         gone = sorted(key for key in set(original) - seen if key not in tied)
         offenders += [f"{key}: is in the base and not in the model" for key in gone]
     return counts, offenders
