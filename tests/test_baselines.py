@@ -8,6 +8,7 @@ from test_prunable import FAMILIES, build
 from proxsparse.baselines import ONE_SHOT, Pattern
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.gram import GramStatistic, invert
@@ -243,3 +244,27 @@ def test_weights_that_are_not_finite_are_named():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(RunError, match=r"layers.1.mlp.up_proj.weight has NaN or infinite entries"):
         prune_layerwise(model, windows(vocabulary=257), ONE_SHOT["magnitude"](), TWO_FOUR)
+
+
+def test_a_schedule_longer_than_the_iterations_still_reaches_the_pattern():
+    model = tiny_llama()
+    mask = prune_layerwise(model, torch.randint(1, 257, (2, 16)), ADMM(iterations=10), Pattern(2, 4))
+    for name, kept in mask.tensors.items():
+        assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all(), name
+
+
+def test_sparsegpt_prunes_blocks_longer_than_it_updates_at_once():
+    model = tiny_llama(hidden_size=256, intermediate_size=256)
+    mask = prune_layerwise(model, torch.randint(1, 257, (2, 16)), SparseGPT(), Pattern(128, 256))
+    assert all((kept.unflatten(-1, (-1, 256)).sum(-1) == 128).all() for kept in mask.tensors.values())
+
+
+def test_a_prior_that_fails_leaves_the_weights_as_they_were():
+    model = tiny_llama(num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(RunError):
+        one_shot_prior(model, torch.randint(1, 257, (2, 16)), SparseGPT())
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)

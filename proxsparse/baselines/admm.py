@@ -24,7 +24,7 @@ class ADMM(GramMethod):
     def __init__(self, damping: float = 0.1, iterations: int = 20, pruning_iterations: int = 15):
         self.damping = damping
         self.iterations = iterations
-        self.pruning_iterations = pruning_iterations
+        self.pruning_iterations = min(pruning_iterations, iterations)  # else the mask would not reach its pattern
 
     def _prune(self, rows: Tensor, gram: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor]:
         # In units of the inputs' norms the Gram matrix has a unit diagonal and |w| is Wanda's score.

@@ -3,9 +3,9 @@
     mask = learn_mask(model, tokenizer, windows, output_dir="runs/roi")
 
 MaskLLM has a logit for every mask of a block, so six per block of 2:4 and 70 per block of 4:8. RoI has one per weight,
-M per block, for any N:M. The forward pass sees W0 times the sum of N softmaxes of (kappa p + g) / tau, where each takes
-out what those before it chose. For a small tau that is the N largest. tau and kappa cool exponentially. The mask keeps
-the N largest p of every block.
+M per block, for any N:M. The forward pass sees W0 times the sum of N softmaxes of (kappa p + g) / tau, where each
+lowers what those before it chose. A block sums to N, but a weight may be chosen more than once, the more so the larger
+N is (benchmarks/LOG.md). tau and kappa cool exponentially. The mask keeps the N largest p of every block.
 
 Sources: RoI, https://arxiv.org/abs/2608.23048, for the logits and the cooling; Xie and Ermon, Reparameterizable Subset
 Sampling via Continuous Relaxations, https://arxiv.org/abs/1901.10517, for the relaxed top-N. Implemented from
@@ -73,10 +73,11 @@ learn_mask = RoITrainer.learn_mask
 
 
 def relaxed_top(scaled: Tensor, n: int, tau: float) -> Tensor:
-    """Sum of n softmaxes along the first dimension, of which each takes out what those before it chose.
+    """Sum of n softmaxes along the first dimension, of which each lowers what those before it chose.
 
     After p = softmax(s) the next s is s + log(1 - p) / tau (Xie and Ermon's algorithm 2, with s = a / tau). Every block
-    sums to n. For tau -> 0 the result is one at the n largest and zero elsewhere.
+    sums to n, but an entry may be above one: what was chosen falls by its lead over the rest divided by tau, and may
+    stay above entries that are far below.
 
     Args:
         scaled: (M, ...) finite.

@@ -308,11 +308,12 @@ def one_shot_prior(
     """
     targets = find_prunable(model, multiple=pattern.m)
     kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}
-    mask = prune_layerwise(model, windows, method, pattern, update=False, **options)
-    with torch.no_grad():
-        for target in targets:
-            target.weight.copy_(kept[target.name])
-    return mask.tensors
+    try:
+        return prune_layerwise(model, windows, method, pattern, update=False, **options).tensors
+    finally:
+        with torch.no_grad():
+            for target in targets:
+                target.weight.copy_(kept[target.name])
 
 
 def _attribute(target: Prunable) -> str:

@@ -29,7 +29,9 @@ class SparseGPT(GramMethod):
         spread, dead = spread_of(gram, self.damping, name)
         weight[:, dead] = 0
         keep = torch.ones_like(weight, dtype=torch.bool)
-        size = self.block_size - self.block_size % pattern.m if pattern.structured else self.block_size
+        size = self.block_size
+        if pattern.structured:
+            size = max(pattern.m, size - size % pattern.m)
         for start in range(0, weight.shape[1], size):
             stop = min(start + size, weight.shape[1])
             own = spread[start:stop, start:stop]
