@@ -39,12 +39,23 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         if inner.is_dir():
             (inner / OWN).touch()
             if path.is_dir():
-                shutil.rmtree(path)
+                _swap(inner, path, aside=scratch / "replaced")
+                return
         elif path.is_dir():
             raise UsageError(f"{path} is a folder, and a file was to be written there; name a file.")
         os.replace(inner, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, aside: Path) -> None:
+    """Put a folder in another one's place; where that fails, the other one is put back."""
+    os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
 
 
 def _let_be_read(folder: Path) -> None:
@@ -85,7 +96,10 @@ def refuse_folder(folder: Path | str, *sources: str | None) -> None:
     if folder.is_file():
         raise UsageError(f"{folder} is a file; name a new folder.")
     for source in sources:
-        if source and folder.is_dir() and Path(source).exists() and Path(source).resolve() == folder.resolve():
+        if not source or not folder.is_dir() or not os.path.exists(source):
+            continue
+        place = Path(source).resolve()
+        if folder.resolve() in (place, *place.parents):
             raise UsageError(f"{folder} is read, so it can't be replaced by what is made of it; name another folder.")
     refuse_to_overwrite(folder)
 

@@ -15,6 +15,7 @@ To calibrate there are two more:
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
+import os
 import random
 import re
 from array import array
@@ -70,7 +71,7 @@ def _load(name: str, split: str) -> Sequence[str]:
     if name in ("c4", "c4_new"):
         return _from_hub(C4[0], data_files=C4[1 if split == "calibration" else 2], split="train")
     path = Path(name)
-    if not name.strip() or not path.exists():
+    if not name.strip() or not os.path.exists(path):
         mixture = " A mixture gives each text a share, as wiki:2,news:1." if "," in name else ""
         raise UsageError(
             f"`dataset` must be one of {', '.join(NAMED)}, or an existing file or folder; got {name!r}.{mixture}",
@@ -83,7 +84,7 @@ def parts_of(name: str) -> dict[str, int]:
     """Texts of a mixture and their shares: 'wiki:2,self:1' -> {'wiki': 2, 'self': 1}; another name is one text."""
     parts = [re.fullmatch(r"(.+):([1-9]\d*)", part, re.ASCII) for part in name.split(",")]
     found = {part[1]: int(part[2]) for part in parts if part}
-    return {name: 1} if len(found) < len(parts) or Path(name).exists() else found
+    return {name: 1} if len(found) < len(parts) or os.path.exists(name) else found
 
 
 def stamp(dataset: str) -> str | None:
@@ -92,7 +93,7 @@ def stamp(dataset: str) -> str | None:
     Returns:
         None where no part is a file or a folder.
     """
-    paths = [Path(name) for name in parts_of(dataset) if name not in (*NAMED, SELF) and Path(name).exists()]
+    paths = [Path(name) for name in parts_of(dataset) if name not in (*NAMED, SELF) and os.path.exists(name)]
     return " ".join(text_stamp(path) for path in paths) or None
 
 

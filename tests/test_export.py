@@ -396,11 +396,21 @@ def test_a_pruned_model_is_exported_by_its_zeros(checkpoint, mask, tmp_path, cap
 def test_destinations_that_can_not_be_written_are_refused_before_any_work(
     pruned, checkpoint, mask, corpus, tmp_path, capsys, monkeypatch
 ):
-    file = tmp_path / "taken"
+    assert export("--model", checkpoint, "--mask", mask, "--form", "mask", "--to", tmp_path / "small") == 0
+    inside, file = tmp_path / "small" / "mask.safetensors", tmp_path / "taken"
     file.write_text("mine")
     base, text = ["--model", checkpoint], ["--dataset", corpus, "--ctx_len", "32"]
     commands = {
         "is read, so it can't be replaced": ["export", "--model", str(pruned), "--to", str(pruned)],
+        f"{inside.parent} is read": [
+            "export",
+            "--model",
+            checkpoint,
+            "--mask",
+            str(inside),
+            "--to",
+            str(inside.parent),
+        ],
         "is a file; name a new folder": ["apply", *base, "--mask", str(mask), "--no_eval", "--save", str(file)],
         "is a file; name a folder": ["prune", *base, *text, "--prune_method", "wanda", "--save", str(file)],
         "is a folder: name a file": ["eval", *base, *text, "--output", str(tmp_path)],
@@ -434,3 +444,18 @@ def test_a_checkpoint_that_can_not_be_used_fails_the_check(pruned, capsys):
     save_file(tensors | {"model.norm.weight": norm * torch.nan}, file, metadata={"format": "pt"})
     assert console(["check", "--model", str(pruned)]) == 1
     assert "model.norm.weight: has values that are not finite" in capsys.readouterr().out
+
+
+def test_a_folder_that_can_not_be_replaced_stays(checkpoint, mask, tmp_path, monkeypatch):
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "out") == 0
+    before, replace = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}, os.replace
+
+    def broken(source, target):
+        if Path(source).name == "out" and Path(target) == tmp_path / "out":
+            raise OSError("Directory not empty")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "out") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

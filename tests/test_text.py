@@ -511,3 +511,8 @@ def test_of_very_many_documents_only_those_that_are_needed_are_shuffled(monkeypa
     assert every[:5] == first
     assert sorted(every, key=int) == texts
     assert every != texts
+
+
+def test_a_mixture_whose_name_is_longer_than_a_files_may_be_is_read():
+    names = [f"a_text_with_a_name_of_its_own_{number:02}.jsonl" for number in range(12)]
+    assert list(parts_of(",".join(f"{name}:1" for name in names))) == names

@@ -7,6 +7,7 @@ formed of neighbours, so another order is another choice of what competes. The m
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -225,7 +226,7 @@ def load_order(path: Path, origin: Mapping[str, str] | None = None) -> ChannelOr
             names = [name for name in file.files if name != DESCRIPTION]
             tensors = {name.removeprefix(INDEX): torch.from_numpy(file[name]) for name in names}
         order, found = ChannelOrder.unpacked(described["moves"], tensors), dict(described["origin"])
-    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+    except (BadZipFile, EOFError, KeyError, NotImplementedError, TypeError, ValueError, zlib.error) as error:
         raise RunError(f"The file {path} is damaged ({error}): copy it again.") from error
     if origin is not None and found != dict(origin):
         what = "text" if found.get("model") == origin.get("model") else "model"
