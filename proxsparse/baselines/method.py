@@ -18,6 +18,7 @@ from proxsparse.baselines.allocation import allocate
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, apply_mask
+from proxsparse.model.loading import cast_weights
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
@@ -125,7 +126,10 @@ class Learned:
     reads_text: ClassVar[bool] = True
 
     def check(self, wanted: Wanted) -> None:
-        raise NotImplementedError
+        """Every layer keeps the same share."""
+        if wanted.allocation != "uniform":
+            name = type(self).__name__.lower()
+            raise UsageError(f"`prune_method={name}` keeps the same share in every layer: leave `allocation` out.")
 
     def trainer(self) -> "type[SampledTrainer]":
         """TRL takes seconds to import, so it is imported only when the method learns."""
@@ -142,7 +146,7 @@ class Learned:
         if wanted.prior is not None:
             prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **options)
         if model.dtype == torch.float16:
-            model.to(torch.bfloat16)  # type: ignore[arg-type]  # as in learning: gradients underflow in float16
+            cast_weights(model, torch.bfloat16)  # as in learning: gradients underflow in float16
         settings: dict[str, Any] = {"seed": wanted.seed}
         settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
         settings |= {"prior": prior, "pattern": wanted.pattern}
@@ -161,6 +165,7 @@ class MaskLLM(Learned):
     def check(self, wanted: Wanted) -> None:
         if wanted.pattern != TWO_OF_FOUR:
             raise UsageError(f"`prune_method=maskllm` learns 2:4 masks only; got `sparsity_type={wanted.pattern}`.")
+        super().check(wanted)
 
     def trainer(self) -> "type[SampledTrainer]":
         from proxsparse.baselines.maskllm import MaskLLMTrainer
@@ -174,8 +179,7 @@ class RoI(Learned):
     def check(self, wanted: Wanted) -> None:
         if not (wanted.pattern.structured and wanted.pattern.n):
             raise UsageError(f"`prune_method=roi` learns N:M masks only; got `sparsity_type={wanted.pattern}`.")
-        if wanted.allocation != "uniform":
-            raise UsageError("`prune_method=roi` keeps the same share in every layer: leave `allocation` out.")
+        super().check(wanted)
 
     def trainer(self) -> "type[SampledTrainer]":
         from proxsparse.baselines.roi import RoITrainer

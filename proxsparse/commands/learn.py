@@ -31,7 +31,7 @@ from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import TEXT_FILES, Run, described
 from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.inputs import digest
-from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_dtype
+from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_dtype
 from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
 
 
@@ -135,7 +135,7 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     model = model or load_model(run.model, dtype=dtype, device=device, **options)
     if model.dtype == torch.float16:
         print("note: float16 weights are learned in bfloat16, because second moments underflow in float16")
-        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
+        model = cast_weights(model, torch.bfloat16)
     say_coverage(model, config.include, config.exclude)
     held_out = windows[run.samples :] if run.eval_samples else None
     learn(model, tokenizer, windows[: run.samples], config, data, eval_windows=held_out)

@@ -41,7 +41,7 @@ from proxsparse.learning.folder import RECOVERED, WINDOWS, Run
 from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
-from proxsparse.model.loading import load_config, load_model, load_tokenizer, resolve_device
+from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.record import OWN, origin_of, refuse_folder
 from proxsparse.resume import RUN_FILE
 from proxsparse.text import SELF, check_ctx_len, parts_of, stamp
@@ -117,10 +117,11 @@ def main(args: argparse.Namespace) -> None:
     model = load(argparse.Namespace(**vars(args) | {"device": home}))
     if model.dtype == torch.float16:
         print("note: float16 weights are updated in bfloat16, because second moments underflow in float16")
-        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
+        model = cast_weights(model, torch.bfloat16)
     mask = mask_of_pruned(model) if given is None else given
-    dense = dense or load_model(base, dtype=model.dtype, device=str(model.device), **options_of(args))
-    dense = dense.to(model.device, model.dtype)  # type: ignore[arg-type]
+    if dense is None or dense.dtype != model.dtype:
+        dense = load_model(base, dtype=model.dtype, **options_of(args))
+    dense = dense.to(model.device)  # type: ignore[arg-type]
     recover(model, dense, mask, tokenizer, windows, scratch, device=device, **settings)
     mask = dataclasses.replace(
         mask, base_model=base, info=mask.info | {"weights_updated": updated, "recovery": made_of}

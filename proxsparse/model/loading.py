@@ -150,15 +150,34 @@ def _from_tensors(
 ) -> tuple[PreTrainedModel, dict]:
     """A model of the plain tensors that a compact or quantised checkpoint stands for."""
     empty = empty_of(config, trust_remote_code)
-    own = config.dtype or torch.float32
+    # Dequantised weights are rounded to their usual dtype first, so that every precision has the same ones.
+    exact = isinstance(dtype, torch.dtype) and checkpoint.is_compact and not checkpoint.is_rounded
+    own = dtype if exact else config.dtype or torch.float32
     found: Any = type(empty).from_pretrained(
         None, config=empty.config, state_dict=checkpoint.tensors, dtype=own, output_loading_info=True, **kwargs
     )
     model, loaded = found
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    # Dequantised weights are rounded to bfloat16 first, so that every precision has the same ones.
-    return model if isinstance(dtype, str) else model.to(dtype), loaded
+    return model if isinstance(dtype, str) else cast_weights(model, dtype), loaded
+
+
+@torch.no_grad()
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give the weights of a model another dtype, in place.
+
+    What is in another dtype than the model's stays: parameters that transformers keeps in float32, and what is computed
+    from the configuration, as rotary frequencies, which ``model.to(dtype)`` would round.
+    """
+    own = model.dtype
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype == own:
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype == own and name not in module._non_persistent_buffers_set:
+                module.register_buffer(name, buffer.to(dtype))
+    return model
 
 
 def load_config(
