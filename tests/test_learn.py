@@ -80,6 +80,31 @@ def test_the_same_call_reads_the_mask_and_another_text_is_refused(loaded, tmp_pa
         proxsparse.learn_mask(model, tokenizer, windows, output_dir=tmp_path / "run", learning_rate=0.02, **PLAIN)
 
 
+def test_another_model_of_the_same_name_is_refused(loaded, tmp_path):
+    _, tokenizer, windows = loaded
+    ours, theirs = tiny_llama(seed=0), tiny_llama(seed=1)
+    mask = proxsparse.learn_mask(ours, tokenizer, windows, output_dir=tmp_path / "run", **PLAIN)
+    assert same(mask, proxsparse.learn_mask(ours, tokenizer, windows, output_dir=tmp_path / "run", **PLAIN))
+    with pytest.raises(UsageError, match="holds a run with `weights="):
+        proxsparse.learn_mask(theirs, tokenizer, windows, output_dir=tmp_path / "run", **PLAIN)
+
+
+@pytest.mark.parametrize("setting", [{"data_seed": 7}, {"neftune_noise_alpha": 5.0}, {"dataloader_drop_last": True}])
+def test_what_orders_and_changes_the_text_decides_the_mask(setting, loaded, run, tmp_path):
+    model, tokenizer, windows = loaded
+    proxsparse.learn_mask(model, tokenizer, windows, output_dir=tmp_path / "run", **PLAIN)
+    with pytest.raises(UsageError, match=f"holds a run with `{next(iter(setting))}="):
+        proxsparse.learn_mask(model, tokenizer, windows, output_dir=tmp_path / "run", **PLAIN, **setting)
+
+
+def test_channels_are_reordered_where_a_weight_is_left_out(loaded):
+    _, tokenizer, windows = loaded
+    model = tiny_llama(intermediate_size=62)
+    mask = proxsparse.learn_mask(model, tokenizer, windows, exclude="down_proj", permute="auto", **PLAIN)
+    assert mask.order
+    assert not any("down_proj" in name for name in mask.tensors)
+
+
 def test_a_python_caller_is_told_of_settings_and_not_of_flags(loaded):
     model, tokenizer, windows = loaded
     with pytest.raises(UsageError) as refused:

@@ -23,6 +23,7 @@ from proxsparse.baselines.sampling import SampledTrainer, _attribute, one_shot_p
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.errors import UsageError
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import Pattern
 
 
 def windows(count=8, length=16):
@@ -74,6 +75,30 @@ def test_the_cooling_makes_it_another_run(tmp_path):
     assert any(not torch.equal(linear[name], fast[name]) for name in linear)
     with pytest.raises(UsageError, match="`cooling=linear`, now it is exponential"):
         learn_masks(tiny_llama(), tmp_path / "a", save_strategy="no", cooling="exponential")
+
+
+@pytest.mark.parametrize("learn", [learn_mask, roi.learn_mask])
+def test_another_setting_makes_it_another_run_even_where_it_was_a_default(learn, tmp_path):
+    learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no")
+    learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", logging_steps=2)  # which decides nothing
+    with pytest.raises(UsageError, match="holds a run with `tau="):
+        learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", tau=(8.0, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tau": (1.0, 0.0)}, "`tau` must be above 0"),
+        ({"prior": {}}, "`prior` has no mask for model.layers.0"),
+        ({"pattern": Pattern.parse("unstructured", 0.5)}, "learns"),
+    ],
+    ids=["tau", "prior", "pattern"],
+)
+def test_what_can_not_be_learned_is_one_sentence(wrong, sentence, tmp_path):
+    with pytest.raises(UsageError, match=sentence):
+        roi.learn_mask(tiny_llama(), byte_tokenizer(), windows(2), tmp_path, **wrong)
+    with pytest.raises(UsageError, match=r"token ids of shape \(N, T\)"):
+        roi.learn_mask(tiny_llama(), byte_tokenizer(), windows(2).tolist(), tmp_path)
 
 
 def learn_masks(model, folder, count=8, learn=learn_mask, **settings):

@@ -94,6 +94,15 @@ def test_a_recovery_that_stopped_goes_on_to_the_same_weights(scope, tokenizer, w
     assert not moved(model, copy_of(unbroken))
 
 
+def test_the_folder_of_a_learning_run_is_not_taken(tokenizer, windows, tmp_path):
+    model, dense, mask = pruned_and_dense()
+    proxsparse.learn_mask(dense, tokenizer, windows, output_dir=tmp_path, bf16=False, save_strategy="no")
+    record = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(UsageError, match="holds a run of learning: give another `output_dir`"):
+        recover(model, dense, mask, tokenizer, windows, tmp_path, **PLAIN)
+    assert (tmp_path / "run.json").read_bytes() == record
+
+
 @pytest.fixture(scope="module")
 def run(checkpoint, corpus, tmp_path_factory):
     """A finished run of learning."""

@@ -26,6 +26,7 @@ from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
+from proxsparse.model.inputs import weight_sum
 from proxsparse.model.loading import native_bf16
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.restoring import restored
@@ -33,10 +34,16 @@ from proxsparse.model.trainable import clean_generation_config, window_collator
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.rounding import noise_seed
 from proxsparse.resume import claim, complete_checkpoints, last_complete_checkpoint
+from proxsparse.text import check_windows
 
 INITIAL_STD = 0.01
 COOLINGS = ("linear", "exponential")
 LOGITS_FILE = "mask_logits.safetensors"
+DECISIVE = (
+    "tau", "kappa", "cooling", "cooled_by", "prior_strength", "keep_large", "learning_rate", "lr_scheduler_kwargs",
+    "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -75,6 +82,9 @@ class SampledConfig(SFTConfig):
         super().__post_init__()
         if self.cooling not in COOLINGS:
             raise UsageError(f"`cooling` must be one of {', '.join(COOLINGS)}; got {self.cooling!r}.", "cooling")
+        for name in ("tau", "kappa"):
+            if min(getattr(self, name)) <= 0:
+                raise UsageError(f"`{name}` must be above 0 at both ends; got {getattr(self, name)}.", name)
         if not 0 < self.cooled_by <= 1:
             raise UsageError(f"`cooled_by` must be above 0 and at most 1; got {self.cooled_by}.", "cooled_by")
 
@@ -134,10 +144,15 @@ class SampledTrainer(SFTTrainer):
     ):
         if self.only is not None and pattern != self.only:
             raise UsageError(f"{self.method} learns {self.only} masks only; got `pattern={pattern}`.", "pattern")
+        if not (pattern.structured and pattern.n):
+            raise UsageError(f"{self.method} learns N:M masks only; got `pattern={pattern}`.", "pattern")
         self.pattern, self.args = pattern, args
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.targets: list[Prunable] = find_prunable(model, multiple=pattern.m)
+        lacking = [] if prior is None else sorted({target.name for target in self.targets} - prior.keys())
+        if lacking:
+            raise UsageError(f"`prior` has no mask for {lacking[0]}: give one for every prunable weight.", "prior")
         generator = torch.Generator().manual_seed(args.seed)
         for target in self.targets:
             rows = target.rows(target.weight)
@@ -182,13 +197,14 @@ class SampledTrainer(SFTTrainer):
         Raises:
             UsageError: the width of a weight is no multiple of M, or the method does not learn this pattern.
         """
-        made_by = {"prune_method": cls.method, "sparsity_type": str(pattern)}
-        made_by["cooling"] = cls.config_class.cooling  # even if not given: `claim` passes over what a record lacks
-        claim(output_dir, _record(model, windows, prior, made_by | settings))
+        check_windows(windows, model.config)
         accelerated = model.device.type != "cpu"
         bf16 = accelerated and native_bf16(str(model.device))
         settings = {"use_cpu": not accelerated, "bf16": bf16, "activation_checkpointing": accelerated} | settings
         config = cls.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
+        made_by = {name: getattr(config, name) for name in DECISIVE}  # given or not: a default may change
+        made_by |= {"prune_method": cls.method, "sparsity_type": str(pattern)}
+        claim(output_dir, _record(model, windows, prior, made_by))
         data = Dataset.from_dict({"input_ids": windows.tolist()})
         given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
         with restored(model, weights=False):
@@ -290,8 +306,7 @@ def _record(model: PreTrainedModel, windows: Tensor, prior: dict[str, Tensor] | 
         digest.update(name.encode() + kept.numpy().tobytes())
     for name, index in order_of(model).packed().items():  # sums of weights do not tell it
         digest.update(name.encode() + index.numpy().tobytes())
-    weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    record = {"model": str(model.config._name_or_path), "weights": weights, "dataset": digest.hexdigest()}
+    record = {"model": str(model.config._name_or_path), "weights": weight_sum(model), "dataset": digest.hexdigest()}
     return {"settings": record | {name: str(value) for name, value in settings.items()}}
 
 

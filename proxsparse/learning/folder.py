@@ -48,7 +48,7 @@ DENSE, PRUNED, RECOVERED, ZERO_SHOT = "dense", "pruned", "recovered", "zero_shot
 DECISIVE = (
     "learning_rate", "max_steps", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
     "warmup_steps", "max_grad_norm", "label_smoothing_factor", "lr_scheduler_kwargs", "loss_type",
-    "load_best_model_at_end",
+    "load_best_model_at_end", "data_seed", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
 # A run that ran out of memory goes on with others of these.
 UNDECIDED = ("keep_base", "offload_learned", "logging_steps", "save_total_limit", "per_device_eval_batch_size")

@@ -26,7 +26,7 @@ from proxsparse.learning.progress import show_progress
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import Mask, load_mask
 from proxsparse.model.hub_errors import quiet_bars
-from proxsparse.model.inputs import digest
+from proxsparse.model.inputs import digest, weight_sum
 from proxsparse.model.loading import native_bf16
 from proxsparse.model.restoring import restored
 from proxsparse.record import write_json
@@ -94,7 +94,12 @@ def learn_mask(
                 "or end-to-end/main.py."
             )
         data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": WINDOWS}
-        data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": config.per_device_train_batch_size}
+        data |= {
+            "weights": weight_sum(model),
+            "samples": len(windows),
+            "ctx_len": windows.shape[1],
+            "batch_size": config.per_device_train_batch_size,
+        }
         run = Run(str(config.output_dir))
         settled = described(data | {"text": digest(windows)}, config)
         run.refuse_another(settled)

@@ -35,6 +35,7 @@ from proxsparse.errors import UsageError
 from proxsparse.learning.checks import check_choices_of_transformers, check_inputs, check_values, settings_at_fault
 from proxsparse.learning.config import TrainingConfig
 from proxsparse.learning.distilling import DistillingTrainer
+from proxsparse.learning.folder import DECISIVE as OF_TRAINING
 from proxsparse.learning.head import plain_head
 from proxsparse.learning.keep import KeepMask
 from proxsparse.learning.layers import check_layers, layers_done, recover_layers
@@ -50,12 +51,13 @@ from proxsparse.model.inputs import digest
 from proxsparse.model.loading import resolve_device
 from proxsparse.model.prunable import decoder_of
 from proxsparse.model.restoring import restored
+from proxsparse.record import read_record
 from proxsparse.resume import RUN_FILE, alone_in, claim, starting_point
 
 SCOPES = ("full", "norms", "layer")
 DECISIVE = (
-    "scope", "learning_rate", "distill", "temperature", "optim", "seed", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
+    "scope", "distill", "temperature", "rounding", "optim", "seed", "num_train_epochs", "per_device_train_batch_size",
+    "weight_decay", "lr_scheduler_type", *OF_TRAINING,
 )  # fmt: skip
 # The rate of full is the better of two on SmolLM2-135M; the others are not tuned.
 RATES = {"full": 1.5e-3, "norms": 5e-3, "layer": 1.5e-3}
@@ -292,16 +294,17 @@ def _run(
         "text": digest(windows),
     }
     checkpoint = starting_point(folder, config.resume_from_checkpoint)
-    if folder.is_dir() and checkpoint is None and not layers_done(folder):  # nothing is there that could be lost
-        (folder / RUN_FILE).unlink(missing_ok=True)
-    claim(folder, {"settings": settings}, write=False)
+    if (folder / RUN_FILE).is_file() and "scope" not in read_record(folder / RUN_FILE, needs="settings")["settings"]:
+        raise UsageError(f"{folder} holds a run of learning: give another `output_dir`.", "output_dir")
+    progress = checkpoint is not None or layers_done(folder)
+    claim(folder, {"settings": settings if progress else {}}, write=False)
     if config.scope == "layer":
         model.eval()  # dropout would hide what a layer computes
         check_layers(model, windows)
         targets = apply_mask(model, mask)
         learning = choose_weights(model, config.scope, {target.name for target in targets})
         with alone_in(folder):
-            claim(folder, {"settings": settings})
+            _claim(folder, settings, progress)
             moving = {id(weight) for weight in learning}
             scales = {name: scale_of(p) for name, p in model.named_parameters() if id(p) in moving}
             return recover_layers(model, dense.eval(), mask, windows, config, scales)
@@ -311,9 +314,16 @@ def _run(
     trainer = RecoveryTrainer(model, config, dense=dense, mask=mask, train_dataset=rows, processing_class=tokenizer)
     show_progress(trainer)
     with quiet_bars(), alone_in(folder):
-        claim(folder, {"settings": settings})
+        _claim(folder, settings, progress)
         trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.state.log_history
+
+
+def _claim(folder: Path, settings: dict[str, str], progress: bool) -> None:
+    """Write down whose recovery this is; one that has not come to a checkpoint leaves nothing that could be lost."""
+    if not progress:
+        (folder / RUN_FILE).unlink(missing_ok=True)
+    claim(folder, {"settings": settings})
 
 
 def digest_of(mask: Mask) -> str:

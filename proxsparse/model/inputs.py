@@ -184,6 +184,14 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.to(torch.int64).contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
+def weight_sum(model: nn.Module) -> float:
+    """Sum of |w| over all parameters, by which a run knows its model again whatever it is called.
+
+    Rounded to nine digits, which do not depend on the order of sums.
+    """
+    return float(f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters()):.8e}")
+
+
 def origin_of(model: PreTrainedModel, windows: Tensor) -> dict[str, str]:
     """What something that is kept in a file was measured on: the name of the model, and the digest of the text."""
     return {"model": str(model.config._name_or_path), "text": digest(windows)}
