@@ -10,6 +10,7 @@ Old checkpoints are removed after the new one has its marker, never before.
 import contextlib
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -194,15 +195,23 @@ class CompleteCheckpoints(TrainerCallback):
             if not state.is_world_process_zero:
                 return
             write_json(folder / MARKER, {"files": _files(folder), MODEL_ONLY: getattr(args, MODEL_ONLY, False)})
-        for old in checkpoints(args.output_dir)[: -self.keep] if self.keep else []:
+        for old in self._by_worth(args.output_dir, state.global_step)[: -self.keep] if self.keep else []:
             # The best one is wanted at the end, where the run evaluates.
             if state.best_model_checkpoint is None or old.resolve() != Path(state.best_model_checkpoint).resolve():
                 shutil.rmtree(old, ignore_errors=True)
 
+    def _by_worth(self, output_dir: Path | str, step: int) -> list[Path]:
+        """The checkpoints of a run, the one just written last.
+
+        Those of later steps come first, because this run went on from an earlier one; then those that are not whole.
+        """
+        return sorted(checkpoints(output_dir), key=lambda c: (_step(c) <= step, (c / MARKER).is_file(), _step(c)))
+
 
 def checkpoints(output_dir: Path | str) -> list[Path]:
     """Checkpoint folders of a run, oldest first, complete or not."""
-    return sorted((p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir()), key=_step)
+    found = (p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name))
+    return sorted(found, key=_step)
 
 
 def last_complete_checkpoint(output_dir: Path | str, resuming: bool = False) -> str | None:
@@ -272,5 +281,4 @@ def _sha256(path: Path) -> str:
 
 
 def _step(folder: Path) -> int:
-    tail = folder.name.rsplit("-", 1)[-1]
-    return int(tail) if tail.isdigit() else -1
+    return int(folder.name.rsplit("-", 1)[-1])

@@ -164,6 +164,20 @@ def test_the_best_checkpoint_outlives_the_rotation(run):
     assert [p.name for p in checkpoints(run)] == ["checkpoint-2", "checkpoint-6"]
 
 
+def test_the_checkpoint_just_written_and_copies_of_the_user_stay(run):
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-2-backup")
+    shutil.copytree(run / "checkpoint-6", run / "checkpoint-3")
+    mark(run, 3, keep=1)  # of a run that went on from checkpoint-2
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2-backup", "checkpoint-3"]
+
+
+def test_checkpoints_that_are_not_whole_do_not_count_as_kept(run):
+    for step in (3, 5):
+        (run / f"checkpoint-{step}").mkdir()
+    mark(run, 6, keep=2)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_a_folder_belongs_to_the_run_that_claimed_it(tmp_path):
     record = {"settings": {"samples": 4, "dataset": "d" * 150, "logging_steps": 1}, "commit": "abc"}
     claim(tmp_path / "run", record, write=False)
