@@ -17,7 +17,7 @@ from typing import Any
 from proxsparse.errors import RunError, UsageError
 
 # Marks folders that may be replaced by a newer export. In a checkpoint it says where mask and weights come from.
-OWN = ".written-by-proxsparse"
+OWN, FILES = ".written-by-proxsparse", "files"  # in a folder that was written, with the names of its files
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
 
 
@@ -37,15 +37,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield inner
         _let_be_read(scratch)
         if inner.is_dir():
-            (inner / OWN).touch()
-            if path.is_dir():
-                _swap(inner, path, aside=scratch / "replaced")
-                return
+            note = origin_of(inner) | {FILES: _names(inner)}
+            (inner / OWN).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         elif path.is_dir():
             raise UsageError(f"{path} is a folder, and a file was to be written there; name a file.")
-        os.replace(inner, path)
+        if path.is_dir():
+            _swap(inner, path, aside=scratch / "replaced")
+        else:
+            os.replace(inner, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _names(folder: Path) -> list[str]:
+    """Files in a folder and below, but for hidden ones."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def _swap(new: Path, path: Path, aside: Path) -> None:
@@ -70,7 +77,7 @@ def _let_be_read(folder: Path) -> None:
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Refuse a folder that holds anything, unless ``atomic_path`` wrote it.
+    """Refuse a folder that holds anything but what ``atomic_path`` wrote into it.
 
     Raises:
         UsageError: the folder holds something else, or is to be made below a file.
@@ -80,6 +87,12 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} can't be written, because {below} is a file; choose another folder.")
     if path.is_dir() and any(path.iterdir()) and not (path / OWN).is_file():
         raise UsageError(f"{path} is a folder that holds something else; choose a new one, so that nothing is lost.")
+    written = origin_of(path).get(FILES) if path.is_dir() else None
+    added = sorted(set(_names(path)) - set(written)) if written else []  # older versions wrote no list
+    if added:
+        raise UsageError(
+            f"{path} holds {added[0]}, which was added to it; choose a new folder, so that nothing is lost."
+        )
 
 
 def refuse_folder(folder: Path | str, *sources: str | None) -> None:

@@ -459,3 +459,43 @@ def test_a_folder_that_can_not_be_replaced_stays(checkpoint, mask, tmp_path, mon
     assert export("--model", checkpoint, "--mask", mask, "--to", tmp_path / "out") == 1
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("added", ["notes.md", "checkpoint-500/optimizer.pt"])
+def test_what_was_added_to_an_export_is_never_removed(added, pruned, checkpoint, mask, capsys):
+    mine = pruned / added
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert export("--model", checkpoint, "--mask", mask, "--to", pruned) == 2
+    assert f"holds {added}, which was added" in capsys.readouterr().err
+    mine.unlink()
+    assert export("--model", checkpoint, "--mask", mask, "--to", pruned) == 0
+
+
+@pytest.mark.parametrize("named", ["float16", "bfloat16"])
+def test_compact_files_of_float32_give_float32_whatever_the_configuration_says(named, tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"dtype": named}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(tmp_path / "base")
+    mask = Mask(magnitudes(tiny_llama()))
+    for form in ("dense", "compact"):
+        save_pruned(str(tmp_path / "base"), mask, tmp_path / form, form=form)
+    dense, compact = (proxsparse.load(str(tmp_path / form), dtype=torch.float32) for form in ("dense", "compact"))
+    assert all(torch.equal(p, compact.get_parameter(name)) for name, p in dense.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_another_dtype_rounds_weights_and_not_what_is_computed_from_the_configuration(dtype, pruned, tmp_path):
+    save_pruned(str(pruned), load_pruned_mask(pruned), tmp_path / "small", form="compact")
+    plain, compact = (proxsparse.load(str(folder), dtype=dtype) for folder in (pruned, tmp_path / "small"))
+    ours, theirs = (model.model.rotary_emb.inv_freq for model in (compact, plain))
+    assert torch.equal(ours, theirs)
+    assert ours.dtype == torch.float32
+    ids = torch.arange(1, 90)[None]
+    with torch.no_grad():
+        assert torch.equal(compact(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def load_pruned_mask(folder):
+    return proxsparse.mask_of_pruned(proxsparse.load_model(str(folder)))
