@@ -207,8 +207,8 @@ def evaluation_windows(
         tokenizer: tokenizer of the model.
         ctx_len: tokens per window.
         split: 'all', 'heldout' or 'calibration', see ``load_documents``.
-        limit: at most this many windows, evenly spread over the text; None for all. The whole text is read and
-            tokenised either way.
+        limit: at most this many windows, every k-th of n from the first, with k = n // limit; None for all. The whole
+            text is read and tokenised either way.
         bos: begin every window with the tokenizer's BOS token, followed by ctx_len - 1 tokens of text. Papers don't:
             with a tokenizer that puts BOS first (see ``adds_bos``) only their first window begins with it.
 
@@ -216,8 +216,11 @@ def evaluation_windows(
         (n, ctx_len) int64.
 
     Raises:
-        UsageError: the text is too short for one window, or ``bos`` is True and the tokenizer has no BOS token.
+        UsageError: the text is too short for one window, ``limit`` is below 1, or ``bos`` is True and the tokenizer has
+            no BOS token.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"`limit` must be at least 1, or None for all windows; got {limit}.", "limit")
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("`bos=True` needs a tokenizer with a BOS token, and this one has none. Leave it out.", "bos")
     windows = _windows(name, tokenizer, ctx_len, split, bos)

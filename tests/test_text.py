@@ -281,6 +281,12 @@ def test_c4_new_is_the_first_documents_joined_by_spaces(monkeypatch, tokenizer):
     assert evaluation_windows("c4_new", tokenizer, 16).flatten().tolist() == ids[: min(256 * 16, len(ids) // 16 * 16)]
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit, corpus, tokenizer):
+    with pytest.raises(UsageError, match="`limit` must be at least 1"):
+        evaluation_windows(corpus, tokenizer, 16, limit=limit)
+
+
 def test_a_limit_takes_windows_from_the_whole_text(corpus, tokenizer):
     whole = evaluation_windows(corpus, tokenizer, 32)
     part = evaluation_windows(corpus, tokenizer, 32, limit=4)

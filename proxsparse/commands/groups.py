@@ -238,7 +238,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_windows",
         type=positive_int,
         default=None,
-        help="measure only this many windows, spread evenly over the text; default: all",
+        help="measure only this many windows, every k-th of the text; default: all",
     )
 
 

@@ -8,6 +8,7 @@ up. So the plan is right for every architecture, and takes seconds for any size.
 import contextlib
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def plan_learning(
     elif devices > 1:
         parts["buckets for averaging gradients"] = gradients
     steps = -(-samples // (batch_size * devices * config.gradient_accumulation_steps))
-    steps = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
     host = sizes.prunable * wide * waiting / parts_of
     return Plan(sizes.parameters, sizes.trainable, sizes.prunable, steps, parts, host, sizes.note)
 

@@ -117,7 +117,9 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
             "Convert it with https://huggingface.co/spaces/safetensors/convert."
         )
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    if any(word in text.lower() for word in ("connect", "offline", "name or service", "resolve", "localentrynotfound")):
+    if not Path(name).is_dir() and any(
+        word in text.lower() for word in ("connect", "offline", "name or service", "resolve", "localentrynotfound")
+    ):
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
         return RunError(
             f"The model {name} is neither a local folder nor in the cache, and {why}. "

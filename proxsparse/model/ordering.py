@@ -56,7 +56,7 @@ def order_channels(
             "again.",
             "model",
         )
-    targets = find_prunable(model)
+    targets = find_prunable(model, multiple=1)
     norms = None if windows is None else input_norms(model, targets, windows[:norm_samples], progress="channels")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     orders = {kind: _order(groups, shapes, norms, pattern) for kind, groups in Wiring(model).groups.items()}

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import mmap
+import re
 from array import array
 from bisect import bisect_right
 from collections import deque
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from proxsparse.errors import UsageError
 from proxsparse.model.zipped import LONG, contents, not_utf8, opened, unreadable, unzipping
 
+SPACE = re.compile(r"\s*")
 ROWS_AT_ONCE = 256  # of a table, while those that are wanted are picked
 
 
@@ -91,8 +93,7 @@ def _spread_values(text: str, path: Path) -> Iterator[Any]:
     """Values of JSON that is spread over lines: an array, or one object after the other."""
     decoder, place = json.JSONDecoder(), 0
     try:
-        while text[place:].strip():
-            place += len(text) - place - len(text[place:].lstrip())
+        while (place := SPACE.match(text, place).end()) < len(text):  # type: ignore[union-attr]
             value, place = decoder.raw_decode(text, place)
             yield from value if isinstance(value, list) else [value]
     except (json.JSONDecodeError, RecursionError) as error:

@@ -75,7 +75,7 @@ class Wiring:
         self.model = model
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.hidden = int(cast(Tensor, model.get_input_embeddings().weight).shape[1])
-        self.targets = {t.name: t for t in find_prunable(model)}
+        self.targets = {t.name: t for t in find_prunable(model, multiple=1)}
         self.modules = dict(model.named_modules())
         self.own_names = {module: path.rpartition(".")[2] for path, module in self.modules.items()}
         self.reading: dict[str, int] = {}  # parameter -> dimension along which it reads the residual stream
