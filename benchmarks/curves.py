@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=["masked", "maskllm"])
     parser.add_argument("--output", type=Path, default=RESULTS / "curves_smollm2-135m.png")
     args = parser.parse_args(argv)
+    if lacking := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"there is no file {lacking[0]}")
     rows = [row for file in args.files for row in read_json(file)["rows"] if row["row"] in args.rows]
     lines = curves(rows)
     if not lines:
