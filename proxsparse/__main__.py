@@ -27,19 +27,28 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
+        return say(usage()) or (0 if arguments else 2)
     name = arguments[0]
     if name in ("-V", "--version"):
         from proxsparse import __version__
 
-        print(f"proxsparse {__version__}")
-        return 0
+        return say(f"proxsparse {__version__}")
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     sys.argv[0] = f"proxsparse {name}"
     return importlib.import_module(f"proxsparse.commands.{COMMANDS[name][0]}").main(arguments[1:])
+
+
+def say(text: str) -> int:
+    """Print, and give the exit code: who reads it may have gone, and a disk may be full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        from proxsparse.commands.cli import end
+
+        return end(error)
+    return 0
 
 
 def usage() -> str:

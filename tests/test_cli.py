@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import json
 import pickle
 import zipfile
@@ -215,3 +216,14 @@ def test_a_cache_that_can_not_be_written_to_is_named_with_its_variable(variable,
     monkeypatch.setenv(variable, "/read-only/cache")
     found = describe_os_error(OSError(errno.EROFS, "Read-only file system", f"/read-only/cache/{inside}"))
     assert found.startswith(f"The cache can't be written (/read-only/cache/{inside}): set {variable}")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], []])
+def test_a_full_disk_under_the_output_is_one_sentence(words, monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    assert console(words) == 1
+    assert capsys.readouterr().err.startswith("error: The disk is full")

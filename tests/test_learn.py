@@ -293,7 +293,22 @@ def test_looking_at_a_run_is_no_mistake_next_to_several_gpus(monkeypatch, capsys
     for way in ("--where", "--dry_run"):
         assert console(["learn", "--model", "smollm2-135m", "--dataset", "wiki", way]) == 0
     assert "runs/smollm2-135m-wiki_masked_400" in capsys.readouterr().out
-    assert console(["learn", "--dataset", "wiki", "--use_cpu", "false", "--output_dir", str(tmp_path / "run")]) == 2
+    assert (
+        console(
+            [
+                "learn",
+                "--dataset",
+                "wiki",
+                "--use_cpu",
+                "false",
+                "--bf16",
+                "false",
+                "--output_dir",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
     assert "There are 2 GPUs and one process" in capsys.readouterr().err
 
 
@@ -356,6 +371,31 @@ def test_another_baseline_mask_in_the_folder_is_made_again(run, capsys):
     for change in (["--nsamples", "3"], ["--sparsity_type", "4:8"]):
         assert console([*wanda, *change]) == 0
         assert "done already" not in capsys.readouterr().out
+
+
+def test_a_pruned_checkpoint_that_something_else_took_the_place_of_is_written_again(run, tmp_path, capsys):
+    apply = ["apply", "--run", str(run), "--max_windows", "1"]
+    assert console(apply) == console(apply) == 0
+    assert "done already" in capsys.readouterr().out
+    wanda = ["prune", "--run", str(run), "--prune_method", "wanda", "--save", str(tmp_path / "wanda")]
+    assert console(wanda) == 0
+    written = {path: path.read_bytes() for path in (run / "pruned").glob("*.safetensors")}
+    assert written
+    other = ["apply", "--run", str(run), "--mask", str(tmp_path / "wanda"), "--save", str(run / "pruned"), "--no_eval"]
+    assert console(other) == 0
+    assert all(path.read_bytes() != before for path, before in written.items())
+    capsys.readouterr()
+    assert console(apply) == 0
+    assert "done already" not in capsys.readouterr().out
+    assert all(path.read_bytes() == before for path, before in written.items())
+
+
+@pytest.mark.parametrize("perplexities", [{}, [], 7, {"wiki": 7}, {"wiki": {"perplexity": "x"}}, {"wiki": {}}])
+def test_a_report_names_a_damaged_result(perplexities, run, tmp_path, capsys):
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps({"perplexity": perplexities}))
+    assert console(["report", "--run", str(run), "--rows", f"dense={path}"]) == 1
+    assert f"error: {path} is damaged: its perplexities are no numbers" in capsys.readouterr().err
 
 
 def test_a_result_of_another_mask_is_not_the_runs(run, tmp_path, monkeypatch, capsys):

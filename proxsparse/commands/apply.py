@@ -27,6 +27,7 @@ from proxsparse.commands.groups import (
     load,
     put_mask,
     tokenizer_to_save,
+    weights_stamp,
     windows_of,
     write_result,
 )
@@ -58,6 +59,11 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     return evaluation_of(run) | own
 
 
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the result, and the checkpoint that was saved with it: another one may take its place later."""
+    return decisive_of(args) | {"saved": weights_stamp(args.save) if args.save else None}
+
+
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
     if args.baseline and not args.run:
@@ -67,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     mask = given_mask(args)
     own_folder = args.run and args.save and Path(args.save) == Run(args.run).pruned_folder
     saved = not args.save or (own_folder and (Path(args.save) / OWN).is_file())
-    if saved and not args.no_eval and done_already(args, "pruned perplexity", decisive_of(args)):
+    if saved and not args.no_eval and done_already(args, "pruned perplexity", _measured(args)):
         return
     if args.save:
         refuse_folder(args.save, args.model, args.mask)
@@ -80,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"pruned checkpoint written to {args.save}")
     results = evaluate(model, windows, args)
     if not args.no_eval:
-        write_result(model, args, perplexity=as_record(results), measured=decisive_of(args))
+        write_result(model, args, perplexity=as_record(results), measured=_measured(args))
     print_json(
         {"model": args.model, "mask": args.mask, **{text: round(r.perplexity, 4) for text, r in results.items()}}
     )

@@ -85,11 +85,11 @@ def command(arguments: Callable[[], Any]) -> Callable[[Callable[[Any], int | Non
             except SystemExit:  # --help has been shown
                 raise
             except BaseException as error:
-                return _end(error, parser, debug)
+                return end(error, parser, debug)
             try:
                 return main(args) or 0
             except BaseException as error:
-                return _end(error, parser, debug)
+                return end(error, parser, debug)
 
         program.arguments = arguments  # type: ignore[attr-defined]
         return program
@@ -111,7 +111,7 @@ def _from_home(word: str) -> str:
     return flag + equals + ",".join(os.path.expanduser(p) if p.startswith("~/") else p for p in value.split(","))
 
 
-def _end(error: BaseException, parser: argparse.ArgumentParser | None, debug: bool) -> int:
+def end(error: BaseException, parser: argparse.ArgumentParser | None = None, debug: bool = False) -> int:
     """Print one sentence for an error, the traceback before it with --debug, and give the exit code."""
     if debug:
         traceback.print_exception(error)

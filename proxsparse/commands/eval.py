@@ -56,7 +56,7 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
-    if done_already(args, "dense perplexity", decisive_of(args)):
+    if done_already(args, f"perplexity of {args.model}", decisive_of(args)):
         return
     windows = windows_of(args, evaluating=True)
     model = load(args, evaluating=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.errors import UsageError
+from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
 from proxsparse.learning.folder import DENSE, PRUNED, RECOVERED, Run
 from proxsparse.mask import Mask, load_mask
@@ -27,6 +27,7 @@ SHOWN = (
     "learning_rate", "score", "masked_forward", "distill", "relative", "lambda_ramp", "lambda2_value", "epsilon",
     "train_only_pruned", "dtype", "bf16", "optim",
 )  # fmt: skip
+SHOWN_OF_TEXTS = ("perplexity", "standard_error")
 TITLES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM", "maskllm": "MaskLLM", "roi": "RoI"}
 
 
@@ -102,7 +103,7 @@ def read_rows(files: dict[str, str]) -> dict[str, dict]:
     Raises:
         UsageError: they measure different texts, or at different context lengths.
     """
-    rows = {name: read_record(file, needs="perplexity")["perplexity"] for name, file in files.items()}
+    rows = {name: _perplexities(file) for name, file in files.items()}
     for name, found in rows.items():
         first = next(iter(rows.values()))
         if set(found) != set(first):
@@ -118,6 +119,19 @@ def read_rows(files: dict[str, str]) -> dict[str, dict]:
                     f"of {lengths[0]} tokens, not {wanted['ctx_len']}. Measure it again with the same --ctx_len."
                 )
     return rows
+
+
+def _perplexities(file: str) -> dict[str, dict]:
+    """Text -> what was measured on it, of a result's file.
+
+    Raises:
+        RunError: the file is damaged, or holds something else.
+    """
+    found = read_record(file, needs="perplexity")["perplexity"]
+    numbers = found.values() if isinstance(found, dict) and found else [None]
+    if not all(isinstance(of, dict) and isinstance(of.get(n), int | float) for of in numbers for n in SHOWN_OF_TEXTS):
+        raise RunError(f"{file} is damaged: its perplexities are no numbers by text. Measure it again.")
+    return found
 
 
 def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
