@@ -5,15 +5,16 @@ import torch
 from conftest import tiny_llama
 from test_prunable import FAMILIES, build
 
-from proxsparse.baselines import ONE_SHOT, Pattern
+from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.admm import ADMM
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.baselines.sparsegpt import SparseGPT
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.gram import GramStatistic, invert
-from proxsparse.model.inputs import NormStatistic, listen
+from proxsparse.model.inputs import NormStatistic, input_norms, listen
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.prox import expand_scale
 
 TWO_FOUR = Pattern.parse("2:4")
 
@@ -52,6 +53,33 @@ def test_every_method_gives_24_masks_on_every_architecture(family, method):
             assert torch.equal(rows[kept], target.rows(before[target.name])[kept])
     pruned = {t.name for t in targets}
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in pruned)
+
+
+@pytest.mark.parametrize("in_sequence", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_with_dense_inputs_weights_are_scored_by_what_the_dense_model_gives_them(family, in_sequence, monkeypatch):
+    model, data = build(family), windows()
+    targets = find_prunable(model)
+    norms = input_norms(model, targets, data)
+    scores = {t.name: t.rows(t.weight.detach()).abs() * expand_scale(norms[t.name], t.rows(t.weight)) for t in targets}
+    if not in_sequence:
+        monkeypatch.setattr("proxsparse.model.walk.in_sequence", lambda *_: False)
+    mask = prune_layerwise(model, data, ONE_SHOT["wanda"](), TWO_FOUR, dense_inputs=True)
+    for name, found in scores.items():
+        kept = mask.tensors[name]
+        worst = found.masked_fill(~kept, float("inf")).unflatten(-1, (-1, 4)).amin(-1)
+        best = found.masked_fill(kept, 0.0).unflatten(-1, (-1, 4)).amax(-1)
+        assert (worst >= best * (1 - 1e-5)).all()  # batches sum in another order
+
+
+def test_wanda_scores_by_dense_inputs_where_channels_are_reordered_and_as_in_its_paper_elsewhere():
+    wanda, sparsegpt = ONE_SHOT["wanda"](), ONE_SHOT["sparsegpt"]()
+    assert [wanda.inputs_of(Wanted(), reordered) for reordered in (False, True)] == ["pruned", "dense"]
+    assert wanda.inputs_of(Wanted(inputs="pruned"), True) == "pruned"
+    assert sparsegpt.inputs_of(Wanted(), True) == "pruned"
+    for method in ("magnitude", "maskllm", "roi"):
+        with pytest.raises(UsageError, match="`inputs` belongs to the"):
+            METHODS[method]().check(Wanted(inputs="dense"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "gpt_neox", "phi3", "mixtral"])

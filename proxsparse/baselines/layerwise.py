@@ -1,4 +1,4 @@
-"""Prune with a one-shot method: layer after layer, each with the outputs of the pruned ones before it."""
+"""Prune with a one-shot method: layer after layer, each with the outputs of the ones before it, pruned or dense."""
 
 from typing import Any
 
@@ -26,6 +26,7 @@ def prune_layerwise(
     hidden_device: str = "cpu",
     bf16: bool = False,
     progress: str | None = None,
+    dense_inputs: bool = False,
 ) -> Mask:
     """Prune a model in place with a one-shot method.
 
@@ -36,6 +37,7 @@ def prune_layerwise(
         update: keep the method's new weights. False keeps the original ones under the mask; later layers see these.
         hidden_device: where the hidden states are kept between layers.
         bf16: compute the layers in bfloat16 autocast; statistics and solves stay float32.
+        dense_inputs: layers see the outputs of the dense ones before them, not of the pruned ones.
 
     Returns:
         The mask; the model holds the pruned (and, with ``update``, changed) weights.
@@ -50,7 +52,8 @@ def prune_layerwise(
     training = model.training
     model.eval()
     masks: dict[str, Tensor] = {}
-    steps = walk(model, targets, windows, method.statistic, hidden_device=hidden_device, bf16=bf16, progress=progress)
+    options: dict[str, Any] = {"hidden_device": hidden_device, "bf16": bf16, "progress": progress}
+    steps = walk(model, targets, windows, method.statistic, dense=dense_inputs, **options)
     for index, own, statistics in steps:
         for target in own:
             masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)

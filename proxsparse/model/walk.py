@@ -3,6 +3,7 @@
 Shapes: N = windows, T = ctx_len, H = hidden size, B = windows at once.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,13 +139,15 @@ def walk(
     bf16: bool = False,
     progress: str | None = None,
     unseen_are: str = "compared by magnitude alone",
+    dense: bool = False,
 ) -> Iterator[tuple[int, list[Prunable], dict[str, Any]]]:
     """Go through the layers, and give what was seen of the inputs of each one's weights.
 
     Call it under ``torch.no_grad``, on a model in eval mode.
 
-    The caller may change a layer's weights: the layers after it see its new outputs. One layer's statistics and two
-    copies of the hidden states exist at a time.
+    The caller may change a layer's weights: the layers after it see its new outputs, unless ``dense``. One layer's
+    statistics and two copies of the hidden states exist at a time. Where the layers don't run one after the other and
+    ``dense``, all statistics exist at once.
 
     Args:
         targets: the weights that are looked at.
@@ -153,6 +156,7 @@ def walk(
         hidden_device: where the hidden states are kept between layers.
         bf16: compute the layers in bfloat16 autocast.
         unseen_are: what becomes of the entries of weights whose inputs were not seen, for the note that says so.
+        dense: layers see what the model gave them before the caller changed anything.
 
     Yields:
         (index of the layer, its weights, name -> statistic).
@@ -161,47 +165,50 @@ def walk(
     reads = statistic(targets[0]) is not None
     hidden: list[Tensor] = []
     calls: list[Call] = []
-    if reads and in_sequence(model, blocks, windows):
-        hidden, calls = first_inputs(model, blocks, windows, hidden_device)
-    elif reads:
-        logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
     unseen: list[Prunable] = []
     reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
+    if reads and in_sequence(model, blocks, windows):
+        hidden, calls = first_inputs(model, blocks, windows, hidden_device)
+    elif reads and not dense:
+        logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
+    early: dict[str, Any] = {}  # statistics that are made before the caller changes anything
+    if reads and dense and not calls:
+        early = {target.name: statistic(target) for target in targets}
+        with reduced, _listening(early, targets, unseen):
+            _run_whole(model, windows)
     for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
         own = [target for target in targets if target.block == index]
-        statistics = {target.name: statistic(target) for target in own}
-        if reads:
-            with reduced:
-                unseen += _look(model, block, statistics, own, (hidden, calls[index]) if calls else windows)
+        statistics = {target.name: early.pop(target.name, None) or statistic(target) for target in own}
+        outputs: list[Tensor] = []
+        if calls:
+            with reduced, _listening(statistics, own, unseen):
+                for states in hidden:
+                    output = run_block(block, states, calls[index], model.device)
+                    outputs += [output.to(hidden_device)] if dense else []
+        elif reads and not dense:
+            with reduced, _listening(statistics, own, unseen):
+                _run_whole(model, windows)
         yield index, own, statistics
         statistics.clear()  # the caller holds it too
-        if calls and index + 1 < len(blocks):
+        if dense:
+            hidden = outputs
+        elif calls and index + 1 < len(blocks):
             with reduced:
                 hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
     note_unseen(unseen, unseen_are)
 
 
-def _look(
-    model: PreTrainedModel,
-    block: Any,
-    statistics: dict[str, Any],
-    own: list[Prunable],
-    inputs: Tensor | tuple[list[Tensor], Call],
-) -> list[Prunable]:
-    """Fill the statistics of a layer's weights, and return the weights whose inputs were not seen.
-
-    Args:
-        inputs: the hidden states that enter the layer, in batches, with its other arguments; or windows of token ids,
-            with which the whole model is run.
-    """
+@contextlib.contextmanager
+def _listening(statistics: dict[str, Any], own: list[Prunable], unseen: list[Prunable]) -> Iterator[None]:
+    """Fill the statistics of weights with what runs inside, and note in ``unseen`` whose inputs were not seen."""
     with listen(own, lambda target, expert, seen: statistics[target.name].add(expert, seen)) as visited:
-        if isinstance(inputs, tuple):
-            for states in inputs[0]:
-                run_block(block, states, inputs[1], model.device)
-        else:
-            for window in inputs:
-                decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
+        yield
     for statistic in statistics.values():
         if getattr(statistic, "skipped", 0):
             logger.warning("%s: %d tokens that were not finite were left out", statistic.name, statistic.skipped)
-    return [target for target in own if target.name not in visited]
+    unseen += [target for target in own if target.name not in visited]
+
+
+def _run_whole(model: PreTrainedModel, windows: Tensor) -> None:
+    for window in windows:
+        decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)
