@@ -143,11 +143,9 @@ def walk(
 ) -> Iterator[tuple[int, list[Prunable], dict[str, Any]]]:
     """Go through the layers, and give what was seen of the inputs of each one's weights.
 
-    Call it under ``torch.no_grad``, on a model in eval mode.
-
-    The caller may change a layer's weights: the layers after it see its new outputs, unless ``dense``. One layer's
-    statistics and two copies of the hidden states exist at a time. Where the layers don't run one after the other and
-    ``dense``, all statistics exist at once.
+    Call it under ``torch.no_grad``, on a model in eval mode. The caller may change a layer's weights: the layers after it
+    see its new outputs, unless ``dense``. One layer's statistics and two copies of the hidden states exist at a time; all
+    statistics, where the layers are no sequence.
 
     Args:
         targets: the weights that are looked at.
@@ -166,36 +164,57 @@ def walk(
     hidden: list[Tensor] = []
     calls: list[Call] = []
     unseen: list[Prunable] = []
+    outputs: list[Tensor] = []
+    early: dict[str, Any] = {}
     reduced = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
     if reads and in_sequence(model, blocks, windows):
         hidden, calls = first_inputs(model, blocks, windows, hidden_device)
-    elif reads and not dense:
+    elif reads and dense:
+        with reduced:
+            early = _all_statistics(model, targets, windows, statistic, unseen)
+    elif reads:
         logger.warning("note: the layers don't run one after the other, so the whole model is run for each of them")
-    early: dict[str, Any] = {}  # statistics that are made before the caller changes anything
-    if reads and dense and not calls:
-        early = {target.name: statistic(target) for target in targets}
-        with reduced, _listening(early, targets, unseen):
-            _run_whole(model, windows)
     for index, block in enumerate(tqdm(blocks, desc=progress, disable=None if progress else True, leave=False)):
         own = [target for target in targets if target.block == index]
-        statistics = {target.name: early.pop(target.name, None) or statistic(target) for target in own}
-        outputs: list[Tensor] = []
-        if calls:
+        statistics = {target.name: early.get(target.name) or statistic(target) for target in own}
+        if reads and not early:
             with reduced, _listening(statistics, own, unseen):
-                for states in hidden:
-                    output = run_block(block, states, calls[index], model.device)
-                    outputs += [output.to(hidden_device)] if dense else []
-        elif reads and not dense:
-            with reduced, _listening(statistics, own, unseen):
-                _run_whole(model, windows)
+                if calls:
+                    outputs = _through(block, hidden, calls[index], model.device, hidden_device if dense else None)
+                else:
+                    _run_whole(model, windows)
         yield index, own, statistics
         statistics.clear()  # the caller holds it too
-        if dense:
-            hidden = outputs
-        elif calls and index + 1 < len(blocks):
+        if calls and index + 1 < len(blocks):
             with reduced:
-                hidden = [run_block(block, states, calls[index], model.device).to(hidden_device) for states in hidden]
+                hidden = outputs or _through(block, hidden, calls[index], model.device, hidden_device)
     note_unseen(unseen, unseen_are)
+
+
+def _all_statistics(
+    model: PreTrainedModel,
+    targets: list[Prunable],
+    windows: Tensor,
+    statistic: Callable[[Prunable], Any],
+    unseen: list[Prunable],
+) -> dict[str, Any]:
+    """Of all layers at once, before the caller changes anything; see ``_listening`` for ``unseen``."""
+    found = {target.name: statistic(target) for target in targets}
+    with _listening(found, targets, unseen):
+        _run_whole(model, windows)
+    return found
+
+
+def _through(
+    block: Any, hidden: list[Tensor], call: Call, device: torch.device | str, kept_on: str | None
+) -> list[Tensor]:
+    """Outputs of one layer, in batches; empty where they are kept nowhere."""
+    found = []
+    for states in hidden:
+        output = run_block(block, states, call, device)
+        if kept_on is not None:
+            found.append(output.to(kept_on))
+    return found
 
 
 @contextlib.contextmanager
