@@ -143,9 +143,9 @@ def walk(
 ) -> Iterator[tuple[int, list[Prunable], dict[str, Any]]]:
     """Go through the layers, and give what was seen of the inputs of each one's weights.
 
-    Call it under ``torch.no_grad``, on a model in eval mode. The caller may change a layer's weights: the layers after it
-    see its new outputs, unless ``dense``. One layer's statistics and two copies of the hidden states exist at a time; all
-    statistics, where the layers are no sequence.
+    Call it under ``torch.no_grad``, on a model in eval mode. The caller may change a layer's weights: the layers after
+    it see its new outputs, unless ``dense``. One layer's statistics and two copies of the hidden states exist at a
+    time; all statistics, where the layers are no sequence.
 
     Args:
         targets: the weights that are looked at.
