@@ -28,7 +28,7 @@ import torch
 from common import print_table
 from transformers import set_seed
 
-from proxsparse.baselines import METHODS, Pattern, Wanted, maskllm, roi
+from proxsparse.baselines import METHODS, Pattern, maskllm, roi
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.baselines.sampling import one_shot_prior
 from proxsparse.commands.flags import LearnParser
@@ -234,9 +234,7 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
                 apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:
             name, updated = BASELINES[row]
-            method = METHODS[name]()
-            dense = method.inputs_of(Wanted(), args.permute == "auto") == "dense"
-            prune_layerwise(model, windows, method, pattern, update=updated, bf16=bf16, dense_inputs=dense)
+            prune_layerwise(model, windows, METHODS[name](), pattern, update=updated, bf16=bf16)
             tokens = 0 if name == "magnitude" else tokens
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

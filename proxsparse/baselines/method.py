@@ -18,7 +18,6 @@ from proxsparse.baselines.allocation import allocate
 from proxsparse.baselines.layerwise import prune_layerwise
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, apply_mask
-from proxsparse.model.channels import order_of
 from proxsparse.model.loading import cast_weights
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
@@ -35,7 +34,7 @@ class Wanted:
         pattern: pattern of the mask; where the allocation is not uniform, on average over the layers.
         allocation: see ``allocation.allocate``.
         inputs: whose inputs weights are scored by: 'pruned' (the layers before are pruned already, as in the methods'
-            papers) or 'dense'; None: see ``inputs_of``.
+            papers) or 'dense'.
         update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
         prior: one-shot method whose mask a learned one starts from, or None.
         cooling: how a learned method's temperature falls, 'linear' or 'exponential'; None: as its paper has it.
@@ -47,7 +46,7 @@ class Wanted:
 
     pattern: Pattern = TWO_OF_FOUR
     allocation: str = "uniform"
-    inputs: str | None = None
+    inputs: str = "pruned"
     update: bool = True
     prior: "OneShot | None" = None
     cooling: str | None = None
@@ -104,12 +103,8 @@ class OneShot:
         """Every pattern is fine."""
         if wanted.cooling is not None:
             raise UsageError("`cooling` belongs to the methods that learn a mask: leave it out.", "cooling")
-        if wanted.inputs is not None and not self.reads_text:
+        if wanted.inputs != "pruned" and not self.reads_text:
             raise UsageError("`inputs` belongs to the methods that read text: leave it out.", "inputs")
-
-    def inputs_of(self, wanted: Wanted, reordered: bool) -> str:
-        """Whose inputs the weights are scored by; see ``Wanted.inputs``."""
-        return wanted.inputs or "pruned"
 
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
@@ -122,7 +117,7 @@ class OneShot:
             update=wanted.update,
             hidden_device=wanted.hidden_device,
             bf16=bool(wanted.bf16),
-            dense_inputs=self.inputs_of(wanted, bool(order_of(model))) == "dense",
+            dense_inputs=wanted.inputs == "dense",
             progress=f"{type(self).__name__.lower()} {wanted.pattern}",
         )
 
@@ -141,7 +136,7 @@ class Learned:
         if wanted.allocation != "uniform":
             name = type(self).__name__.lower()
             raise UsageError(f"`prune_method={name}` keeps the same share in every layer: leave `allocation` out.")
-        if wanted.inputs is not None:
+        if wanted.inputs != "pruned":
             raise UsageError("`inputs` belongs to the one-shot methods that read text: leave it out.", "inputs")
 
     def trainer(self) -> "type[SampledTrainer]":

@@ -5,7 +5,7 @@ Source: Sun et al., A Simple and Effective Pruning Approach for Large Language M
 
 from torch import Tensor
 
-from proxsparse.baselines.method import OneShot, Wanted
+from proxsparse.baselines.method import OneShot
 from proxsparse.model.inputs import NormStatistic
 from proxsparse.model.prunable import Prunable
 from proxsparse.operator.pattern import Pattern
@@ -13,10 +13,6 @@ from proxsparse.operator.prox import expand_scale
 
 
 class Wanda(OneShot):
-    def inputs_of(self, wanted: Wanted, reordered: bool) -> str:
-        """Dense where the channels were reordered: the order was chosen by these scores, and others fit it worse."""
-        return wanted.inputs or ("dense" if reordered else "pruned")
-
     def statistic(self, target: Prunable) -> NormStatistic:
         return NormStatistic(target)
 

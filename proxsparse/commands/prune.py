@@ -65,10 +65,10 @@ def arguments() -> Parser:
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument(
         "--inputs",
-        default="auto",
-        choices=["auto", "pruned", "dense"],
+        default="pruned",
+        choices=["pruned", "dense"],
         help="whose inputs weights are scored by: pruned (the layers before are pruned already, as in the methods' "
-        "papers) or dense; auto: dense for wanda where channels are reordered, else pruned",
+        "papers) or dense (half the work); default: %(default)s",
     )
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
     add_learning_arguments(parser)
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = Wanted(
         Pattern.parse(args.sparsity_type, args.sparsity_ratio),
         args.allocation,
-        inputs=None if args.inputs == "auto" else args.inputs,
+        inputs=args.inputs,
         update=not args.mask_only,
         prior=None if args.prior == "none" else ONE_SHOT[args.prior](),
         cooling=args.cooling,
@@ -202,7 +202,7 @@ def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, An
     """What the mask's file says about how it was made."""
     always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
     # Left out where they are as ever, so that a mask of an older version is known again.
-    changed = {"permute": "none", "cooling": None, "inputs": "auto"} | (
+    changed = {"permute": "none", "cooling": None, "inputs": "pruned"} | (
         {} if args.prune_method in ONE_SHOT else {"prior": "sparsegpt"}
     )
     more = {name: value for name, usual in changed.items() if (value := getattr(args, name)) != usual}
