@@ -243,6 +243,12 @@ def test_layers_that_do_not_run_one_after_the_other_are_walked_by_running_the_wh
     assert walks == {"llama": True, "gpt2": True, "qwen3_moe": True, "hrm_text": False, "xlm": False}
 
 
+def test_a_model_whose_code_does_not_run_in_bfloat16_autocast_is_pruned_in_float32(caplog):
+    assert walk.runs_in_bf16(tiny_model("llama"), WINDOWS)
+    assert not walk.runs_in_bf16(tiny_model("dbrx"), WINDOWS)
+    assert "does not run in bfloat16 autocast" in caplog.text
+
+
 # --- commands
 
 

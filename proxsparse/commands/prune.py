@@ -44,6 +44,7 @@ from proxsparse.model.channels import ORDER_FILE, PERMUTE, PERMUTE_HELP, load_or
 from proxsparse.model.inputs import digest, origin_of
 from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
+from proxsparse.model.walk import runs_in_bf16
 from proxsparse.record import refuse_folder
 from proxsparse.text import SELF, parts_of, stamp
 
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
-    wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
+    wanted.bf16 = automatic and runs_in_bf16(model, windows) if args.bf16 == "auto" else args.bf16 == "true"
     if args.permute == "auto":
         reorder(model, windows if method.reads_text else None, wanted.pattern, Run(args.run) if args.run else None)
     mask = method.prune_model(model, tokenizer, windows, wanted)

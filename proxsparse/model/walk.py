@@ -122,6 +122,19 @@ def _alike(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-2 * wanted.norm())
 
 
+@torch.no_grad()
+def runs_in_bf16(model: PreTrainedModel, windows: Tensor) -> bool:
+    """Whether the model's own code runs under bfloat16 autocast (DBRX's adds bfloat16 to float32); says where not."""
+    try:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            decoder_of(model)(input_ids=windows[:1, :TRIED].to(model.device), use_cache=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        logger.warning("note: %s does not run in bfloat16 autocast (%s): float32", type(model).__name__, reason)
+        return False
+    return True
+
+
 def run_block(block, states: Tensor, call: Call, device: torch.device | str) -> Tensor:
     """Output hidden states of one layer, which may return a tensor or a tuple that begins with it."""
     arguments, keywords = call
