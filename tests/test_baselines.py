@@ -79,6 +79,11 @@ def test_dense_inputs_are_refused_where_no_inputs_are_scored(method):
         METHODS[method]().check(Wanted(inputs="dense"))
 
 
+def test_other_inputs_than_those_two_are_refused():
+    with pytest.raises(UsageError, match="`inputs` must be one of pruned, dense; got 'sparse'"):
+        Wanted(inputs="sparse")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "gpt_neox", "phi3", "mixtral"])
 def test_each_block_sees_what_the_pruned_blocks_before_it_produce(family, monkeypatch):
     model, data = build(family), windows()

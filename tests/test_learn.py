@@ -395,7 +395,7 @@ def test_a_report_names_a_damaged_result(perplexities, run, tmp_path, capsys):
     path = tmp_path / "dense.json"
     path.write_text(json.dumps({"perplexity": perplexities}))
     assert console(["report", "--run", str(run), "--rows", f"dense={path}"]) == 1
-    assert f"error: {path} is damaged: its perplexities are no numbers" in capsys.readouterr().err
+    assert f"error: {path} is damaged: it has no perplexity" in capsys.readouterr().err
 
 
 def test_a_result_of_another_mask_is_not_the_runs(run, tmp_path, monkeypatch, capsys):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from proxsparse.baselines.sampling import SampledTrainer
 
 
+INPUTS = ("pruned", "dense")
+
+
 @dataclass
 class Wanted:
     """What a method is asked for, next to a model and a text; each method reads what concerns it.
@@ -34,7 +37,7 @@ class Wanted:
         pattern: pattern of the mask; where the allocation is not uniform, on average over the layers.
         allocation: see ``allocation.allocate``.
         inputs: whose inputs weights are scored by: 'pruned' (the layers before are pruned already, as in the methods'
-            papers) or 'dense'.
+            papers) or 'dense' (they are not yet).
         update: keep the new weights of a method that changes them; False keeps its mask on the original weights.
         prior: one-shot method whose mask a learned one starts from, or None.
         cooling: how a learned method's temperature falls, 'linear' or 'exponential'; None: as its paper has it.
@@ -54,6 +57,19 @@ class Wanted:
     bf16: bool | None = None
     seed: int = 0
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs not in INPUTS:
+            raise UsageError(f"`inputs` must be one of {', '.join(INPUTS)}; got {self.inputs!r}.", "inputs")
+
+    def refuse_inputs(self) -> None:
+        """For methods that score no weight by its inputs.
+
+        Raises:
+            UsageError: other inputs than usual are asked for.
+        """
+        if self.inputs != INPUTS[0]:
+            raise UsageError("`inputs` belongs to the one-shot methods that read text: leave it out.", "inputs")
 
 
 class Method(Protocol):
@@ -103,8 +119,8 @@ class OneShot:
         """Every pattern is fine."""
         if wanted.cooling is not None:
             raise UsageError("`cooling` belongs to the methods that learn a mask: leave it out.", "cooling")
-        if wanted.inputs != "pruned" and not self.reads_text:
-            raise UsageError("`inputs` belongs to the methods that read text: leave it out.", "inputs")
+        if not self.reads_text:
+            wanted.refuse_inputs()
 
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
@@ -136,8 +152,7 @@ class Learned:
         if wanted.allocation != "uniform":
             name = type(self).__name__.lower()
             raise UsageError(f"`prune_method={name}` keeps the same share in every layer: leave `allocation` out.")
-        if wanted.inputs != "pruned":
-            raise UsageError("`inputs` belongs to the one-shot methods that read text: leave it out.", "inputs")
+        wanted.refuse_inputs()
 
     def trainer(self) -> "type[SampledTrainer]":
         """TRL takes seconds to import, so it is imported only when the method learns."""

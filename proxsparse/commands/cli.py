@@ -161,6 +161,8 @@ def _reason(error: BaseException) -> str:
         package = error.name.partition(".")[0] if error.name else None
         named = f"The package {package} is needed and can't be imported here" if package else "A package is missing"
         return f"{named} ({_first(text, 200) or kind}): install it, for example with pip."
+    if isinstance(error, RuntimeError) and re.search(r"same (scalar |d)type|BFloat16", text):
+        return f"The model's code mixes precisions ({_first(text, 200)}): try `bf16=False`, or `dtype=float32`."
     return f"{kind}: {_first(text, 300) or 'without a message'} (`debug=True` shows where)."
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.baselines import METHODS, ONE_SHOT, Pattern, Wanted
 from proxsparse.baselines.allocation import ALLOCATIONS, refuse_without_freedom
+from proxsparse.baselines.method import INPUTS
 from proxsparse.commands.cli import Parser, command, positive_int, print_json, seed
 from proxsparse.commands.groups import (
     CALIBRATION_HELP,
@@ -67,9 +68,9 @@ def arguments() -> Parser:
     parser.add_argument(
         "--inputs",
         default="pruned",
-        choices=["pruned", "dense"],
+        choices=INPUTS,
         help="whose inputs weights are scored by: pruned (the layers before are pruned already, as in the methods' "
-        "papers) or dense (half the work); default: %(default)s",
+        "papers), or dense (they are not yet; half the work); default: %(default)s",
     )
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
     add_learning_arguments(parser)
@@ -165,7 +166,9 @@ def main(args: argparse.Namespace) -> None:
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
-    wanted.bf16 = automatic and runs_in_bf16(model, windows) if args.bf16 == "auto" else args.bf16 == "true"
+    wanted.bf16 = automatic if args.bf16 == "auto" else args.bf16 == "true"
+    if args.bf16 == "auto" and wanted.bf16 and method.reads_text:
+        wanted.bf16 = runs_in_bf16(model, windows)
     if args.permute == "auto":
         reorder(model, windows if method.reads_text else None, wanted.pattern, Run(args.run) if args.run else None)
     mask = method.prune_model(model, tokenizer, windows, wanted)

@@ -130,7 +130,7 @@ def _perplexities(file: str) -> dict[str, dict]:
     found = read_record(file, needs="perplexity")["perplexity"]
     numbers = found.values() if isinstance(found, dict) and found else [None]
     if not all(isinstance(of, dict) and isinstance(of.get(n), int | float) for of in numbers for n in SHOWN_OF_TEXTS):
-        raise RunError(f"{file} is damaged: its perplexities are no numbers by text. Measure it again.")
+        raise RunError(f"{file} is damaged: it has no perplexity and standard error for each text. Measure it again.")
     return found
 
 
