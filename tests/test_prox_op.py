@@ -274,12 +274,13 @@ def test_out_of_place_leaves_the_input_alone():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("strength", [0.0, 0.5])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_weights_are_refused(kernel, wrong):
+def test_non_finite_weights_are_refused(kernel, strength, wrong):
     weight = torch.ones(4, 8)
     weight[1, 5] = wrong
     with pytest.raises(ValueError, match="NaN or infinite entries in 1 of its blocks"):
-        prox_op_(weight, 0.5, kernel=kernel)
+        prox_op_(weight, strength, kernel=kernel)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -80,6 +81,7 @@ def recover_layers(
             file = Path(str(config.output_dir)) / f"layer-{index:03}.safetensors"
             if file.is_file():
                 block.load_state_dict(load_file(file))
+                history.append({"layer": index} | _errors_in(file))
             else:
                 with _on(block, config.device):
                     inside = {id(parameter) for parameter in block.parameters()}
@@ -87,10 +89,19 @@ def recover_layers(
                     data = (hidden, wanted, call)
                     history.append({"layer": index} | fit(model, block, mask, data, own, scales, config))
                 if config.save_strategy != "no":
+                    errors = {name: repr(value) for name, value in history[-1].items()}
                     with atomic_path(file) as scratch:
-                        save_file({name: t.contiguous().clone() for name, t in block.state_dict().items()}, scratch)
+                        tensors = {name: t.contiguous().clone() for name, t in block.state_dict().items()}
+                        save_file(tensors, scratch, metadata=errors)
             hidden = _outputs(block, hidden, call, config)
     return history
+
+
+def _errors_in(file: Path) -> dict[str, float]:
+    """Of a layer that was done before: errors at its first and last step, where its file has them."""
+    with safe_open(file, "pt") as stored:
+        errors = stored.metadata() or {}
+    return {name: float(errors[name]) for name in ("first", "last") if name in errors}
 
 
 def fit(

@@ -142,7 +142,9 @@ def prox_counted_(
     if not weight.numel():
         return
     if lambda_ == 0:
-        counts[0] += (_nonzeros(weight) <= 2).sum().to(counts.dtype)
+        finite = weight.isfinite().unflatten(-1, (-1, 4)).all(-1)
+        counts[0] += ((_nonzeros(weight) <= 2) & finite).sum().to(counts.dtype)
+        counts[1] += (~finite).sum().to(counts.dtype)
         return
     solved = weight if weight.is_contiguous() else weight.contiguous()
     for part, own, after in _parts(solved, scale, name):
