@@ -3,8 +3,8 @@
     python benchmarks/curves.py            the picture of BENCHMARKS.md
     python benchmarks/curves.py --files mine.json --rows masked wanda --output mine.png
 
-A line joins the rows that differ in the number of windows only. Points are means over seeds, bars their standard
-deviation. Rows with one amount of text have no line.
+A line joins the rows that differ in the number of windows and the device only. Points are means over seeds, bars their
+standard deviation. Rows with one amount of text have no line.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from quality import LATER
 
 from proxsparse.record import atomic_path, read_json
 
-FILES = [RESULTS / f"{name}_smollm2-135m.json" for name in ("budget50", "quality", "budget200", "budget400", "h100")]
+NAMES = ("budget50", "quality", "budget200", "budget400", "h100", "budgets")
+FILES = [RESULTS / f"{name}_smollm2-135m.json" for name in NAMES]
 TITLES = {"wiki": "Wikipedia"}
 CALLED = {"masked": "ProxSparse", "maskllm": "MaskLLM", "wanda": "Wanda"}
 
@@ -70,7 +71,7 @@ def curves(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
         own = LATER | row
         parts = [CALLED.get(row["row"], row["row"]), *([own["pattern"]] if own["pattern"] != "2:4" else [])]
         parts += ["channels reordered"] if own["permute"] == "auto" else []
-        parts += [f"{row['windows']} held-out windows" + (", GPU" if own["device"] == "cuda" else "")]
+        parts += [f"{row['windows']} held-out windows"]
         found[", ".join(parts)][row["samples"]].append(row)
     return {name: dict(sorted(points.items())) for name, points in found.items() if len(points) > 1}
 

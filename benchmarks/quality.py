@@ -134,6 +134,8 @@ ROI: dict[str, dict] = {
     "roi-kappa1": {"kappa": (1.0, 500.0)},
     "roi-kappa1-lr4": {"kappa": (1.0, 500.0), "learning_rate": 4e-3},
     "roi-strong": {"prior_strength": 6.0},
+    "roi-strong-warm": {"prior_strength": 6.0, "tau": (1.0, 0.2)},
+    "roi-strong-unclipped": {"prior_strength": 6.0, "tau": (1.0, 0.2), "max_grad_norm": 0.0},
     "roi-strong-lr4": {"prior_strength": 6.0, "learning_rate": 4e-3},
 }
 # What rows are told apart by since there is a choice, and what older ones were measured with.

@@ -151,6 +151,16 @@ def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, c
     assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
 
 
+def test_what_recovery_computes_in_is_chosen(checkpoint, mask, corpus, tmp_path):
+    found = []
+    for bf16 in ("true", "false"):
+        flags = ["--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu", "--bf16", bf16]
+        words = ["--model", checkpoint, "--mask", str(mask), "--to", str(tmp_path / bf16), *flags]
+        assert console(["recover", *words]) == 0
+        found.append(copy_of(proxsparse.load_model(str(tmp_path / bf16))))
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_what_does_not_fit_is_told_in_one_sentence(tokenizer, windows, checkpoint, corpus, mask, tmp_path, capsys):
     model, dense, kept = pruned_and_dense()
     other = tiny_llama(hidden_size=64)

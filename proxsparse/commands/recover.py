@@ -70,6 +70,12 @@ def arguments() -> Parser:
     )
     parser.add_argument("--epochs", type=float, default=1.0, help="times that each window is seen; default: 1")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: 1")
+    parser.add_argument(
+        "--bf16",
+        default="auto",
+        choices=["auto", "true", "false"],
+        help="compute in bfloat16 autocast; auto: where the device does so natively; default: %(default)s",
+    )
     return parser
 
 
@@ -88,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
     rate = RATES[args.scope] if args.learning_rate is None else args.learning_rate
     settings = {"scope": args.scope, "learning_rate": rate, "distill": args.distill, "seed": args.seed}
     settings |= {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
-    RecoveryConfig(output_dir=str(scratch), **defaults_on(torch.device(device).type), **settings)  # refuses early
+    settings |= {} if args.bf16 == "auto" else {"bf16": args.bf16 == "true"}
+    RecoveryConfig(output_dir=str(scratch), **(defaults_on(torch.device(device).type) | settings))  # refuses early
     tokens = round(args.samples * args.ctx_len * args.epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
     made_of = settings | {name: getattr(args, name) for name in ("model", "base", "dataset", "samples", "ctx_len")}
