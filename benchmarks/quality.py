@@ -126,17 +126,16 @@ ROI: dict[str, dict] = {
     "roi-noprior-lr4": {"prior": None, "learning_rate": 4e-3},
     "roi-linear": {"cooling": "linear"},
     "roi-late": {"cooled_by": 1.0},
-    "roi-warm": {"tau": (1.0, 0.2)},
-    "roi-warm-lr4": {"tau": (1.0, 0.2), "learning_rate": 4e-3},
     "roi-hot": {"tau": (4.0, 0.05)},
     "roi-hot-lr2": {"tau": (4.0, 0.05), "learning_rate": 2e-3},
     "roi-hot-lr4": {"tau": (4.0, 0.05), "learning_rate": 4e-3},
     "roi-kappa1": {"kappa": (1.0, 500.0)},
     "roi-kappa1-lr4": {"kappa": (1.0, 500.0), "learning_rate": 4e-3},
-    "roi-strong": {"prior_strength": 6.0},
-    "roi-strong-warm": {"prior_strength": 6.0, "tau": (1.0, 0.2)},
+    "roi-weak": {"prior_strength": 3.0},
+    "roi-cold": {"tau": (1.0, 0.05)},
+    "roi-clipped": {"max_grad_norm": 1.0},
+    # What is the default now, under the name that it was measured by.
     "roi-strong-unclipped": {"prior_strength": 6.0, "tau": (1.0, 0.2), "max_grad_norm": 0.0},
-    "roi-strong-lr4": {"prior_strength": 6.0, "learning_rate": 4e-3},
 }
 # What rows are told apart by since there is a choice, and what older ones were measured with.
 LATER = {"pattern": "2:4", "permute": "none", "device": "cpu", "split": "auto", "bf16": "false"}

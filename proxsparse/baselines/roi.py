@@ -9,8 +9,9 @@ N is (benchmarks/LOG.md). tau and kappa cool exponentially. The mask keeps the N
 
 Sources: RoI, https://arxiv.org/abs/2608.23048, for the logits and the cooling; Xie and Ermon, Reparameterizable Subset
 Sampling via Continuous Relaxations, https://arxiv.org/abs/1901.10517, for the relaxed top-N. Implemented from
-descriptions of the method: kappa, the prior's strength and the term that keeps large weights are MaskLLM's. The trainer
-is that of ``sampling``. Shapes are its, too, with M logits per block.
+descriptions of the method: kappa and the term that keeps large weights are MaskLLM's; tau's end, the prior's strength
+and the missing clipping were chosen by measurement (benchmarks/LOG.md). The trainer is that of ``sampling``. Shapes are
+its, too, with M logits per block.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class RoITrainer(SampledTrainer):
     def initial_logits(self, shape: tuple[int, ...], prior: Tensor | None, generator: torch.Generator) -> Tensor:
         """Normal logits, moved towards a prior mask: p += (m0 - N / M) * std * strength.
 
-        The sum over the N weights of a mask moves by as much as MaskLLM's logit of this mask.
+        With the same strength, the sum over the N weights of a mask moves by as much as MaskLLM's logit of this mask.
         """
         logits = torch.randn(self.pattern.m, *shape[:-1], shape[-1] // self.pattern.m, generator=generator)
         if prior is not None:
