@@ -110,14 +110,15 @@ def test_the_learned_mask_has_the_pattern_and_the_weights_are_untouched(pattern,
         learn_mask(model, byte_tokenizer(), windows(), tmp_path, pattern=Pattern.parse("3:4"))
 
 
-def test_a_prior_is_where_learning_starts(tmp_path):
+@pytest.mark.parametrize(("settings", "alike"), [({"prior_strength": 30.0}, 1.0), ({}, 0.999)])
+def test_a_prior_is_where_learning_starts(settings, alike, tmp_path):
     model = tiny_llama()
     prior = one_shot_prior(model, windows(), Wanda())
-    trainer = trainer_of(model, tmp_path, prior_strength=30.0)
+    trainer = trainer_of(model, tmp_path, **settings)
     for target in trainer.targets:
         kept = prior[target.name]
         logits = trainer.initial_logits(tuple(kept.shape), kept, torch.Generator().manual_seed(0))
-        assert torch.equal(trainer.hard_mask(logits), kept)
+        assert (trainer.hard_mask(logits) == kept).float().mean() >= alike
 
 
 def test_a_run_gives_the_same_mask_twice_and_a_lower_loss_than_its_start(tmp_path):
