@@ -191,7 +191,7 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "relative",
+        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layerwise", "relative",
         "train_only_pruned", "include", "exclude", "norm_samples",
     ],
     "regulariser": [

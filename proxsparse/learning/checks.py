@@ -53,6 +53,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _POSITIVE,
     "learning_rate": _POSITIVE,
     "norm_samples": _COUNT,
+    "layerwise": _NOT_NEGATIVE,
     "num_train_epochs": _POSITIVE,
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for all samples"),
     "gradient_accumulation_steps": _COUNT,
@@ -78,6 +79,11 @@ SWITCHES = ("assistant_only_loss", "completion_only_loss", "packing", "eval_pack
 TOKENS = ("eos_token", "pad_token", "chat_template_path")
 OWN_OPTIONS = ("adafactor", "adamw_torch", "adamw_torch_fused")  # optimizers that take no optim_args
 OF_MASKS = (
+    Refusal(
+        lambda c: c.layerwise and not c.masked_forward,
+        "`layerwise={0.layerwise}` is for layers that learn under the mask, and this run does not: use "
+        "`method=masked`, or leave `layerwise` out.",
+    ),
     Refusal(
         lambda c: c.wanted != TWO_OF_FOUR and not c.masked_forward,
         "`pattern={0.pattern}` is learned under the mask, which `method=paper` is not: use `method=masked`, or "

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "relative": True,
         "lambda_ramp": 0.5,
         "train_only_pruned": False,
+        "layerwise": 0.0,
         "learning_rate": 5e-3,
         "lambda_value": 2e-2,
         "optim": "adamw_torch_fused",
@@ -41,7 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "relative": True,
         "lambda_ramp": 0.5,
         "train_only_pruned": True,
-        "learning_rate": 1e-2,
+        "layerwise": 1.0,
+        "learning_rate": 7e-3,
         "lambda_value": 2e-3,
         "optim": "adafactor",  # measured better than AdamW, at no memory
         "adam_beta2": 0.95,
@@ -122,6 +124,13 @@ class ProxSparseConfig(TrainingConfig):
         default=UNSET,
         metadata={"help": "share of the loss that is KL to the dense model; the rest is the language-model loss"},
     )
+    layerwise: float = field(
+        default=UNSET,
+        metadata={
+            "help": "learning rate of the layer-wise steps, in which each layer learns to compute what the dense layer "
+            "computes, relative to learning_rate; 0: none"
+        },
+    )
     relative: bool = field(
         default=UNSET,
         metadata={
@@ -188,7 +197,9 @@ class ProxSparseConfig(TrainingConfig):
         """Of the settings that the method decides."""
         given = self.learning_rate is not None or self.lambda_value is not None
         absolute = self.method == "paper" and (given if self.relative is None else not self.relative)
-        return METHODS[self.method] | (ABSOLUTE if absolute else {})
+        chosen = METHODS[self.method] | (ABSOLUTE if absolute else {})
+        # Layers learn under the mask, if the run does.
+        return chosen | ({"layerwise": 0.0} if self.masked_forward is False else {})
 
     @property
     def wanted(self) -> Pattern:

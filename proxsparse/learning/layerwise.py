@@ -1,0 +1,201 @@
+"""Layer-wise steps: before every step of a run, each layer learns on its own to compute what the dense layer computes.
+
+The loss of a step is KL of the logits, one number per token, from which the weights of all layers learn together. But
+the dense model has written down more than its logits: the outputs of all its layers. So each layer under its mask is
+also given the inputs that the dense model gave it, and learns to return the dense layer's outputs. One step of one
+window has as many targets as these outputs have entries, so the same text teaches more, and it takes one forward and
+one backward pass through the layers. Errors of the layers before are not seen here; the run's own loss sees them.
+
+Steps go in the direction of Adafactor's update of this gradient alone (arXiv 1804.04235), so that nothing is kept from
+step to step, and only one layer has gradients at a time.
+
+Shapes: B = batch, T = ctx_len, H = hidden size.
+"""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from proxsparse.errors import RunError
+from proxsparse.learning.copies import TakingTurns
+from proxsparse.learning.rounded import Adafactor
+from proxsparse.model.prunable import Prunable, decoder_blocks
+from proxsparse.model.walk import alike, run_block
+from proxsparse.operator.rounding import noise_seed
+
+logger = logging.getLogger(__name__)
+TINY = torch.finfo(torch.float32).tiny  # of a layer that adds nothing
+
+
+class Seen(NamedTuple):
+    """A call of a layer in the dense model: hidden states (B, T, H), the other arguments, and the outputs (B, T, H)."""
+
+    states: Tensor
+    call: tuple[tuple, dict[str, Any]]
+    outputs: Tensor
+
+
+class LayerSteps:
+    """The steps of all layers.
+
+        with steps.watching():
+            ...  # the dense model computes a batch
+        ...  # the model holds masked weights
+        error = steps.step(turns, rates, step)
+
+    Args:
+        model: the model that learns.
+        targets: the weights that learn.
+        args: ProxSparseConfig.
+    """
+
+    def __init__(self, model: PreTrainedModel, targets: list[Prunable], args: Any):
+        self.args = args
+        self.blocks = decoder_blocks(model)
+        self.own = {index: [t for t in targets if t.block == index] for index in sorted({t.block for t in targets})}
+        self.sharded = isinstance(targets[0].weight, DTensor)
+        self._seen: dict[int, list[Seen]] = {}
+        self._checked = False
+        self._at = (-1, 0)  # step and micro-batch
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the dense model computes the batch of the next step."""
+        handles: list[Any] = []
+        entered: dict[int, tuple[tuple, dict[str, Any]]] = {}
+
+        def enter(index: int, arguments: tuple, keywords: dict[str, Any]) -> None:
+            entered[index] = (arguments, keywords)
+
+        def leave(index: int, out: Any) -> None:
+            (arguments, keywords), outputs = entered.pop(index), out if torch.is_tensor(out) else out[0]
+            states = arguments[0] if arguments else keywords["hidden_states"]
+            rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
+            self._seen.setdefault(index, []).append(Seen(states, (arguments[1:], rest), outputs))
+
+        for index in self.own:
+            block = self.blocks[index]
+            handles.append(block.register_forward_pre_hook(lambda _, a, k, i=index: enter(i, a, k), with_kwargs=True))
+            handles.append(block.register_forward_hook(lambda _, a, out, i=index: leave(i, out)))
+        self._seen.clear()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not self._checked:
+            self._leave_out()
+
+    def step(self, turns: TakingTurns, rates: Mapping[int, float], step: int) -> Tensor:
+        """Move the learned weights of every layer once, while the parameters hold masked ones; they hold learned after.
+
+        Args:
+            turns: of the weights.
+            rates: id of a parameter -> learning rate.
+            step: number of the optimizer step, which may have several batches.
+
+        Returns:
+            The squared error of a layer's outputs, relative to the square of what the dense layer adds to its inputs;
+            the mean over the layers.
+
+        Raises:
+            RunError: it is not finite.
+        """
+        self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
+        seed = noise_seed(self.args.seed + 2, *self._at)
+        errors = []
+        while self._seen:
+            index = next(iter(self._seen))
+            (seen,) = self._seen.pop(index)  # which is large
+            errors.append(self._step_layer(index, seen, turns, rates, noise_seed(seed, index, 0)))
+        if not errors:
+            return torch.zeros(())
+        mean = torch.stack(errors).mean()
+        if not mean.isfinite():
+            raise RunError(f"The error of the layers' outputs is {mean.item()}. Lower `learning_rate`.")
+        return mean
+
+    def _step_layer(self, index: int, seen: Seen, turns: TakingTurns, rates: Mapping[int, float], seed: int) -> Tensor:
+        block, own = self.blocks[index], self.own[index]
+        with _gradients_aside(block):
+            made = self._compute(block, seen)
+            added = (seen.outputs.float() - seen.states.float()).square().sum()
+            error = (made.float() - seen.outputs.float()).square().sum() / added.clamp_min(TINY)
+            self._differentiate(error, own)
+            for target in own:
+                with turns.learned(target.weight):
+                    pass  # from here on
+            groups = [{"params": [target.weight], "lr": rates[id(target.weight)]} for target in own]
+            Adafactor(groups, seed=seed, stochastic=self.args.rounding == "stochastic").step()
+        return error.detach()
+
+    def _compute(self, block: nn.Module, seen: Seen) -> Tensor:
+        """Outputs of a layer for inputs of the dense model; dropout would hide what it computes."""
+        training, device = block.training, seen.states.device
+        block.eval()
+        try:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16)):
+                return run_block(block, seen.states, seen.call, device)
+        finally:
+            block.train(training)
+
+    def _differentiate(self, error: Tensor, own: list[Prunable]) -> None:
+        """Give weights their gradients, and call none of the hooks by which others wait for these."""
+        weights = [target.weight for target in own]
+        if self.sharded:
+            error.backward()  # shards get theirs from FSDP2's hooks
+            return
+        for weight, gradient in zip(weights, torch.autograd.grad(error, weights, allow_unused=True), strict=True):
+            if self.args.world_size > 1:  # of experts that no token went to, too: the processes talk about all
+                gradient = reduce(torch.zeros_like(weight) if gradient is None else gradient, "mean")
+            weight.grad = gradient
+
+    @torch.no_grad()
+    def _leave_out(self) -> None:
+        """Go on with the layers that give the same outputs when they are called again, and say which don't.
+
+        Layers with weights in common, that run more than once, or that read what another one left behind, don't.
+        """
+        self._checked = True
+        holders = Counter(id(parameter) for block in self.blocks for parameter in block.parameters())
+        fit = [self._computes_again(index, holders) for index in self.own]
+        if self.args.world_size > 1:
+            votes = reduce(torch.tensor(fit, dtype=torch.float32, device=self.args.device), "sum")
+            fit = (votes == self.args.world_size).tolist()
+        out = [index for index, fits in zip(list(self.own), fit, strict=True) if not fits]
+        for index in out:
+            self._seen.pop(index, None)
+            del self.own[index]
+        if out and self.args.process_index == 0:
+            logger.warning(
+                "note: %d of %d layers can't be run by themselves: they learn from the model's loss only",
+                len(out), len(self.blocks),
+            )  # fmt: skip
+
+    def _computes_again(self, index: int, holders: Mapping[int, int]) -> bool:
+        seen = self._seen.get(index, [])
+        if len(seen) != 1 or any(holders[id(parameter)] > 1 for parameter in self.blocks[index].parameters()):
+            return False
+        try:
+            return alike(self._compute(self.blocks[index], seen[0]), seen[0].outputs)
+        except Exception:  # whatever a model's own code does without what another layer left
+            return False
+
+
+@contextlib.contextmanager
+def _gradients_aside(block: nn.Module) -> Iterator[None]:
+    """Inside, a layer has no gradients yet; those that it had are back afterwards."""
+    kept = [(parameter, parameter.grad) for parameter in block.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    yield
+    for parameter, gradient in kept:
+        parameter.grad = gradient

@@ -1,0 +1,152 @@
+"""Layer-wise steps: what they minimise and move, what they leave alone, and which layers can't have them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from test_prunable import FAMILIES, build
+from test_trainer import config, data, trainer
+
+from proxsparse.errors import RunError
+from proxsparse.learning.copies import OriginalWeights, TakingTurns
+from proxsparse.learning.layerwise import LayerSteps
+from proxsparse.learning.rounded import Adafactor
+from proxsparse.model.prunable import find_prunable
+
+IDS = torch.tensor(data(1)["input_ids"][:])
+
+
+def stepped(model, steps=1, rate=0.02, **changes):
+    """Errors of as many steps on one window, after which the model holds the learned weights; and its targets."""
+    targets = find_prunable(model)
+    layers = LayerSteps(model, targets, config("unused", **changes))
+    turns = TakingTurns(model, targets, OriginalWeights(targets, "device"), None)
+    rates = {id(target.weight): rate for target in targets}
+    errors = []
+    for step in range(steps):
+        with turns.away():
+            turns.put_original()
+            with layers.watching(), torch.no_grad():
+                model.eval()(input_ids=IDS, use_cache=False)
+            model.train()
+            turns.put_masked()
+            errors.append(layers.step(turns, rates, step).item())
+    return errors, layers
+
+
+def layer_errors(dense, model):
+    """Of every layer of a model that is pruned by magnitude, as the module says; each given the dense one's inputs."""
+    with torch.no_grad():
+        states = dense(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states
+    rotary = model.model.rotary_emb(states[0], torch.arange(IDS.shape[1])[None])
+    for index, (layer, whole) in enumerate(zip(model.model.layers, dense.model.layers, strict=True)):
+        with torch.no_grad():  # the last hidden state is normed, so the layer is run
+            wanted = whole(states[index], position_embeddings=rotary)
+        made = layer(states[index], position_embeddings=rotary)
+        yield (made - wanted).square().sum() / (wanted - states[index]).square().sum()
+
+
+def pruned(dense):
+    model = copy.deepcopy(dense)
+    for target in find_prunable(model):
+        blocks = target.weight.detach().view(-1, 4)
+        dropped = blocks.abs().topk(2, largest=False).indices
+        target.weight.data = blocks.scatter(1, dropped, 0.0).view_as(target.weight)
+    return model
+
+
+def test_a_step_is_adafactors_on_the_error_of_each_layer_under_its_mask():
+    dense, learning = tiny_llama(), tiny_llama()
+    masked = pruned(dense)
+    expected = list(layer_errors(dense, masked))
+    sum(expected).backward()
+    wanted = copy.deepcopy(dense)
+    names = [target.name for target in find_prunable(wanted)]
+    for name in names:
+        wanted.get_parameter(name).grad = masked.get_parameter(name).grad
+    Adafactor([wanted.get_parameter(name) for name in names], lr=0.02).step()
+    (error,), _ = stepped(learning)
+    assert error == pytest.approx(sum(expected).item() / len(expected), rel=1e-4)
+    for name, weight in learning.named_parameters():
+        torch.testing.assert_close(weight, wanted.get_parameter(name), rtol=1e-4, atol=1e-5)
+        assert torch.equal(weight, dense.get_parameter(name)) == (name not in names)
+
+
+def test_layers_come_closer_to_the_dense_ones():
+    errors, _ = stepped(tiny_llama(), steps=12)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_gradients_of_the_run_are_still_there_after_a_step_and_no_other_is():
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.grad = torch.full_like(weight, 3.0)
+    calls = []
+    weight.register_post_accumulate_grad_hook(calls.append)
+    stepped(model)
+    assert not calls  # an optimizer that steps in the backward pass would have stepped
+    assert torch.equal(weight.grad, torch.full_like(weight, 3.0))
+    assert all(p.grad is None for p in model.parameters() if p is not weight)
+
+
+def test_the_layers_are_as_in_training_afterwards():
+    model = tiny_llama(attention_dropout=0.5)
+    errors, layers = stepped(model, steps=2, rate=0.0)
+    assert errors[0] == errors[1]  # without dropout
+    assert len(layers.own) == 2
+    assert all(module.training for module in model.modules())
+
+
+def test_layers_that_are_not_alone_learn_from_the_loss_of_the_model_only(caplog):
+    shared = tiny_llama(num_hidden_layers=4)
+    shared.model.layers[2].mlp = shared.model.layers[1].mlp
+    dense = copy.deepcopy(shared)
+    _, layers = stepped(shared)
+    assert list(layers.own) == [0, 3]
+    assert "2 of 4 layers can't be run by themselves" in caplog.text
+    moved = {n.split(".")[2] for n, p in shared.named_parameters() if not torch.equal(p, dense.get_parameter(n))}
+    assert moved == {"0", "3"}
+
+
+def test_a_layer_that_reads_what_another_one_left_behind_is_not_run_by_itself(caplog):
+    model = tiny_llama()
+    left = []
+    model.model.register_forward_pre_hook(lambda *_: left.append(1.0))
+    second = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda states, **rest: second(states, **rest) + left.pop()
+    _, layers = stepped(model)
+    assert list(layers.own) == [0]
+    assert "1 of 2 layers can't be run by themselves" in caplog.text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_of_other_architectures_learns(name):
+    model = build(name, vocab_size=257, initializer_range=0.2)
+    errors, layers = stepped(model, steps=8)
+    assert list(layers.own) == [0, 1]
+    assert errors[-1] < 0.97 * errors[0]
+
+
+def test_an_error_that_is_not_finite_stops_the_run():
+    model = tiny_llama()
+    first = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *given, **rest: first(*given, **rest) / (not torch.is_grad_enabled())
+    with pytest.raises(RunError, match="error of the layers' outputs"):
+        stepped(model)
+
+
+def test_noise_of_bfloat16_weights_differs_by_step_and_micro_batch(tmp_path, tokenizer):
+    seeds = []
+    model = tiny_llama().to(torch.bfloat16)
+    runs = trainer(tmp_path, tokenizer, model, gradient_accumulation_steps=2)
+    step_layer = runs.objective.layers._step_layer
+
+    def watched(*arguments):
+        seeds.append(arguments[-1])
+        return step_layer(*arguments)
+
+    runs.objective.layers._step_layer = watched
+    runs.train()
+    assert len(set(seeds)) == len(seeds) == 12
