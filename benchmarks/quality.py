@@ -1,9 +1,9 @@
 """Quality of masks: dense, every baseline and ProxSparse on the same calibration text, in one table.
 
     python benchmarks/quality.py                                             the table of BENCHMARKS.md
-    python benchmarks/quality.py --rows dense wanda masked --samples 50      some rows, another budget
+    python benchmarks/quality.py --rows dense wanda default --samples 50     some rows, another budget
     python benchmarks/quality.py --rows masked masked-lr2 --seeds 0 1 2      variants, several seeds
-    python benchmarks/quality.py --rows dense wanda masked --pattern 4:8 --permute auto --device cuda
+    python benchmarks/quality.py --rows dense wanda default --pattern 4:8 --permute auto --device cuda
     python benchmarks/quality.py --rows paper-tuning                         every variant of the paper's method
 
 Each row runs in its own process, so that its peak memory can be measured. It is written to the JSON file when it is
@@ -42,28 +42,31 @@ from proxsparse.model.ordering import order_channels
 from proxsparse.record import atomic_path, git_commit, read_json, versions, write_json
 from proxsparse.text import calibration_windows, evaluation_windows
 
-# Variants of the learner: name -> flags of end-to-end/main.py.
 PAPER, TUNING = "paper-relative", "paper-tuning"
+# Variants of the learner: name -> flags of end-to-end/main.py.
+# What the default was before it had layer-wise steps; rows whose names begin with "masked" are of this time.
+BEFORE = "--method masked --layerwise 0 --learning_rate 0.01"
 LEARNED: dict[str, str] = {
-    "masked": "--method masked",
+    "default": "--method masked",
+    "masked": BEFORE,
     "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
-    # One change to the default each.
-    "masked-lr/4": "--learning_rate 0.0025",
-    "masked-lr/2": "--learning_rate 0.005",
-    "masked-lr2": "--learning_rate 0.02",
-    "masked-lr4": "--learning_rate 0.04",
-    "masked-noprox": "--lambda_value 0",
-    "masked-prox5": "--lambda_value 0.01",
-    "masked-prox25": "--lambda_value 0.05",
-    "masked-auto": "--lambda_value auto",
-    "masked-weight": "--score weight",
-    "masked-lm": "--distill 0",
-    "masked-half": "--distill 0.5",
-    "masked-adamw": "--optim adamw_torch_fused",
-    "masked-adamw-nomomentum": "--optim adamw_torch_fused --adam_beta1 0",
-    "masked-adamw-beta2-99": "--optim adamw_torch_fused --adam_beta2 0.99",
-    "masked-t2": "--temperature 2",
-    "masked-t0.7": "--temperature 0.7",
+    # One change to it each.
+    "masked-lr/4": f"{BEFORE} --learning_rate 0.0025",
+    "masked-lr/2": f"{BEFORE} --learning_rate 0.005",
+    "masked-lr2": f"{BEFORE} --learning_rate 0.02",
+    "masked-lr4": f"{BEFORE} --learning_rate 0.04",
+    "masked-noprox": f"{BEFORE} --lambda_value 0",
+    "masked-prox5": f"{BEFORE} --lambda_value 0.01",
+    "masked-prox25": f"{BEFORE} --lambda_value 0.05",
+    "masked-auto": f"{BEFORE} --lambda_value auto",
+    "masked-weight": f"{BEFORE} --score weight",
+    "masked-lm": f"{BEFORE} --distill 0",
+    "masked-half": f"{BEFORE} --distill 0.5",
+    "masked-adamw": f"{BEFORE} --optim adamw_torch_fused",
+    "masked-adamw-nomomentum": f"{BEFORE} --optim adamw_torch_fused --adam_beta1 0",
+    "masked-adamw-beta2-99": f"{BEFORE} --optim adamw_torch_fused --adam_beta2 0.99",
+    "masked-t2": f"{BEFORE} --temperature 2",
+    "masked-t0.7": f"{BEFORE} --temperature 0.7",
     # Steps from the paper's method towards the default.
     "paper-activation": "--method paper --score activation --relative true --lambda_value 0.02 --learning_rate 5e-4 "
     "--lambda_ramp 0.5 --train_only_pruned true",
@@ -90,7 +93,7 @@ TEXT_OF: dict[str, str] = {
     "masked-wiki1-self1": "wiki:1,self:1",
     "maskllm-self": "self",
 }
-LEARNED |= {row: "--method masked" for row in TEXT_OF if row.startswith("masked")}
+LEARNED |= {row: BEFORE for row in TEXT_OF if row.startswith("masked")}
 # One-shot baselines: name -> (method, weights updated).
 BASELINES = {
     "magnitude": ("magnitude", False),
@@ -139,7 +142,7 @@ ROI: dict[str, dict] = {
 }
 # What rows are told apart by since there is a choice, and what older ones were measured with.
 LATER = {"pattern": "2:4", "permute": "none", "device": "cpu", "split": "auto", "bf16": "false"}
-DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "masked"]
+DEFAULT_ROWS = ["dense", *BASELINES, "maskllm", "paper", "default"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def test_the_same_call_reads_the_mask_and_another_text_is_refused(loaded, tmp_pa
     assert (tmp_path / "run" / "mask.safetensors").stat().st_mtime_ns == written
     with pytest.raises(UsageError, match="holds a run with another `text`"):
         proxsparse.learn_mask(model, tokenizer, windows.flip(0), output_dir=tmp_path / "run", **PLAIN)
-    with pytest.raises(UsageError, match="holds a run with `learning_rate=0.01`, now it is 0.02"):
+    with pytest.raises(UsageError, match="holds a run with `learning_rate=0.005`, now it is 0.02"):
         proxsparse.learn_mask(model, tokenizer, windows, output_dir=tmp_path / "run", learning_rate=0.02, **PLAIN)
 
 

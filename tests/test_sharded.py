@@ -19,7 +19,7 @@ from proxsparse.mask import load_mask
 ROOT = Path(__file__).resolve().parent.parent
 # Gradients that were summed in another order can turn a tie: at most one entry in ten thousand. bfloat16 rounds every
 # partial sum, and where weights are bfloat16 the rounding noise is the shard's own.
-EXACT, SUMMED, ROUNDED = 0.0, 1e-4, 0.04
+EXACT, SUMMED, ROUNDED = 0.0, 1e-4, 0.03
 CASES = {
     "masked": ({}, SUMMED),
     "auto": ({"lambda_value": "auto"}, SUMMED),
@@ -31,9 +31,9 @@ CASES = {
     ),
     "checkpointing": ({"activation_checkpointing": "true"}, SUMMED),
     # Steps so large that a run which learned nothing would be far off.
-    "mixed bfloat16": ({"bf16": "true", "learning_rate": 0.1}, ROUNDED),
-    "bfloat16": ({"dtype": "bfloat16", "bf16": "true", "learning_rate": 0.1}, ROUNDED),
-    "bfloat16 AdamW": ({"dtype": "bfloat16", "optim": "adamw_torch", "learning_rate": 0.1}, ROUNDED),
+    "mixed bfloat16": ({"bf16": "true", "learning_rate": 0.03}, ROUNDED),
+    "bfloat16": ({"dtype": "bfloat16", "bf16": "true", "learning_rate": 0.03}, ROUNDED),
+    "bfloat16 AdamW": ({"dtype": "bfloat16", "optim": "adamw_torch", "learning_rate": 0.03}, ROUNDED),
 }  # fmt: skip
 REFUSED = {
     "base in the checkpoint": ({"keep_base": "checkpoint"}, "--keep_base checkpoint reads whole weights"),

@@ -42,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "relative": True,
         "lambda_ramp": 0.5,
         "train_only_pruned": True,
-        "layerwise": 1.0,
-        "learning_rate": 7e-3,
+        "layerwise": 2.0,
+        "learning_rate": 5e-3,
         "lambda_value": 2e-3,
         "optim": "adafactor",  # measured better than AdamW, at no memory
         "adam_beta2": 0.95,

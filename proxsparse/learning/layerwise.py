@@ -103,8 +103,8 @@ class LayerSteps:
             step: number of the optimizer step, which may have several batches.
 
         Returns:
-            The squared error of a layer's outputs, relative to the square of what the dense layer adds to its inputs;
-            the mean over the layers.
+            The squared error of a window's outputs, relative to the square of what the dense layer adds to its inputs;
+            the mean over windows and layers.
 
         Raises:
             RunError: it is not finite.
@@ -127,8 +127,9 @@ class LayerSteps:
         block, own = self.blocks[index], self.own[index]
         with _gradients_aside(block):
             made = self._compute(block, seen)
-            added = (seen.outputs.float() - seen.states.float()).square().sum()
-            error = (made.float() - seen.outputs.float()).square().sum() / added.clamp_min(TINY)
+            wanted = seen.outputs.float()
+            off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen.states))
+            error = (off / added.clamp_min(TINY)).mean()
             self._differentiate(error, own)
             for target in own:
                 with turns.learned(target.weight):
