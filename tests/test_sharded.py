@@ -31,9 +31,9 @@ CASES = {
     ),
     "checkpointing": ({"activation_checkpointing": "true"}, SUMMED),
     # Steps so large that a run which learned nothing would be far off.
-    "mixed bfloat16": ({"bf16": "true", "learning_rate": 0.03}, ROUNDED),
-    "bfloat16": ({"dtype": "bfloat16", "bf16": "true", "learning_rate": 0.03}, ROUNDED),
-    "bfloat16 AdamW": ({"dtype": "bfloat16", "optim": "adamw_torch", "learning_rate": 0.03}, ROUNDED),
+    "mixed bfloat16": ({"bf16": "true", "learning_rate": 0.02}, ROUNDED),
+    "bfloat16": ({"dtype": "bfloat16", "bf16": "true", "learning_rate": 0.02}, ROUNDED),
+    "bfloat16 AdamW": ({"dtype": "bfloat16", "optim": "adamw_torch", "learning_rate": 0.02}, ROUNDED),
 }  # fmt: skip
 REFUSED = {
     "base in the checkpoint": ({"keep_base": "checkpoint"}, "--keep_base checkpoint reads whole weights"),

@@ -8,6 +8,7 @@ SHOWN = (
     ("loss", "loss", "{:.3f}"),
     ("lm_loss", "LM", "{:.3f}"),
     ("kl", "KL", "{:.3f}"),
+    ("layer_error", "layers", "{:.3f}"),
     ("lambda2_loss", "lambda2", "{:.3g}"),
     ("eval_loss", "eval loss", "{:.3f}"),
     ("regularizer", "R", "{:.3g}"),
