@@ -150,3 +150,13 @@ def test_noise_of_bfloat16_weights_differs_by_step_and_micro_batch(tmp_path, tok
     runs.objective.layers._step_layer = watched
     runs.train()
     assert len(set(seeds)) == len(seeds) == 12
+
+
+def test_compiled_models_have_them_too(tmp_path, tokenizer):
+    masks = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        runs = trainer(tmp_path, tokenizer, **compiled)
+        runs.train()
+        assert list(runs.objective.layers.own) == [0, 1]
+        masks.append(runs.mask().tensors)
+    assert all(torch.equal(kept, masks[1][name]) for name, kept in masks[0].items())

@@ -91,6 +91,20 @@ class ProxSparseTrainer(DistillingTrainer):
     def _learned(self) -> dict[str, Tensor]:
         return {t.name: t.weight.detach() for t in self.targets}
 
+    # Layer-wise steps
+
+    def _pace(self) -> Pace:
+        """Of the layer-wise step of a micro-batch: its learning rate is that of the run, by a factor."""
+        assert self.optimizer is not None
+        factor = self.args.layerwise / self.current_gradient_accumulation_steps
+        rates = {id(p): group["lr"] * factor for group in self.optimizer.param_groups for p in group["params"]}
+        return Pace(rates, self.state.global_step)
+
+    def _teacher(self, model, inputs) -> Tensor:
+        # Compiled code does not call the hooks that watch the layers.
+        plain = self.args.torch_compile and self.objective.layers
+        return super()._teacher(self.model if plain else model, inputs)
+
     # Evaluation and logging
 
     def evaluate(self, *args, **kwargs):
@@ -174,13 +188,6 @@ class ProxSparseTrainer(DistillingTrainer):
             self.objective.head = plain_head(self.model)
         self.add_callback(ProxCallback(self.proximal))
         self.proximal.warm_up()
-
-    def _pace(self) -> Pace:
-        """Of the layer-wise step of a micro-batch: its learning rate is that of the run, by a factor."""
-        assert self.optimizer is not None
-        factor = self.args.layerwise / self.current_gradient_accumulation_steps
-        rates = {id(p): group["lr"] * factor for group in self.optimizer.param_groups for p in group["params"]}
-        return Pace(rates, self.state.global_step)
 
     def _measure_norms(self) -> dict[str, Tensor]:
         windows = torch.tensor(cast(Any, self.train_dataset)[: self.args.norm_samples]["input_ids"])
