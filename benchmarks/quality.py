@@ -45,7 +45,7 @@ from proxsparse.text import calibration_windows, evaluation_windows
 PAPER, TUNING = "paper-relative", "paper-tuning"
 # Variants of the learner: name -> flags of end-to-end/main.py.
 # What the default was before it had layer-wise steps; rows whose names begin with "masked" are of this time.
-BEFORE = "--method masked --layerwise 0 --learning_rate 0.01"
+BEFORE = "--method masked --layer_rate 0 --learning_rate 0.01"
 LEARNED: dict[str, str] = {
     "default": "--method masked",
     "masked": BEFORE,

@@ -191,7 +191,7 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layerwise", "relative",
+        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layer_rate", "relative",
         "train_only_pruned", "include", "exclude", "norm_samples",
     ],
     "regulariser": [

@@ -73,11 +73,11 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     losses = [float(entry.get(kind, entry.get("loss", 0.0))) for entry in logs]
     axes[0].plot(steps, losses, color=BLUE, alpha=0.35)
     axes[0].plot(steps, _smooth(losses), color=BLUE)
-    axes[0].set(title=label, ylim=(0, None))
     errors = [(entry["step"], float(entry["layer_error"])) for entry in logs if "layer_error" in entry]
     if errors:
         axes[0].plot(*zip(*errors, strict=True), color=GREEN, label="relative error of the layers' own outputs")
         axes[0].legend(frameon=False)
+    axes[0].set(title=label, ylim=(0, None))
     reached = [(entry["step"], 100 * entry["share_24"]) for entry in logs if "share_24" in entry]
     axes[1].plot([step for step, _ in reached], [share for _, share in reached], color=GREEN)
     axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))

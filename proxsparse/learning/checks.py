@@ -53,7 +53,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _POSITIVE,
     "learning_rate": _POSITIVE,
     "norm_samples": _COUNT,
-    "layerwise": _NOT_NEGATIVE,
+    "layer_rate": _NOT_NEGATIVE,
     "num_train_epochs": _POSITIVE,
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for all samples"),
     "gradient_accumulation_steps": _COUNT,
@@ -80,9 +80,19 @@ TOKENS = ("eos_token", "pad_token", "chat_template_path")
 OWN_OPTIONS = ("adafactor", "adamw_torch", "adamw_torch_fused")  # optimizers that take no optim_args
 OF_MASKS = (
     Refusal(
-        lambda c: c.layerwise and not c.masked_forward,
-        "`layerwise={0.layerwise}` is for layers that learn under the mask, and this run does not: use "
-        "`method=masked`, or leave `layerwise` out.",
+        lambda c: c.layer_rate and not c.train_only_pruned,
+        "`layer_rate={0.layer_rate}` needs the layers of the dense model, and norms and biases that move are no longer "
+        "its own: give `train_only_pruned=True`, or leave `layer_rate` out.",
+    ),
+    Refusal(
+        lambda c: c.layer_rate and "layerwise" in optim.name_of(c),
+        "`layer_rate={0.layer_rate}` follows the learning rate of the optimizer, and `optim={0.optim}` keeps it to "
+        "itself: give `layer_rate=0`, or another `optim`.",
+    ),
+    Refusal(
+        lambda c: c.layer_rate and not c.masked_forward,
+        "`layer_rate={0.layer_rate}` is for layers that learn under the mask, and this run does not: use "
+        "`method=masked`, or leave `layer_rate` out.",
     ),
     Refusal(
         lambda c: c.wanted != TWO_OF_FOUR and not c.masked_forward,

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "relative": True,
         "lambda_ramp": 0.5,
         "train_only_pruned": False,
-        "layerwise": 0.0,
+        "layer_rate": 0.0,
         "learning_rate": 5e-3,
         "lambda_value": 2e-2,
         "optim": "adamw_torch_fused",
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "relative": True,
         "lambda_ramp": 0.5,
         "train_only_pruned": True,
-        "layerwise": 2.0,
+        "layer_rate": 2.0,
         "learning_rate": 5e-3,
         "lambda_value": 2e-3,
         "optim": "adafactor",  # measured better than AdamW, at no memory
@@ -124,7 +124,7 @@ class ProxSparseConfig(TrainingConfig):
         default=UNSET,
         metadata={"help": "share of the loss that is KL to the dense model; the rest is the language-model loss"},
     )
-    layerwise: float = field(
+    layer_rate: float = field(
         default=UNSET,
         metadata={
             "help": "learning rate of the layer-wise steps, in which each layer learns to compute what the dense layer "
@@ -198,8 +198,9 @@ class ProxSparseConfig(TrainingConfig):
         given = self.learning_rate is not None or self.lambda_value is not None
         absolute = self.method == "paper" and (given if self.relative is None else not self.relative)
         chosen = METHODS[self.method] | (ABSOLUTE if absolute else {})
-        # Layers learn under the mask, if the run does.
-        return chosen | ({"layerwise": 0.0} if self.masked_forward is False else {})
+        # Layers learn under the mask, if the run does, and from the dense model, which keeps its other weights.
+        without = self.masked_forward is False or self.train_only_pruned is False
+        return chosen | ({"layer_rate": 0.0} if without else {})
 
     @property
     def wanted(self) -> Pattern:

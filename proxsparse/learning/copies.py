@@ -120,8 +120,8 @@ class TakingTurns:
 
     Nothing is copied where a parameter can be given other memory (``Tensor.data``): it holds the learned weight, W0
     itself, or room for the masked one. Shards and offloaded weights keep their memory, and values are copied. Offloaded
-    weights cross the bus once per direction and step: what put_masked needs of them, the mask, stays behind; and those
-    that step in the backward pass stay where they stepped.
+    weights cross the bus once per direction and turn (a step has one, and layer-wise steps another): what put_masked
+    needs of them, the mask, stays behind; and those that step in the backward pass stay where they stepped.
 
     Args:
         model: the model whose weights they are.
@@ -227,10 +227,15 @@ class TakingTurns:
     def learned(self, parameter: nn.Parameter) -> Iterator[None]:
         """Once the backward pass is through with a parameter: it holds its learned weight from here on, to be moved."""
         target = next((t for t in self.targets if t.weight is parameter), None)
-        if target is not None and target.name in self._waiting:
+        if target is not None:
+            self.put_learned_of(target)
+        yield
+
+    def put_learned_of(self, target: Prunable) -> None:
+        """One parameter holds its learned weight from here on."""
+        if target.name in self._waiting:
             self._put_back(target)
             self._waiting.discard(target.name)
-        yield
 
     def _put_back(self, target: Prunable) -> None:
         if self._exchange:

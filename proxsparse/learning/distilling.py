@@ -70,11 +70,13 @@ class DistillingTrainer(SFTTrainer):
             with self.objective.computing(lambda: self._teacher(model, inputs)):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._step_seconds += time.perf_counter() - start
-            if not loss.isfinite():
-                raise RunError(
-                    f"The loss is {loss.item()} at step {step}. "
-                    f"Lower {self.lower} in a run of another `output_dir`. {resume_hint(str(self.args.output_dir))}"
-                )
+            found = {"loss": loss, "error of the layers' outputs": self.objective.layer_error}
+            for what, value in found.items():
+                if value is not None and not value.isfinite():
+                    raise RunError(
+                        f"The {what} is {value.item()} at step {step}. "
+                        f"Lower {self.lower} in a run of another `output_dir`. {resume_hint(str(self.args.output_dir))}"
+                    )
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

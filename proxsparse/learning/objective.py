@@ -3,7 +3,7 @@
     held while computing    masked_forward: W0 under the current mask; else the learned weights
     main term               the language-model loss, or distillation from the dense model, or a mixture
     added term              the frozen-weight penalty (lambda2)
-    before the loss         layer-wise steps, see layerwise.py
+    before the loss         layer-wise steps, see layer_steps.py
 
 Each part says what it can't be combined with (``REFUSALS``) and what it costs in memory.
 Shapes: B = batch, T = ctx_len, V = vocabulary.
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from proxsparse.learning.copies import OriginalWeights, TakingTurns
-from proxsparse.learning.layerwise import LayerSteps
+from proxsparse.learning.layer_steps import LayerSteps
 from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss, loss_through_head
 from proxsparse.learning.refusals import Refusal
 from proxsparse.model.prunable import Prunable
@@ -62,18 +62,6 @@ class Share(NamedTuple):
     processes: int = 1
 
 
-class Pace(NamedTuple):
-    """Of a layer-wise step.
-
-    Attributes:
-        rates: id of a parameter -> learning rate.
-        step: number of optimizer steps so far.
-    """
-
-    rates: Mapping[int, float]
-    step: int
-
-
 class Objective:
     """What the model holds while it computes, and the loss.
 
@@ -88,7 +76,7 @@ class Objective:
         self.original: OriginalWeights | None = None
         self.turns: TakingTurns | None = None
         self.layers: LayerSteps | None = None
-        self.pace: Callable[[], Pace]
+        self.layer_error: Tensor | None = None  # of the last layer-wise step
         self.units: dict[str, float] = {}  # of weights, where lambda2 and epsilon are relative
         # Logits of the dense model, or last hidden states, from its forward pass to the loss
         self.teacher: Tensor | None = None
@@ -124,14 +112,14 @@ class Objective:
         model: PreTrainedModel,
         norms: dict[str, Tensor] | None,
         rms: Mapping[str, tuple[float, float]],
-        pace: Callable[[], Pace],
+        layers: LayerSteps | None = None,
     ) -> None:
         """Keep what is needed of the weights; called while they are the original ones, where they will be trained.
 
         Args:
             norms: name -> (I,) input norms, or None.
             rms: name -> root mean square of the weight, and of its scores, where settings are relative; else empty.
-            pace: what a layer-wise step needs to know when it is made.
+            layers: takes a step of every layer before the loss is computed; None: there is none.
         """
         self.units = {name: plain for name, (plain, _) in rms.items()}
         swaps = self.swaps(self.args)
@@ -150,8 +138,7 @@ class Objective:
                 self.args.wanted,
                 exchange=not self.args.torch_compile,
             )
-        if self.args.layerwise:
-            self.layers, self.pace = LayerSteps(model, self.targets, self.args), pace
+        self.layers = layers
 
     @contextlib.contextmanager
     def computing(self, states: Callable[[], Tensor]) -> Iterator[None]:
@@ -164,23 +151,29 @@ class Objective:
         if not self.turns:
             yield
             return
-        dense = None
-        if self.layers:
-            with self.turns.away():
-                self.turns.put_original()
-                with self.layers.watching():
-                    dense = states()
-                self.turns.put_masked()
-                self.record("layer_error", self.layers.step(self.turns, *self.pace()))
+        self._step_layers(states)
         with self.turns.away():
-            if self.args.distill:
-                if dense is None:
-                    self.turns.put_original()
-                    dense = states()
-                self.teacher = dense
+            if self.args.distill and self.teacher is None:
+                self.turns.put_original()
+                self.teacher = states()
             (self.turns.put_masked if self.args.masked_forward else self.turns.put_learned)()
             yield
         self.teacher = None
+
+    def _step_layers(self, states: Callable[[], Tensor]) -> None:
+        """One step of every layer; the dense model's states stay as the teacher's, if there is one."""
+        if not (self.layers and self.layers.own and self.turns):
+            return
+        with self.turns.away():
+            self.turns.put_original()
+            with self.layers.watching():
+                self.teacher = states()
+            if not self.args.distill:
+                self.teacher = None
+            if self.layers.own:  # which the first look decides
+                self.turns.put_masked()
+                self.layer_error = self.layers.step(self.turns)
+                self.record("layer_error", self.layer_error)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -144,7 +144,9 @@ def plan_learning(
         "weights": (sizes.trainable * wide + frozen) / parts_of,
         "optimizer states": sizes.trainable * cost.states / parts_of,
         "copies of W0 and of learned weights": sizes.prunable * (wide * copies + masks / 8) / parts_of,
-        "gradients or activations": _worst(gradients, sizes, config, batch_size, in_pieces),
+        "gradients or activations": _worst(
+            gradients, sizes.block * wide / parts_of, sizes, config, batch_size, in_pieces
+        ),
         "working memory": PROCESS_BYTES + 4 * sizes.largest * cost.copies / parts_of + (0 if on_cpu else GPU_BYTES),
     }
     if sharded:
@@ -168,6 +170,8 @@ class _Sizes:
         ends: embeddings and LM head.
         activations: bytes between forward and backward pass.
         recomputed: bytes of one layer that the backward pass computes again, and of the gradients that pass through it.
+        layer: bytes of one layer between its forward and its backward pass, without recomputing.
+        states: bytes of the inputs and outputs of all layers.
         logits: bytes.
         plain: logits are what the LM head returns, and nothing else happens to them.
     """
@@ -180,6 +184,8 @@ class _Sizes:
     ends: int
     activations: float = 0.0
     recomputed: float = 0.0
+    layer: float = 0.0
+    states: float = 0.0
     logits: float = 0.0
     plain: bool = False
     note: str = ""
@@ -255,17 +261,26 @@ def _ends(model: PreTrainedModel) -> list:
     return [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
 
 
-def _worst(gradients: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int, in_pieces: bool) -> float:
-    """Bytes of gradients and activations where they are most together; ``in_pieces``: logits never exist as a whole."""
+def _worst(
+    gradients: float, of_layer: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int, in_pieces: bool
+) -> float:
+    """Bytes of gradients and activations where they are most together.
+
+    Args:
+        of_layer: gradients of one layer.
+        in_pieces: logits never exist as a whole.
+    """
     logits = 0.0 if in_pieces else sizes.logits
     if config.bf16 or config.fp16:
         logits *= 2  # accelerate hands the model's outputs on in float32
     activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
+    # A layer-wise step: what the dense model gave every layer, its logits, and one layer at work.
+    stepping = sizes.states + logits + sizes.layer + of_layer if config.layer_rate else 0.0
     if config.gradient_accumulation_steps > 1:
-        return gradients + activations + logits
+        return gradients + max(activations + logits, stepping)
     # Activations are freed while gradients appear, so the worst moment has the larger of the two: at the end of the
     # backward pass, all gradients and the layer that was computed again.
-    return max(gradients + sizes.recomputed, activations + logits)
+    return max(gradients + sizes.recomputed, activations + logits, stepping)
 
 
 def _measure(
@@ -273,10 +288,13 @@ def _measure(
 ) -> None:
     """Sets what the forward pass leaves for the backward pass."""
     found.activations, found.logits, found.plain = _saved(model, batch, compute)
+    layers = len(decoder_blocks(model))
+    found.layer = found.activations / layers
+    width = model.config.get_text_config().hidden_size
+    found.states = (layers + 1) * math.prod(batch) * width * next(model.parameters()).dtype.itemsize
     if checkpointing:
-        of_a_block = found.activations / len(decoder_blocks(model))
         model.activation_checkpointing_enable()
-        found.recomputed = 2 * of_a_block
+        found.recomputed = 2 * found.layer
         found.activations = _saved(model, batch, compute)[0] + found.recomputed
 
 

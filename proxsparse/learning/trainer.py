@@ -22,7 +22,8 @@ from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.folder import ZEROS_FILE
 from proxsparse.learning.head import plain_head
-from proxsparse.learning.objective import Objective, Pace
+from proxsparse.learning.layer_steps import LayerSteps, Pace
+from proxsparse.learning.objective import Objective
 from proxsparse.learning.optim import scale_learning_rates, step_in_backward
 from proxsparse.learning.processes import REFUSALS as OF_PROCESSES
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
@@ -96,7 +97,7 @@ class ProxSparseTrainer(DistillingTrainer):
     def _pace(self) -> Pace:
         """Of the layer-wise step of a micro-batch: its learning rate is that of the run, by a factor."""
         assert self.optimizer is not None
-        factor = self.args.layerwise / self.current_gradient_accumulation_steps
+        factor = self.args.layer_rate / self.current_gradient_accumulation_steps
         rates = {id(p): group["lr"] * factor for group in self.optimizer.param_groups for p in group["params"]}
         return Pace(rates, self.state.global_step)
 
@@ -183,7 +184,10 @@ class ProxSparseTrainer(DistillingTrainer):
             parts = ((t, matching_part(self.norms[t.name], t.weight)) for t in self.targets)
             self.norms = {t.name: part.to(t.stored.device, torch.float32) for t, part in parts}
         self.proximal = ProximalStep(self.targets, args, self.norms)
-        self.objective.begin(self.model, self.norms, self.proximal.rms if args.relative else {}, self._pace)
+        layers = None
+        if args.layer_rate:
+            layers = LayerSteps(self.model, self.targets, args, self._pace, self.accelerator.autocast)
+        self.objective.begin(self.model, self.norms, self.proximal.rms if args.relative else {}, layers)
         if args.distill and not self.is_fsdp_enabled and self.targets[0].stored.device.type != "cpu":
             self.objective.head = plain_head(self.model)
         self.add_callback(ProxCallback(self.proximal))

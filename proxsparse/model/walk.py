@@ -104,7 +104,7 @@ def in_sequence(model: PreTrainedModel, blocks: list, windows: Tensor) -> bool:
         return False
     try:
         return all(
-            alike(run_block(block, own, call, model.device), following)
+            _alike(run_block(block, own, call, model.device), following)
             for block, own, call, following in zip(blocks, inputs, calls, inputs[1:], strict=False)
         )
     except (TypeError, RuntimeError):  # a layer that needs what another one made
@@ -117,7 +117,7 @@ def _same(calls: list[Call], others: list[Call]) -> bool:
     return all(not torch.is_tensor(own) or torch.equal(own, other) for own, other in pairs)
 
 
-def alike(found: Tensor, wanted: Tensor) -> bool:
+def _alike(found: Tensor, wanted: Tensor) -> bool:
     """Equal but for sums in another order, as GPUs make them."""
     return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-2 * wanted.norm())
 

@@ -13,9 +13,10 @@ Shapes: B = batch, T = ctx_len, H = hidden size.
 """
 
 import contextlib
+import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +25,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError
 from proxsparse.learning.copies import TakingTurns
 from proxsparse.learning.rounded import Adafactor
 from proxsparse.model.prunable import Prunable, decoder_blocks
-from proxsparse.model.walk import alike, run_block
+from proxsparse.model.walk import run_block
 from proxsparse.operator.rounding import noise_seed
 
 logger = logging.getLogger(__name__)
 TINY = torch.finfo(torch.float32).tiny  # of a layer that adds nothing
+
+
+class Pace(NamedTuple):
+    """Of a layer-wise step.
+
+    Attributes:
+        rates: id of a parameter -> learning rate.
+        step: number of optimizer steps so far.
+    """
+
+    rates: Mapping[int, float]
+    step: int
 
 
 class Seen(NamedTuple):
@@ -49,16 +61,28 @@ class LayerSteps:
         with steps.watching():
             ...  # the dense model computes a batch
         ...  # the model holds masked weights
-        error = steps.step(turns, rates, step)
+        error = steps.step(turns)
 
     Args:
         model: the model that learns.
         targets: the weights that learn.
         args: ProxSparseConfig.
+        pace: asked before every step.
+        autocast: makes the context in which the model computes.
+
+    Attributes:
+        own: index of a layer -> its weights, without the layers that can't be run by themselves.
     """
 
-    def __init__(self, model: PreTrainedModel, targets: list[Prunable], args: Any):
-        self.args = args
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: list[Prunable],
+        args: Any,
+        pace: Callable[[], Pace],
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self.args, self.pace, self.autocast = args, pace, autocast
         self.blocks = decoder_blocks(model)
         self.own = {index: [t for t in targets if t.block == index] for index in sorted({t.block for t in targets})}
         self.sharded = isinstance(targets[0].weight, DTensor)
@@ -73,13 +97,16 @@ class LayerSteps:
         entered: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
         def enter(index: int, arguments: tuple, keywords: dict[str, Any]) -> None:
-            entered[index] = (arguments, keywords)
+            # What layers write into for each other is taken as it is now.
+            kept = {n: copy.copy(v) if isinstance(v, (MutableMapping, list)) else v for n, v in keywords.items()}
+            entered[index] = (arguments, kept)
 
         def leave(index: int, out: Any) -> None:
-            (arguments, keywords), outputs = entered.pop(index), out if torch.is_tensor(out) else out[0]
-            states = arguments[0] if arguments else keywords["hidden_states"]
-            rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
-            self._seen.setdefault(index, []).append(Seen(states, (arguments[1:], rest), outputs))
+            arguments, keywords = entered.pop(index)
+            states = arguments[0] if arguments else keywords.pop("hidden_states", None)
+            outputs = out[0] if isinstance(out, tuple) else out
+            if torch.is_tensor(states) and torch.is_tensor(outputs) and states.shape == outputs.shape:
+                self._seen.setdefault(index, []).append(Seen(states, (arguments[1:], keywords), outputs))
 
         for index in self.own:
             block = self.blocks[index]
@@ -94,57 +121,44 @@ class LayerSteps:
         if not self._checked:
             self._leave_out()
 
-    def step(self, turns: TakingTurns, rates: Mapping[int, float], step: int) -> Tensor:
+    def step(self, turns: TakingTurns) -> Tensor:
         """Move the learned weights of every layer once, while the parameters hold masked ones; they hold learned after.
-
-        Args:
-            turns: of the weights.
-            rates: id of a parameter -> learning rate.
-            step: number of the optimizer step, which may have several batches.
 
         Returns:
             The squared error of a window's outputs, relative to the square of what the dense layer adds to its inputs;
             the mean over windows and layers.
-
-        Raises:
-            RunError: it is not finite.
         """
+        rates, step = self.pace()
         self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
         seed = noise_seed(self.args.seed + 2, *self._at)
         errors = []
         while self._seen:
             index = next(iter(self._seen))
-            (seen,) = self._seen.pop(index)  # which is large
+            seen = self._seen.pop(index)[0]  # which is large
             errors.append(self._step_layer(index, seen, turns, rates, noise_seed(seed, index, 0)))
-        if not errors:
-            return torch.zeros(())
-        mean = torch.stack(errors).mean()
-        if not mean.isfinite():
-            raise RunError(f"The error of the layers' outputs is {mean.item()}. Lower `learning_rate`.")
-        return mean
+        return torch.stack(errors).mean()
 
     def _step_layer(self, index: int, seen: Seen, turns: TakingTurns, rates: Mapping[int, float], seed: int) -> Tensor:
         block, own = self.blocks[index], self.own[index]
         with _gradients_aside(block):
-            made = self._compute(block, seen)
-            wanted = seen.outputs.float()
+            made, wanted = self._compute(block, seen), seen.outputs.float()
             off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen.states))
             error = (off / added.clamp_min(TINY)).mean()
-            self._differentiate(error, own)
+            # Of any scale, and of this one float16 can hold the gradients.
+            self._differentiate(error * made.numel() ** 0.5, own)
             for target in own:
-                with turns.learned(target.weight):
-                    pass  # from here on
+                turns.put_learned_of(target)
             groups = [{"params": [target.weight], "lr": rates[id(target.weight)]} for target in own]
             Adafactor(groups, seed=seed, stochastic=self.args.rounding == "stochastic").step()
         return error.detach()
 
     def _compute(self, block: nn.Module, seen: Seen) -> Tensor:
         """Outputs of a layer for inputs of the dense model; dropout would hide what it computes."""
-        training, device = block.training, seen.states.device
+        training = block.training
         block.eval()
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16)):
-                return run_block(block, seen.states, seen.call, device)
+            with self.autocast():
+                return run_block(block, seen.states, seen.call, seen.states.device)
         finally:
             block.train(training)
 
@@ -156,39 +170,56 @@ class LayerSteps:
             return
         for weight, gradient in zip(weights, torch.autograd.grad(error, weights, allow_unused=True), strict=True):
             if self.args.world_size > 1:  # of experts that no token went to, too: the processes talk about all
-                gradient = reduce(torch.zeros_like(weight) if gradient is None else gradient, "mean")
+                gradient = torch.zeros_like(weight) if gradient is None else gradient.contiguous()
+                gradient = reduce(gradient, "mean")
             weight.grad = gradient
 
     @torch.no_grad()
     def _leave_out(self) -> None:
-        """Go on with the layers that give the same outputs when they are called again, and say which don't.
-
-        Layers with weights in common, that run more than once, or that read what another one left behind, don't.
-        """
+        """Go on with the layers that can be run by themselves, and say which can't."""
         self._checked = True
         holders = Counter(id(parameter) for block in self.blocks for parameter in block.parameters())
-        fit = [self._computes_again(index, holders) for index in self.own]
+        reasons = {}
+        for index in self.own:
+            reasons[index] = self._unfit(index, holders)
+            for seen in self._seen.get(index, []):  # leaves something else behind than the dense model did
+                with contextlib.suppress(Exception):
+                    self._compute(self.blocks[index], seen._replace(states=-seen.states))
+        fit = [not reason for reason in reasons.values()]
         if self.args.world_size > 1:
             votes = reduce(torch.tensor(fit, dtype=torch.float32, device=self.args.device), "sum")
             fit = (votes == self.args.world_size).tolist()
-        out = [index for index, fits in zip(list(self.own), fit, strict=True) if not fits]
+        out = [index for index, fits in zip(reasons, fit, strict=True) if not fits]
+        if out and self.args.process_index == 0:
+            logger.warning(
+                "note: %d of %d layers learn from the model's loss only, without steps of their own; layer %d %s",
+                len(out), len(self.own), out[0], reasons[out[0]] or "can't be run by itself",
+            )  # fmt: skip
         for index in out:
             self._seen.pop(index, None)
             del self.own[index]
-        if out and self.args.process_index == 0:
-            logger.warning(
-                "note: %d of %d layers can't be run by themselves: they learn from the model's loss only",
-                len(out), len(self.blocks),
-            )  # fmt: skip
 
-    def _computes_again(self, index: int, holders: Mapping[int, int]) -> bool:
-        seen = self._seen.get(index, [])
-        if len(seen) != 1 or any(holders[id(parameter)] > 1 for parameter in self.blocks[index].parameters()):
-            return False
+    def _unfit(self, index: int, holders: Mapping[int, int]) -> str:
+        """Why a layer can't be run by itself, or nothing."""
+        block, calls = self.blocks[index], self._seen.get(index, [])
+        if not calls:
+            return "does not turn hidden states into hidden states of the same shape"
+        if len(calls) > 1:
+            return "runs more than once"
+        if any(holders[id(parameter)] > 1 for parameter in block.parameters()):
+            return "shares weights with another one"
+        seen = calls[0]
         try:
-            return alike(self._compute(self.blocks[index], seen[0]), seen[0].outputs)
-        except Exception:  # whatever a model's own code does without what another layer left
-            return False
+            again = self._compute(block, seen)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code does without what another layer left
+            logger.debug("layer %d", index, exc_info=error)
+            return f"fails by itself ({type(error).__name__})"
+        # Equal but for sums in another order, as GPUs make them.
+        most = 1e-2 * (seen.outputs - seen.states).norm() + 0.1 * torch.finfo(again.dtype).eps * seen.outputs.norm()
+        same = again.shape == seen.outputs.shape and bool((again - seen.outputs).norm() <= most)
+        return "" if same else "reads what another one leaves behind"
 
 
 @contextlib.contextmanager
@@ -197,6 +228,8 @@ def _gradients_aside(block: nn.Module) -> Iterator[None]:
     kept = [(parameter, parameter.grad) for parameter in block.parameters()]
     for parameter, _ in kept:
         parameter.grad = None
-    yield
-    for parameter, gradient in kept:
-        parameter.grad = gradient
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
