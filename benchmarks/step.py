@@ -5,10 +5,11 @@
     python benchmarks/step.py --threads 1 --clock cpu  seconds of the processor, where other programs run too
 
 The step is the demo's: SmolLM2-135M, one window of 512 tokens, method ``masked``, float32 weights, bfloat16 autocast
-where the CPU has it. Three ways take turns in one process:
+where the CPU has it. Four ways take turns in one process:
 
-    fused      what learning runs
+    fused      what learning runs, without layer-wise steps
     unfused    the same arithmetic in plain torch operations, and copies instead of exchanged memory
+    with layer-wise steps, which count as forward and backward: what learning runs by default
     AdamW      plain fine-tuning of the same weights on the language-model loss, with torch's fused AdamW
 
 Seconds are medians, after one step that does not count. Bytes are those that a part reads and writes of tensors of the
@@ -58,6 +59,7 @@ PASSES = {
     "AdamW": 7,  # weight, gradient and two moments read, all but the gradient written
 }
 PARTS = ("forward and backward", "clip", "optimizer", "operator", "mask", "swaps")
+WITH_LAYERS = "with layer-wise steps"  # fused, and what learning runs by default
 OWN = PARTS[2:]  # what this project adds or replaces
 
 
@@ -93,13 +95,14 @@ class Learning:
 
     Args:
         fused: False: plain torch operations, and copies.
+        changes: to the settings.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, folder: str, fused: bool):
+    def __init__(self, model: PreTrainedModel, windows: Tensor, folder: str, fused: bool, **changes: Any):
         self.fused, self.step, self.clock = fused, 0, Clock()
         config = ProxSparseConfig(
             output_dir=folder, max_length=windows.shape[1], max_steps=100, norm_samples=1, report_to="none",
-            disable_tqdm=True, save_strategy="no", **defaults_on("cpu"),
+            disable_tqdm=True, save_strategy="no", **defaults_on("cpu"), **changes,
         )  # fmt: skip
         with self.kernels():
             self.trainer = ProxSparseTrainer(
@@ -259,8 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = shortened(args.layers)
         ways: dict[str, Any] = {
-            "fused": Learning(copy.deepcopy(model), windows, folder, True),
-            "unfused": Learning(copy.deepcopy(model), windows, folder, False),
+            "fused": Learning(copy.deepcopy(model), windows, folder, True, layer_rate=0),
+            "unfused": Learning(copy.deepcopy(model), windows, folder, False, layer_rate=0),
+            WITH_LAYERS: Learning(copy.deepcopy(model), windows, folder, True),
             "AdamW": FineTuning(model, windows),
         }
         found: dict[str, list[Counter]] = {name: [] for name in ways}
@@ -271,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
                     found[name].append(seconds)
         sizes = {
             "fused": {part: float(PASSES[part] * WEIGHT) for part in PARTS[1:]},
-            "unfused": unfused_bytes(Learning(shortened(1), windows, folder, False)),
+            "unfused": unfused_bytes(Learning(shortened(1), windows, folder, False, layer_rate=0)),
+            WITH_LAYERS: {},
             "AdamW": {"clip": float(PASSES["clip"] * WEIGHT), "optimizer": float(PASSES["AdamW"] * WEIGHT)},
         }
         weights = weights_of(ways["fused"].trainer.model)
@@ -304,6 +309,8 @@ def show(medians: dict[str, dict[str, float]], sizes: dict[str, dict[str, float]
         total = sum(sizes[name].get(part, 0.0) for part in OWN)
         rows.append([name, "seconds", *(f"{seconds[part]:.3f}" for part in PARTS), f"{own:.3f}", f"{whole:.2f}"])
         rows.append(["", "share", *(f"{seconds[part] / whole:.1%}" for part in PARTS), f"{own / whole:.1%}", ""])
+        if not sizes[name]:
+            continue
         rows.append(["", "bytes per weight", "", *(f"{size:.0f}" for size in traffic[1:]), f"{total:.0f}", ""])
     print_table("a step of the demo", ("way", "", *PARTS, "optimizer to swaps", "whole"), rows, text_columns=2)
 
