@@ -1,7 +1,7 @@
 """Perplexity against the amount of calibration text, from files that quality.py wrote. Nothing is measured.
 
     python benchmarks/curves.py            the picture of BENCHMARKS.md
-    python benchmarks/curves.py --files mine.json --rows masked wanda --output mine.png
+    python benchmarks/curves.py --files mine.json --rows default wanda --output mine.png
 
 A line joins the rows that differ in the number of windows and the device only. Points are means over seeds, bars their
 standard deviation. Rows with one amount of text have no line.
@@ -23,16 +23,16 @@ from quality import LATER
 
 from proxsparse.record import atomic_path, read_json
 
-NAMES = ("budget50", "quality", "budget200", "budget400", "h100", "budgets")
+NAMES = ("budget50", "quality", "budget200", "budget400", "h100", "budgets", "layer_steps")
 FILES = [RESULTS / f"{name}_smollm2-135m.json" for name in NAMES]
 TITLES = {"wiki": "Wikipedia"}
-CALLED = {"masked": "ProxSparse", "maskllm": "MaskLLM", "wanda": "Wanda"}
+CALLED = {"default": "ProxSparse", "masked": "without layer-wise steps", "maskllm": "MaskLLM", "wanda": "Wanda"}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", type=Path, default=FILES)
-    parser.add_argument("--rows", nargs="+", default=["masked", "maskllm"])
+    parser.add_argument("--rows", nargs="+", default=["default", "masked", "maskllm"])
     parser.add_argument("--output", type=Path, default=RESULTS / "curves_smollm2-135m.png")
     args = parser.parse_args(argv)
     if lacking := [str(file) for file in args.files if not file.is_file()]:

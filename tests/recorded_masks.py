@@ -32,6 +32,7 @@ LEARNED = {
         "--project_lambda2", "1", "--lambda2_value", "0.25", "--epsilon", "0.5",
     ],
     "masked": ["--method", "masked"],
+    "masked, without layer-wise steps": ["--method", "masked", "--layer_rate", "0"],
     "masked, auto": ["--method", "masked", "--lambda_value", "auto"],
     "masked, AdamW": ["--method", "masked", "--optim", "adamw_torch_fused"],
     "masked, bfloat16": ["--method", "masked", "--dtype", "bfloat16"],
