@@ -104,7 +104,7 @@ class LayerSteps:
         def leave(index: int, out: Any) -> None:
             arguments, keywords = entered.pop(index)
             states = arguments[0] if arguments else keywords.pop("hidden_states", None)
-            outputs = out[0] if isinstance(out, tuple) else out
+            outputs = out[0] if isinstance(out, (tuple, list)) else out
             if torch.is_tensor(states) and torch.is_tensor(outputs) and states.shape == outputs.shape:
                 self._seen.setdefault(index, []).append(Seen(states, (arguments[1:], keywords), outputs))
 
