@@ -254,6 +254,13 @@ def test_their_rate_is_that_of_the_run_by_a_factor_shared_by_its_micro_batches(t
     assert any(common > 0 for _, common in ratios)
 
 
+def test_only_the_first_steps_of_a_run_have_them(tmp_path, tokenizer):
+    runs = trainer(tmp_path, tokenizer, layer_steps=2)
+    runs.train()
+    have = [entry["step"] for entry in runs.state.log_history if "layer_error" in entry]
+    assert have == [1, 2]
+
+
 @pytest.mark.parametrize("distill", [1.0, 0.0])
 def test_the_logits_of_the_dense_model_are_gone_when_the_backward_pass_begins(distill, tmp_path, tokenizer):
     runs = trainer(tmp_path, tokenizer, distill=distill)

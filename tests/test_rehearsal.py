@@ -171,15 +171,19 @@ def test_nothing_is_copied_to_the_device_that_was_there(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["at once", "in backward"])
-def test_an_offloaded_weight_crosses_once_per_direction_and_step_and_nobody_waits_for_it(tmp_path, fused):
+@pytest.mark.parametrize(("layer_rate", "turns"), [(0.0, 1), (2.0, 2)])
+def test_an_offloaded_weight_crosses_once_per_direction_and_turn_and_nobody_waits_for_it(
+    tmp_path, fused, layer_rate, turns
+):
     model = small_model()
     sizes = [parameter.nbytes for name, parameter in model.named_parameters() if re.search(FEW, name)]
-    counts = counts_of_a_step(tmp_path, model=model, optim_in_backward=fused, **OFFLOADED)
+    counts = counts_of_a_step(tmp_path, model=model, optim_in_backward=fused, layer_rate=layer_rate, **OFFLOADED)
     moved = Counter()
     for (way, place), size in counts.bytes.items():
         moved[way] += size * place.startswith("learning/")
-    assert sum(sizes) <= moved["to_host"] <= sum(sizes) + 64  # what was learned
-    assert 2 * sum(sizes) <= moved["to_card"] <= 2 * sum(sizes) + 64  # W0, and what was learned
+    once = turns * sum(sizes)
+    assert once <= moved["to_host"] <= once + 64  # what was learned
+    assert 2 * once <= moved["to_card"] <= 2 * once + 64  # W0, and what was learned
     waits = of_the_learning(counts.waits)
     assert sum(waits.values()) <= 10, waits
 

@@ -191,7 +191,8 @@ GROUPS = {
         "batch_size", "seed",
     ],
     "method": [
-        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layer_rate", "relative",
+        "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layer_rate", "layer_steps",
+        "relative",
         "train_only_pruned", "include", "exclude", "norm_samples",
     ],
     "regulariser": [

@@ -131,6 +131,10 @@ class ProxSparseConfig(TrainingConfig):
             "computes, relative to learning_rate; 0: none"
         },
     )
+    layer_steps: int = field(
+        default=100,
+        metadata={"help": "optimizer steps that begin with layer-wise steps; the later ones follow the loss alone"},
+    )
     relative: bool = field(
         default=UNSET,
         metadata={

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 START = 3e-3  # lambda * rms at the first step: takes about 0.3 % of the rms off a block's smaller weights
 REACHED_AT = 0.85  # of the run the target is wanted; the rest is for settling
 # log lambda per unit of share: little in short runs, where each step moves the share far, more in long ones.
-PROPORTIONAL, STEPS_A_UNIT = (8.0, 32.0), 3
-INTEGRAL = 60.0  # log lambda per unit of share and of the run
+PROPORTIONAL, STEPS_A_UNIT = (4.0, 16.0), 6
+INTEGRAL = 30.0  # log lambda per unit of share and of the run
 RANGE = (1e-6, 30.0)  # of lambda * rms; above, every block is 2:4 after one step
 
 

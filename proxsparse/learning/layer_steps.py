@@ -4,7 +4,8 @@ The loss of a step is KL of the logits, one number per token, from which the wei
 the dense model has written down more than its logits: the outputs of all its layers. So each layer under its mask is
 also given the inputs that the dense model gave it, and learns to return the dense layer's outputs. One step of one
 window has as many targets as these outputs have entries, so the same text teaches more, and it takes one forward and
-one backward pass through the layers. Errors of the layers before are not seen here; the run's own loss sees them.
+one backward pass through the layers. Errors of the layers before are not seen here; the run's own loss sees them. So
+layer-wise steps teach fast, and then stand in the way: they belong to the first steps of a run (``layer_steps``).
 
 Steps go in the direction of Adafactor's update of this gradient alone (arXiv 1804.04235), so that nothing is kept from
 step to step, and only one layer has gradients at a time.
@@ -89,6 +90,10 @@ class LayerSteps:
         self._seen: dict[int, list[Seen]] = {}
         self._checked = False
         self._at = (-1, 0)  # step and micro-batch
+
+    def wanted(self) -> bool:
+        """Whether the step of the run that comes next has them: the first ones do."""
+        return bool(self.own) and self.pace().step < self.args.layer_steps
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

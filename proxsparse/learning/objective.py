@@ -162,7 +162,7 @@ class Objective:
 
     def _step_layers(self, states: Callable[[], Tensor]) -> None:
         """One step of every layer; the dense model's states stay as the teacher's, if there is one."""
-        if not (self.layers and self.layers.own and self.turns):
+        if not (self.turns and self.layers and self.layers.wanted()):
             return
         with self.turns.away():
             self.turns.put_original()
