@@ -81,6 +81,11 @@ TOKENS = ("eos_token", "pad_token", "chat_template_path")
 OWN_OPTIONS = ("adafactor", "adamw_torch", "adamw_torch_fused")  # optimizers that take no optim_args
 OF_MASKS = (
     Refusal(
+        lambda c: c.layer_rate and not c.masked_forward,
+        "`layer_rate={0.layer_rate}` is for layers that learn under the mask, and this run does not: use "
+        "`method=masked`, or leave `layer_rate` out.",
+    ),
+    Refusal(
         lambda c: c.layer_rate and not c.train_only_pruned,
         "`layer_rate={0.layer_rate}` needs the layers of the dense model, and norms and biases that move are no longer "
         "its own: give `train_only_pruned=True`, or leave `layer_rate` out.",
@@ -89,11 +94,6 @@ OF_MASKS = (
         lambda c: c.layer_rate and "layerwise" in optim.name_of(c),
         "`layer_rate={0.layer_rate}` follows the learning rate of the optimizer, and `optim={0.optim}` keeps it to "
         "itself: give `layer_rate=0`, or another `optim`.",
-    ),
-    Refusal(
-        lambda c: c.layer_rate and not c.masked_forward,
-        "`layer_rate={0.layer_rate}` is for layers that learn under the mask, and this run does not: use "
-        "`method=masked`, or leave `layer_rate` out.",
     ),
     Refusal(
         lambda c: c.wanted != TWO_OF_FOUR and not c.masked_forward,
