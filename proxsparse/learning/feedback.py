@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 START = 3e-3  # lambda * rms at the first step: takes about 0.3 % of the rms off a block's smaller weights
 REACHED_AT = 0.85  # of the run the target is wanted; the rest is for settling
 # log lambda per unit of share: little in short runs, where each step moves the share far, more in long ones.
-PROPORTIONAL, STEPS_A_UNIT = (4.0, 16.0), 6
-INTEGRAL = 30.0  # log lambda per unit of share and of the run
+PROPORTIONAL, STEPS_A_UNIT = (8.0, 32.0), 3
+INTEGRAL = 60.0  # log lambda per unit of share and of the run
 RANGE = (1e-6, 30.0)  # of lambda * rms; above, every block is 2:4 after one step
 
 
@@ -22,6 +22,7 @@ class ShareController:
 
     Attributes:
         target: share of 2:4 blocks wanted at the end.
+        strictness: factor of all gains.
         integral: accumulated error, in units of share times run.
     """
 
@@ -29,6 +30,7 @@ class ShareController:
     integral: float = 0.0
     gain: float = PROPORTIONAL[0]
     error: float = field(default=0.0, repr=False)
+    strictness: float = 1.0
 
     def wanted(self, progress: float) -> float:
         """Share wanted at this part of the run, in [0, 1]."""
@@ -36,7 +38,7 @@ class ShareController:
 
     def strength(self) -> float:
         """lambda times the matrix's rms for the next step."""
-        raised = math.log(START) + self.gain * self.error + INTEGRAL * self.integral
+        raised = math.log(START) + self.strictness * (self.gain * self.error + INTEGRAL * self.integral)
         return min(RANGE[1], max(RANGE[0], math.exp(min(50.0, raised))))
 
     def observe(self, share: float, step: int, max_steps: int) -> None:

@@ -67,7 +67,10 @@ class ProximalStep:
         self.targets, self.args, self.norms = targets, args, norms
         relative = args.relative or args.auto_lambda
         self.rms = {t.name: self._root_mean_square(t) for t in targets} if relative else {}
-        self.controllers = {t.name: ShareController(args.target_share) for t in targets} if args.auto_lambda else {}
+        # Layer-wise steps move blocks further than the loss does: strict feedback would swing.
+        strictness = 0.5 if args.layer_rate else 1.0
+        names = [t.name for t in targets] if args.auto_lambda else []
+        self.controllers = {name: ShareController(args.target_share, strictness=strictness) for name in names}
         self.seconds = 0.0
         # (weights, 2): 2:4 blocks and blocks of each, after the last step; zeros before the first
         self._counts = torch.zeros(len(targets), 2, dtype=torch.int64)
