@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Learn a 2:4 mask for SmolLM2-135M on this machine's CPU (or GPU), and show how good it is.
 #
-#   bash script/demo.sh            13 to 20 minutes on 2 cores with bfloat16, 50 without; installation included
+#   bash script/demo.sh            13 to 20 minutes on 2 cores with bfloat16, 40 or more without; installed too
 #   bash script/demo.sh --quick    about 5 minutes, with a weaker mask
 #
 # Everything is written to runs/demo (with --quick: runs/demo-quick). If it stops, start it again: it goes on.

@@ -33,7 +33,7 @@ def stepped(model, steps=1, rate=0.02, **arguments):
                 model.eval()(input_ids=IDS, use_cache=False, **arguments)
             model.train()
             turns.put_masked()
-            errors.append(layers.step(turns).item())
+            errors.append(layers.step(turns, layers.pace()).item())
     return errors, layers
 
 
@@ -150,7 +150,7 @@ ODD = {
     reads_once: "fails by itself (IndexError)",
     reads_an_attribute: "reads what another one leaves behind",
     runs_twice: "runs more than once",
-    changes_shape: "does not turn hidden states into hidden states of the same shape",
+    changes_shape: "is not run, or does not turn hidden states into others of the same shape",
 }
 
 
@@ -242,10 +242,9 @@ def test_their_rate_is_that_of_the_run_by_a_factor_shared_by_its_micro_batches(t
     ratios = []
     step = runs.objective.layers.step
 
-    def watched(turns):
-        rates = runs.objective.layers.pace().rates
-        ratios.extend((rates[id(p)], g["lr"]) for g in runs.optimizer.param_groups for p in g["params"])
-        return step(turns)
+    def watched(turns, pace):
+        ratios.extend((pace.rates[id(p)], g["lr"]) for g in runs.optimizer.param_groups for p in g["params"])
+        return step(turns, pace)
 
     runs.objective.layers.step = watched
     runs.train()

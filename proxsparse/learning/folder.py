@@ -52,12 +52,8 @@ DECISIVE = (
 )  # fmt: skip
 # A run that ran out of memory goes on with others of these.
 UNDECIDED = ("keep_base", "offload_learned", "logging_steps", "save_total_limit", "per_device_eval_batch_size")
-EARLIER = {
-    "pattern": "2:4",
-    "permute": "none",
-    "layer_rate": 0.0,
-    "layer_steps": 100,
-}  # of runs made before these were settings
+# Of runs made before these were settings.
+EARLIER = {"pattern": "2:4", "permute": "none", "layer_rate": 0.0, "layer_steps": 100}
 PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
 
 

@@ -1,14 +1,14 @@
-"""Layer-wise steps: before every step of a run, each layer learns on its own to compute what the dense layer computes.
+"""Layer-wise steps: before the first steps of a run, each layer learns by itself to compute what the dense one does.
 
-The loss of a step is KL of the logits, one number per token, from which the weights of all layers learn together. But
-the dense model has written down more than its logits: the outputs of all its layers. So each layer under its mask is
-also given the inputs that the dense model gave it, and learns to return the dense layer's outputs. One step of one
-window has as many targets as these outputs have entries, so the same text teaches more, and it takes one forward and
-one backward pass through the layers. Errors of the layers before are not seen here; the run's own loss sees them. So
-layer-wise steps teach fast, and then stand in the way: they belong to the first steps of a run (``layer_steps``).
+The loss has one number per token, and the weights of all layers learn from it together. The dense model says more: it
+also has the outputs of all its layers. So each layer under its mask gets the inputs that it has in the dense model, and
+learns to return the dense layer's outputs. The same text teaches more this way, because every entry of an output is a
+target. A layer-wise step takes one forward and one backward pass through the layers. It does not see the errors of the
+layers before; the run's own loss does. So layer-wise steps teach fast, and later they stand in the way of the loss.
+Only the first steps of a run have them (``layer_steps``).
 
-Steps go in the direction of Adafactor's update of this gradient alone (arXiv 1804.04235), so that nothing is kept from
-step to step, and only one layer has gradients at a time.
+A step follows Adafactor's update of its own gradient (arXiv 1804.04235). Nothing is kept from step to step, and only
+one layer has gradients at a time.
 
 Shapes: B = batch, T = ctx_len, H = hidden size.
 """
@@ -62,13 +62,13 @@ class LayerSteps:
         with steps.watching():
             ...  # the dense model computes a batch
         ...  # the model holds masked weights
-        error = steps.step(turns)
+        error = steps.step(turns, steps.pace())
 
     Args:
         model: the model that learns.
         targets: the weights that learn.
         args: ProxSparseConfig.
-        pace: asked before every step.
+        pace: asked before every step of the run; None: it has no layer-wise step.
         autocast: makes the context in which the model computes.
 
     Attributes:
@@ -80,7 +80,7 @@ class LayerSteps:
         model: PreTrainedModel,
         targets: list[Prunable],
         args: Any,
-        pace: Callable[[], Pace],
+        pace: Callable[[], Pace | None],
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.args, self.pace, self.autocast = args, pace, autocast
@@ -90,10 +90,6 @@ class LayerSteps:
         self._seen: dict[int, list[Seen]] = {}
         self._checked = False
         self._at = (-1, 0)  # step and micro-batch
-
-    def wanted(self) -> bool:
-        """Whether the step of the run that comes next has them: the first ones do."""
-        return bool(self.own) and self.pace().step < self.args.layer_steps
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -126,14 +122,14 @@ class LayerSteps:
         if not self._checked:
             self._leave_out()
 
-    def step(self, turns: TakingTurns) -> Tensor:
+    def step(self, turns: TakingTurns, pace: Pace) -> Tensor:
         """Move the learned weights of every layer once, while the parameters hold masked ones; they hold learned after.
 
         Returns:
             The squared error of a window's outputs, relative to the square of what the dense layer adds to its inputs;
             the mean over windows and layers.
         """
-        rates, step = self.pace()
+        rates, step = pace
         self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
         seed = noise_seed(self.args.seed + 2, *self._at)
         errors = []
@@ -149,7 +145,7 @@ class LayerSteps:
             made, wanted = self._compute(block, seen), seen.outputs.float()
             off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen.states))
             error = (off / added.clamp_min(TINY)).mean()
-            # Of any scale, and of this one float16 can hold the gradients.
+            # Adafactor takes gradients of any scale, and float16 can hold those of this one.
             self._differentiate(error * made.numel() ** 0.5, own)
             for target in own:
                 turns.put_learned_of(target)
@@ -208,7 +204,7 @@ class LayerSteps:
         """Why a layer can't be run by itself, or nothing."""
         block, calls = self.blocks[index], self._seen.get(index, [])
         if not calls:
-            return "does not turn hidden states into hidden states of the same shape"
+            return "is not run, or does not turn hidden states into others of the same shape"
         if len(calls) > 1:
             return "runs more than once"
         if any(holders[id(parameter)] > 1 for parameter in block.parameters()):

@@ -3,7 +3,7 @@
     held while computing    masked_forward: W0 under the current mask; else the learned weights
     main term               the language-model loss, or distillation from the dense model, or a mixture
     added term              the frozen-weight penalty (lambda2)
-    before the loss         layer-wise steps, see layer_steps.py
+    before the loss         at first layer-wise steps, see layer_steps.py
 
 Each part says what it can't be combined with (``REFUSALS``) and what it costs in memory.
 Shapes: B = batch, T = ctx_len, V = vocabulary.
@@ -76,7 +76,7 @@ class Objective:
         self.original: OriginalWeights | None = None
         self.turns: TakingTurns | None = None
         self.layers: LayerSteps | None = None
-        self.layer_error: Tensor | None = None  # of the last layer-wise step
+        self.layer_error: Tensor | None = None  # of this step's layer-wise step
         self.units: dict[str, float] = {}  # of weights, where lambda2 and epsilon are relative
         # Logits of the dense model, or last hidden states, from its forward pass to the loss
         self.teacher: Tensor | None = None
@@ -162,7 +162,9 @@ class Objective:
 
     def _step_layers(self, states: Callable[[], Tensor]) -> None:
         """One step of every layer; the dense model's states stay as the teacher's, if there is one."""
-        if not (self.turns and self.layers and self.layers.wanted()):
+        self.layer_error = None
+        pace = self.layers.pace() if self.layers and self.layers.own else None
+        if not (self.turns and self.layers and pace):
             return
         with self.turns.away():
             self.turns.put_original()
@@ -172,7 +174,7 @@ class Objective:
                 self.teacher = None
             if self.layers.own:  # which the first look decides
                 self.turns.put_masked()
-                self.layer_error = self.layers.step(self.turns)
+                self.layer_error = self.layers.step(self.turns, pace)
                 self.record("layer_error", self.layer_error)
 
     @contextlib.contextmanager

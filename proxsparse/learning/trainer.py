@@ -94,8 +94,10 @@ class ProxSparseTrainer(DistillingTrainer):
 
     # Layer-wise steps
 
-    def _pace(self) -> Pace:
+    def _pace(self) -> Pace | None:
         """Of the layer-wise step of a micro-batch: its learning rate is that of the run, by a factor."""
+        if self.state.global_step >= self.args.layer_steps:
+            return None
         assert self.optimizer is not None
         factor = self.args.layer_rate / self.current_gradient_accumulation_steps
         rates = {id(p): group["lr"] * factor for group in self.optimizer.param_groups for p in group["params"]}
