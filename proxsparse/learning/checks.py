@@ -4,7 +4,9 @@ Each is asked before anything is computed, and answered in one sentence that nam
 """
 
 import contextlib
+import dataclasses
 import importlib.util
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -75,6 +77,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_total_limit": _COUNT,
     "dataloader_num_workers": (lambda value: value >= 0, "at least 0"),
 }
+OR_NONE = ("max_grad_norm",)  # its default is a number, and None turns it off
 # What SFTConfig offers for conversations and for texts of several lengths; here all are windows of one length.
 SWITCHES = ("assistant_only_loss", "completion_only_loss", "packing", "eval_packing", "padding_free")
 TOKENS = ("eos_token", "pad_token", "chat_template_path")
@@ -198,11 +201,22 @@ def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:
             listed = ", ".join(str(choice) for choice in accepted if choice is not None)
             some = "one of " if len(accepted) > 1 else ""
             raise UsageError(f"`{name}` must be {some}{listed}; got {getattr(config, name)!r}.")
-    for name, (allowed, words) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not allowed(value):
-            raise UsageError(f"`{name}` must be {words}; got {value}.")
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name in filter(fields.__contains__, RANGES):
+        _check_number(fields[name], getattr(config, name))
     refuse((*chain(*tables), *REFUSALS), config)
+
+
+def _check_number(setting: dataclasses.Field, value: Any) -> None:
+    """Refuse a number out of its range, and what is no number."""
+    name, (allowed, words) = setting.name, RANGES[setting.name]
+    if value is None and (setting.default is None or name in OR_NONE):
+        return
+    number = isinstance(value, numbers.Real)
+    if not number or not allowed(value):
+        raise UsageError(f"`{name}` must be {words}; got {value if number else repr(value)}.")
+    if setting.type in (int, "int") and not float(value).is_integer():
+        raise UsageError(f"`{name}` must be a whole number, {words}; got {value}.")
 
 
 def check_choices_of_transformers(config: "TrainingConfig") -> None:
