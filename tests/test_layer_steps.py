@@ -3,6 +3,7 @@
 import copy
 import weakref
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import tiny_llama
@@ -10,6 +11,7 @@ from test_prunable import FAMILIES, build
 from test_trainer import STEPS, config, data, trainer
 
 from proxsparse.errors import RunError, UsageError
+from proxsparse.evaluation.report import draw_run
 from proxsparse.learning.copies import OriginalWeights, TakingTurns
 from proxsparse.learning.layer_steps import LayerSteps, Pace
 from proxsparse.learning.rounded import Adafactor
@@ -297,3 +299,14 @@ def test_runs_that_can_not_have_them_have_none_and_say_so_where_they_are_wanted(
     assert config(tmp_path, **changes).layer_rate == 0
     with pytest.raises(UsageError, match="`layer_rate=1.0`"):
         config(tmp_path, layer_rate=1.0, **changes)
+
+
+def test_the_picture_of_a_run_shows_their_errors_where_they_are_larger_than_the_loss(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("proxsparse.evaluation.report.plt.close", figures.append)
+    history = [{"step": step, "mask_churn": 0.1, "kl": 0.1, "layer_error": 0.9} for step in (1, 2, 3)]
+    draw_run(history, tmp_path / "run.png", "a run")
+    monkeypatch.undo()
+    (figure,) = figures
+    assert figure.axes[0].get_ylim()[1] > 0.9
+    plt.close(figure)
