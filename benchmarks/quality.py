@@ -95,14 +95,15 @@ TEXT_OF: dict[str, str] = {
     "maskllm-self": "self",
 }
 LEARNED |= {row: BEFORE for row in TEXT_OF if row.startswith("masked")}
-# One-shot baselines: name -> (method, weights updated).
-BASELINES = {
-    "magnitude": ("magnitude", False),
-    "wanda": ("wanda", False),
-    "sparsegpt-mask": ("sparsegpt", False),
-    "admm-mask": ("admm", False),
-    "sparsegpt": ("sparsegpt", True),
-    "admm": ("admm", True),
+# One-shot baselines: name -> (method, options of prune_layerwise).
+BASELINES: dict[str, tuple[str, dict]] = {
+    "magnitude": ("magnitude", {"update": False}),
+    "wanda": ("wanda", {"update": False}),
+    "wanda-dense": ("wanda", {"update": False, "dense_inputs": True}),
+    "sparsegpt-mask": ("sparsegpt", {"update": False}),
+    "admm-mask": ("admm", {"update": False}),
+    "sparsegpt": ("sparsegpt", {"update": True}),
+    "admm": ("admm", {"update": True}),
 }
 # MaskLLM: name -> changes to its settings, which are those of its paper.
 MASKLLM: dict[str, dict] = {
@@ -238,8 +239,9 @@ def measure(args: argparse.Namespace, row: str, seed: int) -> dict:
                 learner = roi if row in ROI else maskllm
                 apply_mask(model, learner.learn_mask(model, tokenizer, windows, folder, **settings))
         else:
-            name, updated = BASELINES[row]
-            prune_layerwise(model, windows, METHODS[name](), pattern, update=updated, bf16=bf16)
+            name, how = BASELINES[row]
+            updated = how["update"]
+            prune_layerwise(model, windows, METHODS[name](), pattern, bf16=bf16, **how)
             tokens = 0 if name == "magnitude" else tokens
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -38,3 +38,20 @@ def doing(what: str) -> Iterator[None]:
 def task_of(error: BaseException) -> str | None:
     """What was being done when this was raised, or None."""
     return getattr(error, "__proxsparse_task__", None)
+
+
+@contextlib.contextmanager
+def settings_at_fault() -> Iterator[None]:
+    """What transformers and TRL raise while they read the settings of a run is an argument's fault.
+
+    Raises:
+        UsageError: with the beginning of theirs.
+    """
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__  # the reason may follow in other lines
+        said = said if len(said) <= 300 else said[:300].rsplit(" ", 1)[0] + " ..."
+        raise UsageError(f"{said.rstrip('.')}.") from error

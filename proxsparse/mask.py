@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_order, recall_order
-from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
 from proxsparse.operator.masked import learned_mask
@@ -56,10 +56,15 @@ class Mask:
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
             self.pattern = Pattern.parse(self.pattern)
+        for name, tensor in self.tensors.items():
+            if not torch.is_tensor(tensor) or tensor.dtype != torch.bool:
+                found = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+                raise UsageError(f"A mask is made of bool tensors; got {found} for {name}.", "mask")
 
     def density(self) -> float:
         """Share of weights kept."""
-        return sum(int(m.sum()) for m in self.tensors.values()) / sum(m.numel() for m in self.tensors.values())
+        kept = sum(int(m.sum()) for m in self.tensors.values())
+        return kept / max(1, sum(m.numel() for m in self.tensors.values()))
 
 
 def extract_mask(
@@ -105,6 +110,7 @@ def mask_of_pruned(model: PreTrainedModel) -> Mask:
     Raises:
         UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only; or the model is sharded.
     """
+    check_model(model)
     name, tensors = model.config._name_or_path or "the model", {}
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")

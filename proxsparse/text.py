@@ -15,6 +15,7 @@ To calibrate there are two more:
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
+import numbers
 import os
 import random
 import re
@@ -34,6 +35,7 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model import embedded
 from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, text_stamp
 from proxsparse.model.generating import sample_tokens
+from proxsparse.model.source import name_of
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -45,7 +47,7 @@ C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
 
-def load_documents(name: str, split: str = "all") -> Sequence[str]:
+def load_documents(name: str | os.PathLike, split: str = "all") -> Sequence[str]:
     """Documents of a text.
 
     Args:
@@ -60,7 +62,7 @@ def load_documents(name: str, split: str = "all") -> Sequence[str]:
     if split not in SPLITS:
         raise UsageError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
     with doing(f"reading the text {name}"):
-        return _load(name, split)
+        return _load(name_of(name, "dataset"), split)
 
 
 def _load(name: str, split: str) -> Sequence[str]:
@@ -98,7 +100,7 @@ def stamp(dataset: str) -> str | None:
 
 
 def calibration_windows(
-    name: str,
+    name: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase,
     ctx_len: int,
     samples: int,
@@ -121,7 +123,10 @@ def calibration_windows(
     Raises:
         UsageError: a text has too few windows, or ``self`` is asked for without a model.
     """
-    parts = parts_of(name)
+    for argument, value, least in (("ctx_len", ctx_len, 1), ("samples", samples, 1), ("seed", seed, 0)):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise UsageError(f"`{argument}` must be a whole number of at least {least}; got {value!r}.", argument)
+    parts = parts_of(name_of(name, "dataset"))
     if len(parts) == 1:
         return _windows_of(next(iter(parts)), tokenizer, ctx_len, samples, seed, model)
     found, total, done = [], 0, 0
@@ -192,7 +197,7 @@ def _packed_windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int,
 
 
 def evaluation_windows(
-    name: str,
+    name: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase,
     ctx_len: int,
     split: str = "all",
@@ -219,6 +224,7 @@ def evaluation_windows(
         UsageError: the text is too short for one window, ``limit`` is below 1, or ``bos`` is True and the tokenizer has
             no BOS token.
     """
+    name = name_of(name, "dataset")
     if limit is not None and limit < 1:
         raise UsageError(f"`limit` must be at least 1, or None for all windows; got {limit}.", "limit")
     if bos and tokenizer.bos_token_id is None:
@@ -273,12 +279,12 @@ def check_windows(windows: Any, config, name: str = "windows") -> None:
     Raises:
         UsageError: with what was found.
     """
-    integers = torch.is_tensor(windows) and windows.dtype in INTEGERS
-    if not integers or windows.dim() != 2 or not windows.numel():
-        found = type(windows).__name__
-        if torch.is_tensor(windows):
+    plain = torch.is_tensor(windows) and windows.layout == torch.strided and not windows.is_meta
+    if not plain or windows.dtype not in INTEGERS or windows.dim() != 2 or not windows.numel() or windows.shape[1] < 2:
+        found = "a tensor without plain values" if torch.is_tensor(windows) else type(windows).__name__
+        if plain:
             found = f"{windows.dtype} of shape {tuple(windows.shape)}"
-        raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T); got {found}.", name)
+        raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T >= 2); got {found}.", name)
     check_tokens(windows, config, name)
 
 

@@ -142,7 +142,7 @@ MODELS = [
     (nan_weights, "learn", 1, "not finite"),
     (infinite_weights, "prune", 1, "layers.0.self_attn.q_proj.weight has NaN or infinite entries"),
     (infinite_weights, "learn", 1, "not finite"),
-    (zero_weights, "learn", 2, "is all zeros, so it has no scale"),
+    (zero_weights, "learn", 2, "is zero, or nearly so, so it has no scale"),
     (odd_width, "prune", 2, "not a multiple of 4"),
     (odd_width, "learn", 2, "Leave it out with --exclude"),
     (escaping_index, "eval", 1, "outside of its folder"),

@@ -8,13 +8,15 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import tensors_of
 from test_prunable import build
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.baselines import METHODS
+from proxsparse.baselines.method import Wanted
 from proxsparse.commands import prune as prune_command
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import RunError, UsageError
@@ -33,6 +35,7 @@ from proxsparse.model.channels import (
 from proxsparse.model.loading import load_model
 from proxsparse.model.ordering import arrange, kept, order_channels
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.prox import top2_mask
 
 WINDOWS = torch.randint(1, 63, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -359,3 +362,50 @@ def test_a_pruned_checkpoint_in_an_order_can_be_pruned_and_exported_again_but_no
     with pytest.raises(UsageError, match="stand in another order than the mask's"):
         save_pruned(str(tmp_path / "pruned"), other, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mask_of_every_baseline_knows_the_order_of_its_model(method, tmp_path):
+    model = tiny_llama()
+    order = order_channels(model, WINDOWS)
+    assert order
+    made, wanted = METHODS[method](), Wanted(update=False, bf16=False, folder=tmp_path)
+    mask = made.prune_model(model, byte_tokenizer(), WINDOWS, wanted)
+    assert mask.order == order
+    assert set(zeros_of(model).values()) == {0.5}
+    apply_mask(again := tiny_llama(), mask)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["maskllm", "roi"])
+def test_a_method_that_learns_prunes_in_an_order_by_command(method, base, corpus, tmp_path, capsys):
+    flags = ["--dataset", corpus, "--ctx_len", "32", "--nsamples", "4", "--bf16", "false", "--permute", "auto"]
+    command = ["prune", "--model", str(base), *flags, "--save", str(tmp_path / "mask")]
+    assert console([*command, "--prune_method", method, "--save_model", str(tmp_path / "pruned")]) == 0
+    assert load_mask(tmp_path / "mask").order
+    assert console(["check", "--model", str(tmp_path / "pruned"), "--base", str(base)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask", "pruned"]
+
+
+def test_a_base_that_stands_in_an_order_itself_is_compared_in_it(moved, tmp_path, capsys):
+    folder, mask = moved
+    save_pruned(str(folder), mask, tmp_path / "pruned")
+    again = ["check", "--model", str(tmp_path / "pruned"), "--base"]
+    assert console([*again, str(tmp_path / "pruned")]) == 0
+    assert console([*again, str(folder)]) == 0
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][tensors[name] != 0] *= 2
+    save_file(tensors, tmp_path / "pruned" / "model.safetensors", metadata={"format": "pt"})
+    assert console([*again, str(folder)]) == 1
+    assert "kept weights differ from the base" in capsys.readouterr().out
+
+
+def test_a_pattern_that_no_weight_has_blocks_of_is_refused(moved, tmp_path, capsys):
+    assert console(["check", "--model", str(moved[0]), "--pattern", "3:7"]) == 2
+    assert "has a width that is a multiple of 7" in capsys.readouterr().err
+
+
+def test_channels_that_make_no_blocks_are_told_apart_from_unknown_ones(caplog):
+    order_channels(tiny_llama(intermediate_size=96), None, pattern=Pattern(32, 64))
+    assert "96 of them can't be dealt into blocks of 64" in caplog.text

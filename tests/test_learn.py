@@ -111,7 +111,7 @@ def test_a_python_caller_is_told_of_settings_and_not_of_flags(loaded):
         proxsparse.learn_mask(model, tokenizer, windows, score="luck")
     assert "--" not in str(refused.value)
     assert "`score` must be one of" in str(refused.value)
-    with pytest.raises(UsageError, match=r"token ids of shape \(N, T\)"):
+    with pytest.raises(UsageError, match=r"token ids of shape \(N, T >= 2\)"):
         proxsparse.learn_mask(model, tokenizer, windows[0])
 
 
@@ -450,7 +450,10 @@ def test_what_a_python_caller_mixes_up_is_told_before_anything_is_computed(loade
     for change, sentence in (
         ({"model": "tiny-llama"}, "`model` must be a model, as load_model returns it; got str"),
         ({"tokenizer": None}, "`tokenizer` must be a tokenizer, as load_tokenizer returns it; got NoneType"),
-        ({"windows": windows.tolist()}, "`windows` must be an int64 tensor of token ids of shape .N, T.; got list"),
+        (
+            {"windows": windows.tolist()},
+            "`windows` must be an int64 tensor of token ids of shape .N, T >= 2.; got list",
+        ),
         ({"windows": windows.float()}, "got torch.float32 of shape"),
         ({"windows": windows[:0]}, "got torch.int64 of shape .0, 32."),
         ({"windows": windows - 1000}, "`windows` must hold token ids of at least 0"),

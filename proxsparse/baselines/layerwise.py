@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
+from proxsparse.model.channels import order_of
 from proxsparse.model.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.walk import walk
 from proxsparse.operator.pattern import Pattern
 
@@ -49,16 +51,14 @@ def prune_layerwise(
     patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(layers, pattern)
     width = max(p.m for p in patterns.values())
     targets = find_prunable(model, include, exclude, multiple=width)
-    training = model.training
-    model.eval()
     masks: dict[str, Tensor] = {}
     options: dict[str, Any] = {"hidden_device": hidden_device, "bf16": bf16, "progress": progress}
     steps = walk(model, targets, windows, method.statistic, dense=dense_inputs, **options)
-    for index, own, statistics in steps:
-        for target in own:
-            masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
-    model.train(training)
-    return Mask(masks, _common(patterns, width), model.config._name_or_path)
+    with evaluation_mode(model):
+        for index, own, statistics in steps:
+            for target in own:
+                masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
+    return Mask(masks, _common(patterns, width), model.config._name_or_path, order=order_of(model))
 
 
 def _common(patterns: dict[int, Pattern], width: int) -> Pattern:

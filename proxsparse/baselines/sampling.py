@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from proxsparse.baselines.layerwise import prune_layerwise
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import RunError, UsageError, doing, settings_at_fault
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
 from proxsparse.model.inputs import weight_sum
@@ -201,7 +201,8 @@ class SampledTrainer(SFTTrainer):
         accelerated = model.device.type != "cpu"
         bf16 = accelerated and native_bf16(str(model.device))
         settings = {"use_cpu": not accelerated, "bf16": bf16, "activation_checkpointing": accelerated} | settings
-        config = cls.config_class(output_dir=str(output_dir), max_length=windows.shape[1], **settings)
+        with settings_at_fault():
+            config = cls.config_class(**settings, output_dir=str(output_dir), max_length=windows.shape[1])
         made_by = {name: getattr(config, name) for name in DECISIVE}  # given or not: a default may change
         made_by |= {"prune_method": cls.method, "sparsity_type": str(pattern)}
         claim(output_dir, _record(model, windows, prior, made_by))
@@ -252,7 +253,8 @@ class SampledTrainer(SFTTrainer):
 
     def mask(self) -> Mask:
         """The most likely mask of every block."""
-        return Mask({t.name: self.hard_mask(self.logits(t).detach()).cpu() for t in self.targets}, self.pattern)
+        tensors = {t.name: self.hard_mask(self.logits(t).detach()).cpu() for t in self.targets}
+        return Mask(tensors, self.pattern, order=order_of(self.model))
 
     @contextlib.contextmanager
     def _soft_masks(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ from proxsparse.evaluation.report import accuracy_table
 from proxsparse.evaluation.zero_shot import PAPER_TASKS, zero_shot
 from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, load_mask, save_mask
-from proxsparse.model.channels import ORDER_FILE, PERMUTE, PERMUTE_HELP, load_order, order_of, put_into_order
+from proxsparse.model.channels import ORDER_FILE, PERMUTE, PERMUTE_HELP, load_order, put_into_order
 from proxsparse.model.inputs import digest, origin_of
 from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
@@ -172,7 +172,6 @@ def main(args: argparse.Namespace) -> None:
     if args.permute == "auto":
         reorder(model, windows if method.reads_text else None, wanted.pattern, Run(args.run) if args.run else None)
     mask = method.prune_model(model, tokenizer, windows, wanted)
-    mask.order = order_of(model)
     mask.base_model = args.model
     mask.info = info
     note = " (not 2:4: layers keep different shares)" if args.allocation != "uniform" else ""
@@ -247,4 +246,4 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
 def learning_folder(args: argparse.Namespace) -> Path:
     """Where a learned method keeps its checkpoints while it learns."""
     folder = Path(args.save or args.save_model or ".")
-    return folder.parent / f"{folder.name}-learning"
+    return folder.parent / f"{folder.name}-{args.prune_method}-learning"

@@ -1,6 +1,6 @@
 """Check a checkpoint of any form: 2:4 or another N:M, and compared with its base nothing but pruned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -44,15 +44,12 @@ def check_sparsity(
         (counts of weights, blocks and offending blocks, one sentence for each of the first offenders).
 
     Raises:
-        UsageError: no checkpoint, or one that lacks weights of its model.
+        UsageError: no checkpoint, one that lacks weights of its model, or no weight has blocks of this pattern.
     """
     model = checked_model(name, trust_remote_code=trust_remote_code)
     targets = {target.name: target for target in find_prunable(model, multiple=1)}
     found = _checkpoint(name, None, "model")
-    layout = _layout(found, model, compared=base is not None)
-    missing = sorted(set(targets) - set(layout.of_parameter))
-    if missing:
-        raise UsageError(f"{name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
+    layout = _layout(found, model, targets, compared=base is not None)
     original = _original(base, revision, trust_remote_code) if base else None
     order = load_order(found.folder / ORDER_FILE)
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
@@ -72,6 +69,8 @@ def check_sparsity(
                 sentence = _difference(key, tensor, original, order, pruned=target is not None)
                 counts["changed_tensors"] += sentence is not None
                 offenders += [sentence] if sentence else []
+    if not counts["weights"]:
+        raise UsageError(f"No weight of {name} has a width that is a multiple of {pattern.m}.", "pattern")
     offenders += [f"{key}: is not in the files" for key in sorted(parameters - seen - tied)]
     if original is not None:
         gone = sorted(key for key in set(original) - seen if key not in tied)
@@ -79,7 +78,7 @@ def check_sparsity(
     return counts, offenders
 
 
-def _layout(found: Checkpoint, model: PreTrainedModel, compared: bool) -> Layout:
+def _layout(found: Checkpoint, model: PreTrainedModel, targets: Iterable[str], compared: bool) -> Layout:
     coded = is_coded(found.config)
     if compared and (coded or found.is_rounded):
         raise UsageError(
@@ -87,7 +86,11 @@ def _layout(found: Checkpoint, model: PreTrainedModel, compared: bool) -> Layout
             "was made from, or leave `base` out.",
             "base",
         )
-    return Layout(coded_tensors(found) if coded else found.tensors, model)
+    layout = Layout(coded_tensors(found) if coded else found.tensors, model)
+    missing = sorted(set(targets) - set(layout.of_parameter))
+    if missing:
+        raise UsageError(f"{found.name} lacks {len(missing)} weights of its model, as {missing[0]}.", "model")
+    return layout
 
 
 def checked_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -120,10 +123,14 @@ def _parts(layout: Layout) -> Iterator[dict[str, Tensor]]:
 
 
 class _Original(Mapping[str, Tensor]):
-    """The base's tensors by the names of ``_parts``; those of the last group stay, as several are asked for."""
+    """The base's tensors by the names of ``_parts``; those of the last group stay, as several are asked for.
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    Args:
+        order: of channels, that the base was written in; its tensors are given as they were before.
+    """
+
+    def __init__(self, layout: Layout, order: ChannelOrder):
+        self.layout, self.back = layout, order.inverse()
         rest = [name for name in layout.tensors if name not in layout.of_stored]
         self.groups: dict[str, Group | None] = {**layout.of_parameter, **dict.fromkeys(rest)}
         self.last: tuple[Group | None, dict[str, Tensor]] = (None, {})
@@ -131,10 +138,10 @@ class _Original(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         group = self.groups[name]
         if group is None:
-            return self.layout.tensors[name].read()
+            return self.back.of(name, self.layout.tensors[name].read())
         if self.last[0] is not group:
             self.last = (group, self.layout.read(group))
-        return self.last[1][name]
+        return self.back.of(name, self.last[1][name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.groups)
@@ -149,7 +156,7 @@ def _original(base: str, revision: str | None, trust_remote_code: bool) -> Mappi
     if stored is None:  # a GGUF, whose tensors have other names and forms
         return dict(load_model(base).state_dict())
     model = empty_model(base, revision=revision, trust_remote_code=trust_remote_code)
-    return _Original(Layout(stored.tensors, model))
+    return _Original(Layout(stored.tensors, model), load_order(stored.folder / ORDER_FILE))
 
 
 def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, pattern: Pattern, counts: dict[str, int]) -> list[str]:

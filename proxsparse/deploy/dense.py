@@ -5,6 +5,7 @@ not pruned keeps its bits and its dtype. A model that has no such files (a GGUF,
 and its card says so.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,7 +34,7 @@ from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
 from proxsparse.model.quantised import without_quantisation
-from proxsparse.model.source import model_source
+from proxsparse.model.source import model_source, name_of
 from proxsparse.operator.pattern import Pattern
 from proxsparse.record import OWN, atomic_path, read_json, refuse_folder, write_json
 from proxsparse.text import check_windows
@@ -45,7 +46,7 @@ ANEW = (".index.json", "README.md", COMPACT_INDEX, TORCHAO_FILE, NOTES_FILE)
 
 
 def save_pruned(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | os.PathLike,
     mask: Mask,
     folder: Path | str,
     *,
@@ -82,6 +83,7 @@ def save_pruned(
         RunError: the base's files are missing or damaged, or compressed-tensors is not installed.
     """
     folder = Path(folder)
+    model = model if isinstance(model, PreTrainedModel) else name_of(model)
     _check_form(form, mask, quantize)
     refuse_folder(folder)
     mask = _with_rounding(mask, windows, quantize, model)

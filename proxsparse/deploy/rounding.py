@@ -17,6 +17,7 @@ from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.model.gram import GramStatistic, spread_of
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.walk import walk
 
 DAMPING = 0.01
@@ -41,14 +42,12 @@ def round_layers(model: PreTrainedModel, mask: Mask, windows: Tensor, settings: 
         RunError: a weight or all its inputs are not finite, or the inputs make no matrix that can be inverted.
     """
     scales: dict[str, Tensor] = {}
-    training = model.training
-    model.eval()
     targets = find_prunable(model, multiple=1)
-    for _, own, statistics in walk(model, targets, windows, GramStatistic, progress="rounding", unseen_are=UNSEEN):
-        for target in own:
-            kept = mask.tensors.get(target.name)
-            scales[target.name] = _round_one(target, kept, statistics[target.name], settings)
-    model.train(training)
+    with evaluation_mode(model):
+        for _, own, statistics in walk(model, targets, windows, GramStatistic, progress="rounding", unseen_are=UNSEEN):
+            for target in own:
+                kept = mask.tensors.get(target.name)
+                scales[target.name] = _round_one(target, kept, statistics[target.name], settings)
     return scales
 
 

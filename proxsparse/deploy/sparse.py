@@ -7,6 +7,7 @@ gains is shown by ``proxsparse bench``.
 
 import dataclasses
 import logging
+import os
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.compact import check_kind, pattern_of
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.source import name_of
 from proxsparse.operator.pattern import TWO_OF_FOUR
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ FIRST_ROWS = 256  # of each weight, which tell the pattern
 MEASURED = 8  # weights of a shape: of a large model, together more than a GPU's cache
 
 
-def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedModel:
+def load(folder: str | os.PathLike, *, sparse: bool = False, **options: Any) -> PreTrainedModel:
     """Load a pruned model, ready to generate.
 
     Args:
@@ -43,6 +45,7 @@ def load(folder: str, *, sparse: bool = False, **options: Any) -> PreTrainedMode
     Raises:
         UsageError, RunError: one sentence on what is missing.
     """
+    folder = name_of(folder)
     model = load_model(folder, **options).eval()
     if sparse and model.device.type == "cuda":
         use_semi_structured(model)

@@ -18,6 +18,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, doing
+from proxsparse.model.prunable import check_model
+from proxsparse.model.restoring import evaluation_mode
+from proxsparse.text import check_windows
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +81,11 @@ def perplexity(
         progress: label of a progress bar, or None for none.
 
     Raises:
+        UsageError: that is no model, or these are no windows of it.
         RunError: the model's output is not finite.
     """
+    check_model(model)
+    check_windows(windows, model.config)
     start = time.perf_counter()
     with doing(f"measuring the perplexity on {progress or f'{len(windows)} windows'}"):
         nll = _all_losses(model, windows, batch_size, progress)
@@ -101,14 +107,10 @@ def perplexity(
 
 def _all_losses(model: PreTrainedModel, windows: Tensor, batch_size: int | None, progress: str | None) -> Tensor:
     """Mean loss of every window, (n,) float64 on the CPU; the model's mode is as before when this ends."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         batches = windows.split(batch_size or fitting_batch_size(model, windows.shape[1]))
         shown = tqdm(batches, desc=progress, disable=None if progress else True, leave=False)
         return torch.cat([window_losses(model, batch.to(model.device)).double().cpu() for batch in shown])
-    finally:
-        model.train(training)
 
 
 def _exponential(value: float) -> float:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError
+from proxsparse.model.restoring import evaluation_mode
 
 # The seven tasks of the paper, by the harness's names: ARC-e, ARC-c, SIQA, HellaSwag, OBQA, PIQA, TruthfulQA.
 PAPER_TASKS = ("arc_easy", "arc_challenge", "social_iqa", "hellaswag", "openbookqa", "piqa", "truthfulqa_mc2")
@@ -43,10 +44,9 @@ def zero_shot(
         raise UsageError("Zero-shot tasks need the evaluation harness: pip install 'lm_eval>=0.4.9'.") from error
     manager = _known_tasks()
     chosen = [_described(task, manager.all_tasks) for task in tasks]
-    training = model.training
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             found: Any = lm_eval.simple_evaluate(
                 wrapped, tasks=chosen, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
             )
@@ -55,8 +55,6 @@ def zero_shot(
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(f"The data of {', '.join(tasks)} can't be loaded: {first}") from error
-    finally:
-        model.train(training)
     rows = {task: _metrics(values) for task, values in found["results"].items()}
     return {task: metrics for task, metrics in rows.items() if metrics}
 

@@ -3,26 +3,26 @@
 Each is asked before anything is computed, and answered in one sentence that names the setting.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import numbers
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import UsageError
 from proxsparse.learning import optim
 from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
+from proxsparse.model.prunable import check_model
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.text import check_windows
 
@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple] = {
     "permute": PERMUTE,
     "metric_for_best_model": (None, *(f"{start}{name}" for start in ("", "eval_") for name in MEASURED)),
     "dataset_text_field": ("text",),
+    "torch_compile_mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 _SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
@@ -55,6 +56,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": _POSITIVE,
     "learning_rate": _POSITIVE,
     "norm_samples": _COUNT,
+    "neftune_noise_alpha": _POSITIVE,
     "layer_rate": _NOT_NEGATIVE,
     "layer_steps": (lambda value: value >= 0, "at least 0"),
     "num_train_epochs": _POSITIVE,
@@ -173,8 +175,14 @@ def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = N
     Raises:
         UsageError: names the argument, what was found and what is accepted.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
+    check_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UsageError("The model is on the device meta, where it has no values: load it onto another one.", "model")
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UsageError(
+            f"`model` must be a causal language model, which predicts the next token; got {type(model).__name__}.",
+            "model",
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         found = type(tokenizer).__name__
         raise UsageError(f"`tokenizer` must be a tokenizer, as load_tokenizer returns it; got {found}.", "tokenizer")
@@ -203,7 +211,14 @@ def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:
             raise UsageError(f"`{name}` must be {some}{listed}; got {getattr(config, name)!r}.")
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in filter(fields.__contains__, RANGES):
-        _check_number(fields[name], getattr(config, name))
+        value = getattr(config, name)
+        _check_number(fields[name], value)
+        if isinstance(value, float) and fields[name].type in (int, "int"):
+            setattr(config, name, int(value))
+    for name, field in fields.items():
+        switch = field.type in (bool, "bool") and name != "include_num_input_tokens_seen"  # which takes words too
+        if switch and getattr(config, name) not in (True, False):
+            raise UsageError(f"`{name}` must be True or False; got {getattr(config, name)!r}.")
     refuse((*chain(*tables), *REFUSALS), config)
 
 
@@ -261,20 +276,3 @@ def require_packages(config: "TrainingConfig") -> None:
                 f"`{setting}={value}` needs the package {packages.split()[0]}, which is not installed here: "
                 f"install it, or {instead}."
             )
-
-
-@contextlib.contextmanager
-def settings_at_fault() -> Iterator[None]:
-    """What transformers and TRL raise while they read the settings of a run is an argument's fault.
-
-    Raises:
-        UsageError: with the beginning of theirs.
-    """
-    try:
-        yield
-    except (UsageError, RunError):
-        raise
-    except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__  # the reason may follow in other lines
-        said = said if len(said) <= 300 else said[:300].rsplit(" ", 1)[0] + " ..."
-        raise UsageError(f"{said.rstrip('.')}.") from error

@@ -9,8 +9,8 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from proxsparse.errors import UsageError
-from proxsparse.learning.checks import OF_MASKS, check_choices_of_transformers, check_values, settings_at_fault
+from proxsparse.errors import UsageError, settings_at_fault
+from proxsparse.learning.checks import OF_MASKS, check_choices_of_transformers, check_values
 from proxsparse.learning.objective import REFUSALS as OF_OBJECTIVES
 from proxsparse.learning.optim import REFUSALS as OF_OPTIMIZERS
 from proxsparse.model.channels import PERMUTE_HELP

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from proxsparse.errors import RunError, UsageError, doing
-from proxsparse.learning.checks import require_packages, settings_at_fault
+from proxsparse.errors import RunError, UsageError, doing, settings_at_fault
+from proxsparse.learning.checks import require_packages
 from proxsparse.learning.head import last_states
 from proxsparse.learning.objective import Objective, Share
 from proxsparse.learning.optim import own_optimizer
@@ -60,6 +60,12 @@ class DistillingTrainer(SFTTrainer):
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         with settings_at_fault():
             super().__init__(model, args, **kwargs)
+        samples, batch = len(self.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
+        if args.dataloader_drop_last and samples < batch:
+            raise UsageError(
+                f"`dataloader_drop_last=True` drops all of the {samples} samples, as a batch takes {batch}: leave it "
+                "out, or lower `per_device_train_batch_size`."
+            )
         complete_checkpoints(self, self._add_to_checkpoint)
 
     # The loss

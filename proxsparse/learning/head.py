@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxsparse.model.prunable import decoder_of
+from proxsparse.model.restoring import evaluation_mode
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -20,16 +21,13 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
-    training = model.training
-    model.eval()
     try:
         ids = torch.tensor([[1, 2]], device=model.device)
-        with torch.no_grad(), watched(model) as states:
+        with torch.no_grad(), evaluation_mode(model), watched(model) as states:
             logits = model(input_ids=ids, use_cache=False).logits
             same = len(states) == 1 and torch.equal(head(states[0]), logits)
     except Exception:  # whatever a model's own code does not expect
         same = False
-    model.train(training)
     return head if same else None
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from proxsparse.learning.copies import TakingTurns
 from proxsparse.learning.rounded import Adafactor
 from proxsparse.model.prunable import Prunable, decoder_blocks
+from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.walk import run_block
 from proxsparse.operator.rounding import noise_seed
 
@@ -155,13 +156,8 @@ class LayerSteps:
 
     def _compute(self, block: nn.Module, seen: Seen) -> Tensor:
         """Outputs of a layer for inputs of the dense model; dropout would hide what it computes."""
-        training = block.training
-        block.eval()
-        try:
-            with self.autocast():
-                return run_block(block, seen.states, seen.call, seen.states.device)
-        finally:
-            block.train(training)
+        with evaluation_mode(block), self.autocast():
+            return run_block(block, seen.states, seen.call, seen.states.device)
 
     def _differentiate(self, error: Tensor, own: list[Prunable]) -> None:
         """Give weights their gradients, and call none of the hooks by which others wait for these."""

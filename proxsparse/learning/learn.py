@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import UsageError
+from proxsparse.errors import UsageError, settings_at_fault
 from proxsparse.learning.checks import check_inputs
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.folder import WINDOWS, Run, described
@@ -87,7 +87,8 @@ def learn_mask(
     with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(model.device.type) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
-        config = ProxSparseConfig(method=method, max_length=windows.shape[1], **(defaults | settings))
+        with settings_at_fault():
+            config = ProxSparseConfig(**(defaults | settings), method=method, max_length=windows.shape[1])
         if is_sharded(config):
             raise UsageError(
                 "learn_mask gives the model back as it was, which FSDP's shards can't be: use ProxSparseTrainer, "

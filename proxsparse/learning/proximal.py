@@ -208,5 +208,6 @@ class ProximalStep:
         squares = self.total(torch.stack([rows.square().sum(), scores.square().sum()]))
         plain, scored = (squares / target.weight.numel()).sqrt().tolist()
         if not plain > 0 or not scored > 0:
-            raise UsageError(f"{target.name} is all zeros, so it has no scale. Leave it out with `exclude`.")
+            found = "has NaN entries" if plain != plain or scored != scored else "is zero, or nearly so"
+            raise UsageError(f"{target.name} {found}, so it has no scale. Leave it out with `exclude`.")
         return plain, scored

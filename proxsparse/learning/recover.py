@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
-from proxsparse.errors import UsageError
-from proxsparse.learning.checks import check_choices_of_transformers, check_inputs, check_values, settings_at_fault
+from proxsparse.errors import UsageError, settings_at_fault
+from proxsparse.learning.checks import check_choices_of_transformers, check_inputs, check_values
 from proxsparse.learning.config import TrainingConfig
 from proxsparse.learning.distilling import DistillingTrainer
 from proxsparse.learning.folder import DECISIVE as OF_TRAINING
@@ -249,7 +249,8 @@ def recover(
     with tempfile.TemporaryDirectory() as scratch:
         kept_nowhere: dict[str, Any] = {} if output_dir else {"save_strategy": "no"}
         defaults = defaults_on(kind) | kept_nowhere | {"output_dir": str(output_dir or scratch)}
-        config = RecoveryConfig(max_length=windows.shape[1], **(defaults | settings))
+        with settings_at_fault():
+            config = RecoveryConfig(**(defaults | settings), max_length=windows.shape[1])
         recall_order(dense)
         if is_pruned_by(mask, fit_mask(dense, mask)):
             raise UsageError(

@@ -57,10 +57,11 @@ class ProxSparseTrainer(DistillingTrainer):
     def __init__(
         self, model: PreTrainedModel, args: ProxSparseConfig, *, norms: dict[str, Tensor] | None = None, **kwargs: Any
     ):
-        if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
+        if (args.eval_strategy != "no" or args.eval_on_start) and kwargs.get("eval_dataset") is None:
+            asked = f"eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)}"
             raise UsageError(
-                f"`eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)}` needs samples to evaluate "
-                "on: give `eval_samples`, or leave it out."
+                f"`{'eval_on_start=True' if args.eval_on_start else asked}` needs samples to evaluate on: give "
+                "`eval_samples`, or leave it out."
             )
         self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude, args.wanted.m)
         if args.train_only_pruned:

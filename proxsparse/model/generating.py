@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from proxsparse.errors import UsageError
+from proxsparse.model.restoring import evaluation_mode
 
 TOKENS_AT_ONCE = 1 << 14  # sequences are written together up to this many tokens, which bounds the cache
 
@@ -35,18 +36,17 @@ def sample_tokens(model: PreTrainedModel, first: Tensor, length: int, seed: int)
             f"The {type(model).__name__} can't write text by itself: give another text than self.", "dataset"
         )
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
-    own, training = model.generation_config, model.training
+    own = model.generation_config
     kind, index = model.device.type, model.device.index or 0
     with torch.random.fork_rng([] if kind == "cpu" else [index], device_type="cuda" if kind == "cpu" else kind):
         torch.default_generator.manual_seed(seed)  # not manual_seed, which seeds every device there is
         if kind != "cpu":
             torch.get_device_module(kind).manual_seed(seed)
         model.generation_config = settings
-        model.eval()
         try:
             batches = first.to(model.device).split(max(1, TOKENS_AT_ONCE // length))
-            found = [generate(batch, attention_mask=torch.ones_like(batch)).cpu() for batch in batches]
+            with evaluation_mode(model):
+                found = [generate(batch, attention_mask=torch.ones_like(batch)).cpu() for batch in batches]
         finally:
             model.generation_config = own
-            model.train(training)
     return torch.cat(found)

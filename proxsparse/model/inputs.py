@@ -25,6 +25,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.model.linears import is_plain
 from proxsparse.model.products import Products
 from proxsparse.model.prunable import Prunable, decoder_of
+from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.sharding import reshard
 from proxsparse.record import atomic_path
 
@@ -154,15 +155,13 @@ def input_norms(
         name of the weight -> (I,) float32 on the CPU, (E, I) for stacked experts.
     """
     statistics = {target.name: NormStatistic(target) for target in targets}
-    training = model.training
-    model.eval()
     # FSDP2 gathers weights on the way through the whole model only; else the LM head can be left out.
     forward = model if isinstance(model, FSDPModule) else decoder_of(model)
-    with listen(targets, lambda target, expert, inputs: statistics[target.name].add(expert, inputs)) as seen:
+    add = lambda target, expert, inputs: statistics[target.name].add(expert, inputs)  # noqa: E731
+    with evaluation_mode(model), listen(targets, add) as seen:
         for window in tqdm(windows, desc=progress, disable=None if progress else True, leave=False):
             forward(input_ids=window[None].to(model.device), use_cache=False)
     reshard(model)
-    model.train(training)
     note_unseen([target for target in targets if target.name not in seen])
     return {name: statistic.norm().cpu() for name, statistic in statistics.items()}
 

@@ -9,6 +9,7 @@ Weights are read from safetensors or GGUF only, never from pickle files.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from proxsparse.model.hub import hub_file, hub_tensors
 from proxsparse.model.hub_errors import clear_errors, quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.quantised import KEYS, refuse_quantised
-from proxsparse.model.source import model_source, read_gguf
+from proxsparse.model.source import model_source, name_of, read_gguf
 from proxsparse.record import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,12 +60,16 @@ def resolve_device(device: str) -> str:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator.type if accelerator is not None else "cpu"
     try:
-        torch.empty(0, device=device)
+        found = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"`device` must be auto, cpu, or a device of this machine; got {device!r}.", "device"
-        ) from error
+        raise _no_device(device) from error
+    if found.is_meta:
+        raise _no_device(device)
     return device
+
+
+def _no_device(given: str) -> UsageError:
+    return UsageError(f"`device` must be auto, cpu, or a device of this machine; got {given!r}.", "device")
 
 
 def native_bf16(device: str) -> bool:
@@ -76,20 +81,21 @@ def native_bf16(device: str) -> bool:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Raises:
         UsageError, RunError: one sentence on what is missing.
     """
+    name = name_of(name)
     source, extra = model_source(name)
     with doing(f"loading the tokenizer of {name}"), clear_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike,
     *,
     dtype: torch.dtype | str = "auto",
     device: str | None = "cpu",
@@ -111,6 +117,7 @@ def load_model(
     Raises:
         UsageError, RunError: one sentence on what is missing, or how the weights are quantised.
     """
+    name = name_of(name)
     source, extra = model_source(name)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, quantised = _configuration(name, evaluating=evaluating, **hub)

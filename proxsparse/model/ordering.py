@@ -19,6 +19,7 @@ from proxsparse.errors import UsageError
 from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, order_of, put_into_order, save_order
 from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.wiring import Group, Wiring
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.prox import expand_scale
@@ -59,14 +60,17 @@ def order_channels(
     targets = find_prunable(model, multiple=1)
     norms = None if windows is None else input_norms(model, targets, windows[:norm_samples], progress="channels")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    orders = {kind: _order(groups, shapes, norms, pattern) for kind, groups in Wiring(model).groups.items()}
+    wired = Wiring(model).groups
+    orders = {kind: _order(groups, shapes, norms, pattern) for kind, groups in wired.items()}
     ids = model.dummy_inputs["input_ids"] if windows is None else windows[:1, :CHECKED]
     before = _logits(model, ids)
     chosen = ChannelOrder()
     for kind, order in orders.items():
         keep = f"the {CALLED[kind]} of {type(model).__name__} keep their order: "
         if not order:
-            _say(f"{keep}how they are wired is not known")
+            sizes = ", ".join(str(size) for size in sorted({group.size for group in wired[kind]}))
+            no_blocks = f"{sizes} of them can't be dealt into blocks of {pattern.m}"
+            _say(keep + (no_blocks if sizes else "how they are wired is not known"))
             continue
         order.apply(model)
         if _differs(before, _logits(model, ids)):
@@ -103,11 +107,8 @@ def _say(what: str) -> None:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    training = model.training
-    model.eval()
-    found = model(input_ids=ids.to(model.device), use_cache=False).logits
-    model.train(training)
-    return found
+    with evaluation_mode(model):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:

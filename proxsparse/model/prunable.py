@@ -8,6 +8,7 @@ experts of mixture models). Embeddings, the LM head, norms, biases, convolutions
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -123,6 +124,22 @@ def _listed(decoder: nn.Module) -> list[nn.Module]:
     return [member for layer in members for member in layer]
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no model of transformers, or has more than its own weights.
+
+    Raises:
+        UsageError: with what was found.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            "The model has adapters, which would be pruned next to its own weights: merge them (merge_and_unload of "
+            "peft), or take them off (delete_adapter).",
+            "model",
+        )
+
+
 def find_prunable(
     model: PreTrainedModel, include: str | None = None, exclude: str | None = None, multiple: int = 4
 ) -> list[Prunable]:
@@ -134,8 +151,10 @@ def find_prunable(
         multiple: the input dimension must be a multiple of this (the block length).
 
     Raises:
-        UsageError: a width is no multiple of ``multiple``, an expression is invalid, or nothing is left to prune.
+        UsageError: a width is no multiple of ``multiple``, an expression is invalid, or nothing is left to prune; see
+            also ``check_model``.
     """
+    check_model(model)
     wanted, unwanted = _expression("include", include), _expression("exclude", exclude)
     found: list[Prunable] = []
     for name, weight, index in layer_weights(model):
@@ -220,6 +239,8 @@ def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
 
 
 def _expression(argument: str, pattern: str | None) -> re.Pattern | None:
+    if pattern is not None and not isinstance(pattern, str):
+        raise UsageError(f"`{argument}` must be a regular expression; got {pattern!r}.", argument)
     try:
         return re.compile(pattern) if pattern else None
     except re.error as error:

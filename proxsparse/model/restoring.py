@@ -5,9 +5,22 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from proxsparse.model.channels import mark, order_of
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, a module and its parts are in evaluation mode; after it, each is in the mode that it was in."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
 
 
 @contextlib.contextmanager
@@ -16,6 +29,7 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
 
     Put back are the weights and the order of their channels, which of them need gradients, training or evaluation mode,
     the forward method (a trainer wraps it for mixed precision), activation checkpointing, and both configurations.
+    Gradients are computed inside, also where the caller has switched them off.
 
     Args:
         weights: False where the weights do not move; else a copy of them waits in host memory.
@@ -24,12 +38,14 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     forward = {name: value for name, value in vars(model).items() if name == "forward"}
     order = order_of(model)
-    training, checkpointing = model.training, model.is_activation_checkpointing
+    training = {part: part.training for part in model.modules()}
+    checkpointing = model.is_activation_checkpointing
     config = copy.deepcopy(vars(model.config))
     # A model of code of its own may have none.
     generation = copy.deepcopy({n: value for n, value in vars(model).items() if n == "generation_config"})
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's code is in
+            yield
     finally:
         vars(model.config).clear()
         vars(model.config).update(config)
@@ -39,7 +55,8 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
         model.__dict__.update(forward)
         if model.is_activation_checkpointing and not checkpointing:
             model.activation_checkpointing_disable()
-        model.train(training)
+        for part, mode in training.items():
+            part.training = mode
         if weights:
             mark(model, order)
         with torch.no_grad():

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -26,12 +27,24 @@ logger = logging.getLogger(__name__)
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def model_source(name: str) -> tuple[str, dict]:
+def name_of(given: str | os.PathLike, argument: str = "model") -> str:
+    """A name as text, also of a path.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"`{argument}` must be a name or a path; got {given!r}.", argument)
+    return str(os.fspath(given))
+
+
+def model_source(name: str | os.PathLike) -> tuple[str, dict]:
     """Where ``from_pretrained`` finds a model: (name or folder, extra arguments).
 
     Raises:
         UsageError: it is none of them; says what is there and what to give.
     """
+    name = name_of(name)
     if name == EMBEDDED:
         return str(embedded_checkpoint()), {}
     if not name.strip():

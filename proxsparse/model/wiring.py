@@ -91,7 +91,7 @@ class Wiring:
             attention = bool(ATTENTION.search(self.own_names[module]) or ATTENTION.search(type(module).__name__))
             linears = {n: m for n, m in module.named_children() if is_plain(m) and self._target(m) is not None}
             if attention and linears:
-                self._attention(linears)
+                self._attention(module, linears)
             elif linears:
                 self._mlp(module, linears)
             self._experts(module)
@@ -135,6 +135,8 @@ class Wiring:
             return
         last = stacks.pop(lasts[0])
         count, width = last.weight.shape[0], last.weight.shape[last.in_dim]
+        if any(first.weight.shape[0] != count for first in stacks.values()):
+            return  # some experts have one of the weights only
         group = Group(width, experts=count)
         for name, first in stacks.items():
             out_dim, places = 3 - first.in_dim, first.weight.shape[3 - first.in_dim]
@@ -157,7 +159,7 @@ class Wiring:
 
     # Attention
 
-    def _attention(self, linears: dict[str, nn.Module]) -> None:
+    def _attention(self, module: nn.Module, linears: dict[str, nn.Module]) -> None:
         last = next((m for name, m in linears.items() if OUTPUT.search(name) and _in_out(m)[1] == self.hidden), None)
         if last is None:
             return
@@ -167,10 +169,8 @@ class Wiring:
         for linear in rest.values():
             self._reads(linear)
         self._writes(last)
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None)
         inputs = _in_out(last)[0]
-        size = getattr(config, "head_dim", None) or (inputs // heads if heads else 0)
+        size = self._head_size(module, inputs)
         if not size or inputs % size or size % 4:
             return
         queries = inputs // size
@@ -181,6 +181,18 @@ class Wiring:
             copies = queries // len(found)
             places = torch.stack([(kv * copies + copy) * size + own for copy in range(copies)])
             self._add("heads", group, last, places)
+
+    def _head_size(self, module: nn.Module, inputs: int) -> int:
+        """0 where it is not known. Layers may have heads of different sizes, so the layer is asked first."""
+        own = getattr(module, "head_dim", None)
+        if isinstance(own, int):
+            return own
+        try:
+            config = self.model.config.get_text_config()
+            heads = getattr(config, "num_attention_heads", None)
+            return getattr(config, "head_dim", None) or (inputs // heads if heads else 0)
+        except RuntimeError:  # transformers, of a setting that differs from layer to layer
+            return 0
 
     def _values(self, linears: dict[str, nn.Module], queries: int, size: int) -> list[tuple[nn.Module, int]]:
         """For every key-value head: the projection that writes its values, and their first row there."""

@@ -34,6 +34,8 @@ class Pattern:
         Raises:
             UsageError: the text is no pattern, or the ratio contradicts it.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"The pattern must be text such as 2:4; got {text!r}.", "sparsity_type")
         if text == "unstructured":
             if not 0 < ratio < 1:
                 raise UsageError(

@@ -1,0 +1,182 @@
+"""What Python callers may mix up is one sentence; what they pass comes back as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from tiny_models import tiny_model
+from torch import nn
+from transformers import LlamaForSequenceClassification, LlamaModel, T5Config, T5ForConditionalGeneration
+
+import proxsparse
+from proxsparse.errors import UsageError
+from proxsparse.evaluation.perplexity import perplexity
+from proxsparse.mask import Mask, apply_mask, mask_of_pruned
+from proxsparse.model.inputs import input_norms
+from proxsparse.model.loading import load_model, load_tokenizer
+from proxsparse.model.ordering import order_channels
+from proxsparse.model.prunable import find_prunable
+from proxsparse.text import calibration_windows, evaluation_windows
+
+WINDOWS = torch.randint(1, 257, (4, 16), generator=torch.Generator().manual_seed(0))
+PLAIN = {"bf16": False, "layer_rate": 0.0}
+
+
+def learn(model, windows=WINDOWS, **settings):
+    return proxsparse.learn_mask(model, byte_tokenizer(), windows, **PLAIN | settings)
+
+
+def on_meta():
+    with torch.device("meta"):
+        return tiny_llama()
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (on_meta, "on the device meta"),
+        (lambda: LlamaModel(tiny_llama().config), "must be a causal language model.*got LlamaModel"),
+        (lambda: LlamaForSequenceClassification(tiny_llama().config), "got LlamaForSequenceClassification"),
+        (t5, "got T5ForConditionalGeneration"),
+        (lambda: nn.DataParallel(tiny_llama()), "as load_model returns it; got DataParallel"),
+        (with_adapters, "has adapters"),
+        (lambda: None, "got NoneType"),
+    ],
+)
+def test_what_is_no_language_model_is_refused(make, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        learn(make())
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [WINDOWS.float(), WINDOWS[:, :1], WINDOWS.to_sparse(), WINDOWS.to("meta"), WINDOWS.tolist(), WINDOWS[0], None],
+)
+def test_what_is_no_windows_is_refused(windows):
+    for use in (learn, perplexity):
+        with pytest.raises(UsageError, match="`windows` must be an int64 tensor of token ids"):
+            use(tiny_llama(), windows)
+    with pytest.raises(UsageError, match="has embeddings for 257 tokens"):
+        perplexity(tiny_llama(), WINDOWS + 257)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"masked_forward": "false"}, "`masked_forward` must be True or False; got 'false'"),
+        ({"optim_in_backward": "no"}, "`optim_in_backward` must be True or False; got 'no'"),
+        ({"pattern": None}, "pattern must be text such as 2:4; got None"),
+        ({"pattern": 5}, "pattern must be text such as 2:4; got 5"),
+        ({"include": 5}, "`include` must be a regular expression; got 5"),
+        ({"exclude": ["a"]}, r"`exclude` must be a regular expression; got \['a'\]"),
+        ({"batch_size": 2}, "unexpected keyword argument 'batch_size'"),
+        ({"max_length": 10}, "multiple values for keyword argument 'max_length'"),
+        ({"eval_on_start": True}, "`eval_on_start=True` needs samples to evaluate on"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 5}, "drops all of the 4 samples"),
+        ({"neftune_noise_alpha": -1.0}, "`neftune_noise_alpha` must be a finite number > 0; got -1.0"),
+        ({"torch_compile_mode": "foo"}, "`torch_compile_mode` must be one of default, .*; got 'foo'"),
+    ],
+)
+def test_a_setting_that_can_not_be_is_one_sentence(setting, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        learn(tiny_llama(), **setting)
+
+
+def test_a_whole_number_may_have_a_point():
+    mask = learn(tiny_llama(), gradient_accumulation_steps=2.0)
+    assert same(mask, learn(tiny_llama(), gradient_accumulation_steps=2))
+
+
+def test_gradients_are_computed_wherever_the_caller_is():
+    want = learn(tiny_llama(), layer_rate=2.0)
+    for switched_off in (torch.no_grad, torch.inference_mode):
+        model = tiny_llama()
+        with switched_off():
+            assert same(learn(model, layer_rate=2.0), want)
+
+
+def same(ours, theirs):
+    return all(torch.equal(kept, theirs.tensors[name]) for name, kept in ours.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        learn,
+        lambda model: learn(model, layer_rate=2.0),
+        lambda model: perplexity(model, WINDOWS),
+        lambda model: input_norms(model, find_prunable(model), WINDOWS),
+        lambda model: order_channels(model, WINDOWS),
+        lambda model: calibration_windows("self", byte_tokenizer(), 16, 2, 0, model),
+    ],
+)
+def test_every_part_of_a_model_stays_in_its_mode(use):
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    use(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_paths_are_names_too(checkpoint, corpus, mask, tmp_path):
+    model, tokenizer = load_model(Path(checkpoint)), load_tokenizer(Path(checkpoint))
+    assert model.config._name_or_path == checkpoint
+    windows = calibration_windows(Path(corpus), tokenizer, 16, 2, 0)
+    assert torch.equal(windows, calibration_windows(corpus, tokenizer, 16, 2, 0))
+    assert evaluation_windows(Path(corpus), tokenizer, 16).shape[1] == 16
+    mask = proxsparse.load_mask(mask)
+    proxsparse.save_pruned(Path(checkpoint), mask, tmp_path / "pruned")
+    assert mask_of_pruned(proxsparse.load(tmp_path / "pruned")).tensors.keys() == mask.tensors.keys()
+    for wrong in (None, 5):
+        with pytest.raises(UsageError, match=f"`model` must be a name or a path; got {wrong}"):
+            load_model(wrong)
+        with pytest.raises(UsageError, match=f"`dataset` must be a name or a path; got {wrong}"):
+            calibration_windows(wrong, tokenizer, 16, 2, 0)
+
+
+@pytest.mark.parametrize("change", [{"ctx_len": -1}, {"samples": 0}, {"samples": 1.5}, {"seed": None}])
+def test_a_number_of_the_text_that_can_not_be_is_named(change, corpus):
+    given = {"ctx_len": 16, "samples": 2, "seed": 0} | change
+    with pytest.raises(UsageError, match=f"`{next(iter(change))}` must be a whole number of at least"):
+        calibration_windows(corpus, byte_tokenizer(), **given)
+
+
+def test_a_mask_is_made_of_bools_and_goes_with_a_model():
+    for wrong in (torch.ones(4, 4), torch.ones(4, 4, dtype=torch.int64), [True]):
+        with pytest.raises(UsageError, match="A mask is made of bool tensors; got .* for x"):
+            Mask({"x": wrong})
+    assert Mask({}).density() == 0
+    for wrong in (None, "smollm2-135m", nn.DataParallel(tiny_llama())):
+        for use in (mask_of_pruned, lambda model: apply_mask(model, Mask({}))):
+            with pytest.raises(UsageError, match="`model` must be a model, as load_model returns it"):
+                use(wrong)
+
+
+def test_a_weight_without_a_scale_is_told_as_it_is():
+    for value, found in ((float("nan"), "has NaN entries"), (0.0, "is zero, or nearly so")):
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.fill_(value)
+        with pytest.raises(UsageError, match=f"layers.0.mlp.up_proj.weight {found}"):
+            proxsparse.learn_mask(model, byte_tokenizer(), WINDOWS, "paper", bf16=False)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "longcat_flash"])
+def test_what_differs_from_layer_to_layer_does_not_stop_an_order(kind):
+    model = tiny_model(kind).eval()
+    with torch.no_grad():
+        before = model(WINDOWS).logits
+        order_channels(model, WINDOWS)
+        torch.testing.assert_close(model(WINDOWS).logits, before, rtol=1e-3, atol=1e-5)
