@@ -1,6 +1,7 @@
 """Records of a run: files that appear whole or not at all, and the versions and commit that explain a number."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -10,14 +11,21 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from proxsparse.errors import RunError, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # Marks folders that may be replaced by a newer export. In a checkpoint it says where mask and weights come from.
 OWN, FILES = ".written-by-proxsparse", "files"  # in a folder that was written, with the names of its files
+HELD = ".held"  # in a temporary folder, locked by the process that writes there
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
 
 
@@ -25,13 +33,18 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingfa
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary file or folder next to ``path``, renamed to ``path`` when the block ends without an error.
 
+    What processes left behind that were killed while they wrote to the same path is deleted first.
+
     Raises:
         UsageError: a file would replace a folder, or a folder would replace one that holds files of the user.
     """
     path = Path(os.path.realpath(path))
     refuse_to_overwrite(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_left_behind(path)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    held = (scratch / HELD).open("w")
+    _lock(held)
     try:
         inner = scratch / path.name
         yield inner
@@ -46,7 +59,26 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         else:
             os.replace(inner, path)
     finally:
+        held.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lock(file: IO) -> bool:
+    """Lock a file until the process ends or closes it; False where another one has it, or nobody can."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (AttributeError, OSError):  # no such locks in this system, or in this file system
+        return False
+    return True
+
+
+def _delete_left_behind(path: Path) -> None:
+    """Delete temporary folders of a path whose process is gone."""
+    for held in path.parent.glob(f".{glob.escape(path.name)}.*/{HELD}"):
+        with contextlib.suppress(OSError), held.open("r+") as file:
+            # One that was made just now may not be locked yet.
+            if time.time() - held.stat().st_mtime > 60 and _lock(file):
+                shutil.rmtree(held.parent, ignore_errors=True)
 
 
 def _names(folder: Path) -> list[str]:

@@ -224,7 +224,6 @@ def evaluation_windows(
         UsageError: the text is too short for one window, ``limit`` is below 1, or ``bos`` is True and the tokenizer has
             no BOS token.
     """
-    name = name_of(name, "dataset")
     if limit is not None and limit < 1:
         raise UsageError(f"`limit` must be at least 1, or None for all windows; got {limit}.", "limit")
     if bos and tokenizer.bos_token_id is None:
@@ -240,7 +239,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _windows(name: str, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str, bos: bool) -> Tensor:
+def _windows(name: Any, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split: str, bos: bool) -> Tensor:
     """All evaluation windows of a text, (n, ctx_len), or (n, ctx_len - 1) without special tokens where BOS follows."""
     documents = load_documents(name, split)
     options, size = ({"add_special_tokens": False}, ctx_len - 1) if bos else ({}, ctx_len)
@@ -281,9 +280,7 @@ def check_windows(windows: Any, config, name: str = "windows") -> None:
     """
     plain = torch.is_tensor(windows) and windows.layout == torch.strided and not windows.is_meta
     if not plain or windows.dtype not in INTEGERS or windows.dim() != 2 or not windows.numel() or windows.shape[1] < 2:
-        found = "a tensor without plain values" if torch.is_tensor(windows) else type(windows).__name__
-        if plain:
-            found = f"{windows.dtype} of shape {tuple(windows.shape)}"
+        found = f"{windows.dtype} of shape {tuple(windows.shape)}" if plain else type(windows).__name__
         raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T >= 2); got {found}.", name)
     check_tokens(windows, config, name)
 

@@ -13,6 +13,7 @@ import pytest
 from proxsparse import resume
 from proxsparse.__main__ import main as console
 from proxsparse.errors import RunError, UsageError
+from proxsparse.record import atomic_path
 from proxsparse.resume import (
     RUN_FILE,
     CompleteCheckpoints,
@@ -258,3 +259,22 @@ def test_checksums_of_several_files_are_made_at_the_same_time(run, monkeypatch):
 
     monkeypatch.setattr(resume, "_sha256", wait_for_the_other)
     assert fault(run / "checkpoint-6") is None
+
+
+def test_what_a_killed_process_left_behind_goes_when_the_same_is_written_again(tmp_path):
+    program = "import os, signal, sys, proxsparse.record as r\nwith r.atomic_path(sys.argv[1]) as scratch:\n"
+    program += "    scratch.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    for name in ("x", "y"):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)])
+    left = sorted(path.name[:3] for path in tmp_path.iterdir())
+    assert left == [".x.", ".y."]
+    for held in tmp_path.glob(".*/.held"):
+        os.utime(held, (0, 0))
+    with atomic_path(tmp_path / "y") as other:
+        os.utime(other.parent / ".held", (0, 0))
+        with atomic_path(tmp_path / "y") as scratch:  # another writer: what it has under way stays
+            scratch.write_text("whole")
+        assert other.parent.is_dir()
+        other.write_text("whole too")
+    assert sorted(path.name[:3] for path in tmp_path.iterdir()) == [".x.", "y"]
+    assert (tmp_path / "y").read_text() == "whole too"

@@ -94,13 +94,9 @@ def learn_mask(
                 "learn_mask gives the model back as it was, which FSDP's shards can't be: use ProxSparseTrainer, "
                 "or end-to-end/main.py."
             )
-        data: dict[str, Any] = {"model": str(model.config._name_or_path), "dataset": WINDOWS}
-        data |= {
-            "weights": weight_sum(model),
-            "samples": len(windows),
-            "ctx_len": windows.shape[1],
-            "batch_size": config.per_device_train_batch_size,
-        }
+        model_name, batch_size = str(model.config._name_or_path), config.per_device_train_batch_size
+        data: dict[str, Any] = {"model": model_name, "dataset": WINDOWS, "weights": weight_sum(model)}
+        data |= {"samples": len(windows), "ctx_len": windows.shape[1], "batch_size": batch_size}
         run = Run(str(config.output_dir))
         settled = described(data | {"text": digest(windows)}, config)
         run.refuse_another(settled)
