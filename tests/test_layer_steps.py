@@ -20,12 +20,12 @@ from proxsparse.model.prunable import find_prunable
 IDS = torch.tensor(data(1)["input_ids"][:])
 
 
-def stepped(model, steps=1, rate=0.02, **arguments):
+def stepped(model, steps=1, rate=0.02, span=1, **arguments):
     """Errors of as many steps on one window, after which the model holds the learned weights; and its targets."""
     targets = find_prunable(model)
     rates = {id(target.weight): rate for target in targets}
     paces = iter(Pace(rates, step) for step in range(steps))
-    layers = LayerSteps(model, targets, config("unused"), lambda: next(paces))
+    layers = LayerSteps(model, targets, config("unused", layer_span=span), lambda: next(paces))
     turns = TakingTurns(model, targets, OriginalWeights(targets, "device"), None)
     errors = []
     for _ in range(steps):
@@ -39,16 +39,18 @@ def stepped(model, steps=1, rate=0.02, **arguments):
     return errors, layers
 
 
-def layer_errors(dense, model):
-    """Of every layer of a model that is pruned by magnitude, as the module says; each given the dense one's inputs."""
+def span_errors(dense, model, spans):
+    """Of spans of layers of a model that is pruned by magnitude, as the module says; each given dense inputs."""
     with torch.no_grad():
         states = dense(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states
     rotary = model.model.rotary_emb(states[0], torch.arange(IDS.shape[1])[None])
-    for index, (layer, whole) in enumerate(zip(model.model.layers, dense.model.layers, strict=True)):
-        with torch.no_grad():  # the last hidden state is normed, so the layer is run
-            wanted = whole(states[index], position_embeddings=rotary)
-        made = layer(states[index], position_embeddings=rotary)
-        yield (made - wanted).square().sum() / (wanted - states[index]).square().sum()
+    for span in spans:
+        made = wanted = states[span[0]]
+        for index in span:
+            with torch.no_grad():  # the last hidden state is normed, so the layers are run
+                wanted = dense.model.layers[index](wanted, position_embeddings=rotary)
+            made = model.model.layers[index](made, position_embeddings=rotary)
+        yield (made - wanted).square().sum() / (wanted - states[span[0]]).square().sum()
 
 
 def pruned(dense):
@@ -60,26 +62,44 @@ def pruned(dense):
     return model
 
 
-def test_a_step_is_adafactors_on_the_error_of_each_layer_under_its_mask():
-    dense, learning = tiny_llama(), tiny_llama()
+@pytest.mark.parametrize(
+    ("span", "spans"), [(1, [[0], [1], [2]]), (2, [[0, 1], [2]]), (3, [[0, 1, 2]]), (9, [[0, 1, 2]])]
+)
+def test_a_step_is_adafactors_on_the_error_of_each_span_of_layers_under_its_mask(span, spans):
+    dense, learning = tiny_llama(num_hidden_layers=3), tiny_llama(num_hidden_layers=3)
     masked = pruned(dense)
-    expected = list(layer_errors(dense, masked))
+    expected = list(span_errors(dense, masked, spans))
     sum(expected).backward()
     wanted = copy.deepcopy(dense)
     names = [target.name for target in find_prunable(wanted)]
     for name in names:
         wanted.get_parameter(name).grad = masked.get_parameter(name).grad
     Adafactor([wanted.get_parameter(name) for name in names], lr=0.02).step()
-    (error,), _ = stepped(learning)
+    (error,), _ = stepped(learning, span=span)
     assert error == pytest.approx(sum(expected).item() / len(expected), rel=1e-4)
     for name, weight in learning.named_parameters():
         torch.testing.assert_close(weight, wanted.get_parameter(name), rtol=1e-4, atol=1e-5)
         assert torch.equal(weight, dense.get_parameter(name)) == (name not in names)
 
 
-def test_layers_come_closer_to_the_dense_ones():
-    errors, _ = stepped(tiny_llama(), steps=12)
+@pytest.mark.parametrize("span", [1, 2])
+def test_layers_come_closer_to_the_dense_ones(span):
+    errors, _ = stepped(tiny_llama(), steps=12, span=span)
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_spans_shift_from_step_to_step_and_end_where_layers_are_left_out():
+    _, layers = stepped(tiny_llama(num_hidden_layers=7), span=3)
+
+    def spans(step, without=()):
+        layers._seen = dict.fromkeys(index for index in layers.own if index not in without)
+        return list(layers._spans(step))
+
+    assert spans(0) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert spans(1) == [[0, 1], [2, 3, 4], [5, 6]]
+    assert spans(2) == [[0], [1, 2, 3], [4, 5, 6]]
+    assert spans(3) == spans(0)
+    assert spans(0, without=[1]) == [[0], [2], [3, 4, 5], [6]]
 
 
 def test_gradients_of_the_run_are_still_there_after_a_step_and_no_other_is():
@@ -217,14 +237,14 @@ def test_an_error_that_is_not_finite_stops_the_run(tmp_path, tokenizer):
 def test_noise_of_bfloat16_weights_differs_by_step_and_micro_batch(tmp_path, tokenizer):
     seeds = []
     model = tiny_llama().to(torch.bfloat16)
-    runs = trainer(tmp_path, tokenizer, model, gradient_accumulation_steps=2)
-    step_layer = runs.objective.layers._step_layer
+    runs = trainer(tmp_path, tokenizer, model, gradient_accumulation_steps=2, layer_span=1)
+    step_span = runs.objective.layers._step_span
 
     def watched(*arguments):
         seeds.append(arguments[-1])
-        return step_layer(*arguments)
+        return step_span(*arguments)
 
-    runs.objective.layers._step_layer = watched
+    runs.objective.layers._step_span = watched
     runs.train()
     assert len(set(seeds)) == len(seeds) == 12
 

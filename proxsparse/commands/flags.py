@@ -192,7 +192,7 @@ GROUPS = {
     ],
     "method": [
         "method", "pattern", "permute", "score", "masked_forward", "distill", "temperature", "layer_rate",
-        "layer_steps", "relative", "train_only_pruned", "include", "exclude", "norm_samples",
+        "layer_steps", "layer_span", "relative", "train_only_pruned", "include", "exclude", "norm_samples",
     ],
     "regulariser": [
         "lambda_value", "target_share", "lambda_ramp", "project_lambda2", "lambda2_value", "epsilon",

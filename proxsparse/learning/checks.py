@@ -59,6 +59,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "neftune_noise_alpha": _POSITIVE,
     "layer_rate": _NOT_NEGATIVE,
     "layer_steps": (lambda value: value >= 0, "at least 0"),
+    "layer_span": _COUNT,
     "num_train_epochs": _POSITIVE,
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for all samples"),
     "gradient_accumulation_steps": _COUNT,

@@ -53,7 +53,7 @@ DECISIVE = (
 # A run that ran out of memory goes on with others of these.
 UNDECIDED = ("keep_base", "offload_learned", "logging_steps", "save_total_limit", "per_device_eval_batch_size")
 # Of runs made before these were settings.
-EARLIER = {"pattern": "2:4", "permute": "none", "layer_rate": 0.0, "layer_steps": 100}
+EARLIER = {"pattern": "2:4", "permute": "none", "layer_rate": 0.0, "layer_steps": 100, "layer_span": 1}
 PROVENANCE = ("method", "lambda_value", "score", "dataset", "samples", "ctx_len", "seed")  # kept in a mask file
 
 
@@ -297,8 +297,12 @@ def locate(folder: Path | str) -> tuple[Path, Run]:
 
 
 def described(data: dict[str, Any], config: "ProxSparseConfig") -> dict[str, Any]:
-    """Settings of a run as run.json holds them: what it learns from, and every field of its configuration."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    """Settings of a run as run.json holds them: what it learns from, and every field of its configuration.
+
+    Fields of layer-wise steps are left out where there are none.
+    """
+    without = () if config.layer_rate else ("layer_steps", "layer_span")
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init and f.name not in without}
     return json.loads(json.dumps(data | fields, default=str))
 
 

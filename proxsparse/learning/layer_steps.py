@@ -1,14 +1,14 @@
-"""Layer-wise steps: before the first steps of a run, each layer learns by itself to compute what the dense one does.
+"""Layer-wise steps: before the first steps of a run, layers learn by themselves to compute what the dense ones do.
 
 The loss has one number per token, and the weights of all layers learn from it together. The dense model says more: it
-also has the outputs of all its layers. So each layer under its mask gets the inputs that it has in the dense model, and
-learns to return the dense layer's outputs. The same text teaches more this way, because every entry of an output is a
-target. A layer-wise step takes one forward and one backward pass through the layers. It does not see the errors of the
-layers before; the run's own loss does. So layer-wise steps teach fast, and later they stand in the way of the loss.
-Only the first steps of a run have them (``layer_steps``).
+also has the outputs of all its layers. So a few neighbouring layers under their masks (``layer_span``) get the inputs
+that they have in the dense model, and learn to return the dense layers' outputs. The same text teaches more this way,
+because every entry of an output is a target. A layer-wise step takes one forward and one backward pass through the
+layers. It does not see the errors of the layers before; the run's own loss does. So layer-wise steps teach fast, and
+later they stand in the way of the loss. Only the first steps of a run have them (``layer_steps``).
 
-A step follows Adafactor's update of its own gradient (arXiv 1804.04235). Nothing is kept from step to step, and only
-one layer has gradients at a time.
+Which layers are neighbours shifts from step to step. A step follows Adafactor's update of its own gradient (arXiv
+1804.04235). Nothing is kept from step to step, and only one span of layers has gradients at a time.
 
 Shapes: B = batch, T = ctx_len, H = hidden size.
 """
@@ -127,24 +127,37 @@ class LayerSteps:
         """Move the learned weights of every layer once, while the parameters hold masked ones; they hold learned after.
 
         Returns:
-            The squared error of a window's outputs, relative to the square of what the dense layer adds to its inputs;
-            the mean over windows and layers.
+            The squared error of a window's outputs, relative to the square of what the dense layers add to their
+            inputs; the mean over windows and spans of layers.
         """
         rates, step = pace
         self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
         seed = noise_seed(self.args.seed + 2, *self._at)
         errors = []
-        while self._seen:
-            index = next(iter(self._seen))
-            seen = self._seen.pop(index)[0]  # which is large
-            errors.append(self._step_layer(index, seen, turns, rates, noise_seed(seed, index, 0)))
+        for span in list(self._spans(step)):
+            seen = [self._seen.pop(index)[0] for index in span]  # which are large
+            errors.append(self._step_span(span, seen, turns, rates, noise_seed(seed, span[0], 0)))
         return torch.stack(errors).mean()
 
-    def _step_layer(self, index: int, seen: Seen, turns: TakingTurns, rates: Mapping[int, float], seed: int) -> Tensor:
-        block, own = self.blocks[index], self.own[index]
-        with _gradients_aside(block):
-            made, wanted = self._compute(block, seen), seen.outputs.float()
-            off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen.states))
+    def _spans(self, step: int) -> Iterator[list[int]]:
+        """Neighbouring layers that learn together; where they begin shifts from step to step."""
+        span: list[int] = []
+        for index in sorted(self._seen):
+            if span and (span[-1] + 1 != index or (index + step) % self.args.layer_span == 0):
+                yield span
+                span = []
+            span.append(index)
+        yield span
+
+    def _step_span(
+        self, span: list[int], seen: list[Seen], turns: TakingTurns, rates: Mapping[int, float], seed: int
+    ) -> Tensor:
+        own = [target for index in span for target in self.own[index]]
+        with _gradients_aside([self.blocks[index] for index in span]):
+            made, wanted = seen[0].states, seen[-1].outputs.float()
+            for index, call in zip(span, seen, strict=True):
+                made = self._compute(self.blocks[index], call._replace(states=made))
+            off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen[0].states))
             error = (off / added.clamp_min(TINY)).mean()
             # Adafactor takes gradients of any scale, and float16 can hold those of this one.
             self._differentiate(error * made.numel() ** 0.5, own)
@@ -220,9 +233,9 @@ class LayerSteps:
 
 
 @contextlib.contextmanager
-def _gradients_aside(block: nn.Module) -> Iterator[None]:
-    """Inside, a layer has no gradients yet; those that it had are back afterwards."""
-    kept = [(parameter, parameter.grad) for parameter in block.parameters()]
+def _gradients_aside(blocks: list[nn.Module]) -> Iterator[None]:
+    """Inside, layers have no gradients yet; those that they had are back afterwards."""
+    kept = [(parameter, parameter.grad) for block in blocks for parameter in block.parameters()]
     for parameter, _ in kept:
         parameter.grad = None
     try:

@@ -274,8 +274,9 @@ def _worst(
     if config.bf16 or config.fp16:
         logits *= 2  # accelerate hands the model's outputs on in float32
     activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
-    # A layer-wise step: what the dense model gave every layer, its logits, and one layer at work.
-    stepping = sizes.states + logits + sizes.layer + of_layer if config.layer_rate else 0.0
+    # A layer-wise step: what the dense model gave every layer, its logits, and the layers at work.
+    working = config.layer_span * (sizes.layer + of_layer)
+    stepping = sizes.states + logits + working if config.layer_rate else 0.0
     if config.gradient_accumulation_steps > 1:
         return gradients + max(activations + logits, stepping)
     # Activations are freed while gradients appear, so the worst moment has the larger of the two: at the end of the
