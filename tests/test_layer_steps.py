@@ -39,18 +39,18 @@ def stepped(model, steps=1, rate=0.02, span=1, **arguments):
     return errors, layers
 
 
-def span_errors(dense, model, spans):
-    """Of spans of layers of a model that is pruned by magnitude, as the module says; each given dense inputs."""
+def layer_errors(dense, model, spans):
+    """Of every layer of a model that is pruned by magnitude, as the module says; spans are given dense inputs."""
     with torch.no_grad():
         states = dense(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states
     rotary = model.model.rotary_emb(states[0], torch.arange(IDS.shape[1])[None])
     for span in spans:
-        made = wanted = states[span[0]]
+        made = states[span[0]]
         for index in span:
-            with torch.no_grad():  # the last hidden state is normed, so the layers are run
-                wanted = dense.model.layers[index](wanted, position_embeddings=rotary)
+            with torch.no_grad():  # the last hidden state is normed, so the layer is run
+                wanted = dense.model.layers[index](states[index], position_embeddings=rotary)
             made = model.model.layers[index](made, position_embeddings=rotary)
-        yield (made - wanted).square().sum() / (wanted - states[span[0]]).square().sum()
+            yield (made - wanted).square().sum() / (wanted - states[index]).square().sum()
 
 
 def pruned(dense):
@@ -68,7 +68,7 @@ def pruned(dense):
 def test_a_step_is_adafactors_on_the_error_of_each_span_of_layers_under_its_mask(span, spans):
     dense, learning = tiny_llama(num_hidden_layers=3), tiny_llama(num_hidden_layers=3)
     masked = pruned(dense)
-    expected = list(span_errors(dense, masked, spans))
+    expected = list(layer_errors(dense, masked, spans))
     sum(expected).backward()
     wanted = copy.deepcopy(dense)
     names = [target.name for target in find_prunable(wanted)]

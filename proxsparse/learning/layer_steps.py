@@ -127,8 +127,8 @@ class LayerSteps:
         """Move the learned weights of every layer once, while the parameters hold masked ones; they hold learned after.
 
         Returns:
-            The squared error of a window's outputs, relative to the square of what the dense layers add to their
-            inputs; the mean over windows and spans of layers.
+            The squared error of a window's outputs, relative to the square of what the dense layer adds to its inputs;
+            the mean over windows and layers.
         """
         rates, step = pace
         self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
@@ -137,7 +137,7 @@ class LayerSteps:
         for span in list(self._spans(step)):
             seen = [self._seen.pop(index)[0] for index in span]  # which are large
             errors.append(self._step_span(span, seen, turns, rates, noise_seed(seed, span[0], 0)))
-        return torch.stack(errors).mean()
+        return torch.cat(errors).mean()
 
     def _spans(self, step: int) -> Iterator[list[int]]:
         """Neighbouring layers that learn together; where they begin shifts from step to step."""
@@ -152,15 +152,15 @@ class LayerSteps:
     def _step_span(
         self, span: list[int], seen: list[Seen], turns: TakingTurns, rates: Mapping[int, float], seed: int
     ) -> Tensor:
-        own = [target for index in span for target in self.own[index]]
+        own, made, errors = [target for index in span for target in self.own[index]], seen[0].states, []
         with _gradients_aside([self.blocks[index] for index in span]):
-            made, wanted = seen[0].states, seen[-1].outputs.float()
             for index, call in zip(span, seen, strict=True):
-                made = self._compute(self.blocks[index], call._replace(states=made))
-            off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, seen[0].states))
-            error = (off / added.clamp_min(TINY)).mean()
+                made, wanted = self._compute(self.blocks[index], call._replace(states=made)), call.outputs.float()
+                off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, call.states))
+                errors.append((off / added.clamp_min(TINY)).mean())
+            error = torch.stack(errors)
             # Adafactor takes gradients of any scale, and float16 can hold those of this one.
-            self._differentiate(error * made.numel() ** 0.5, own)
+            self._differentiate(error.sum() * made.numel() ** 0.5, own)
             for target in own:
                 turns.put_learned_of(target)
             groups = [{"params": [target.weight], "lr": rates[id(target.weight)]} for target in own]
