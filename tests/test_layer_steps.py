@@ -20,12 +20,12 @@ from proxsparse.model.prunable import find_prunable
 IDS = torch.tensor(data(1)["input_ids"][:])
 
 
-def stepped(model, steps=1, rate=0.02, span=1, **arguments):
+def stepped(model, steps=1, rate=0.02, settings=None, **arguments):
     """Errors of as many steps on one window, after which the model holds the learned weights; and its targets."""
     targets = find_prunable(model)
     rates = {id(target.weight): rate for target in targets}
     paces = iter(Pace(rates, step) for step in range(steps))
-    layers = LayerSteps(model, targets, config("unused", layer_span=span), lambda: next(paces))
+    layers = LayerSteps(model, targets, config("unused", **{"layer_span": 1} | (settings or {})), lambda: next(paces))
     turns = TakingTurns(model, targets, OriginalWeights(targets, "device"), None)
     errors = []
     for _ in range(steps):
@@ -75,7 +75,7 @@ def test_a_step_is_adafactors_on_the_error_of_each_span_of_layers_under_its_mask
     for name in names:
         wanted.get_parameter(name).grad = masked.get_parameter(name).grad
     Adafactor([wanted.get_parameter(name) for name in names], lr=0.02).step()
-    (error,), _ = stepped(learning, span=span)
+    (error,), _ = stepped(learning, settings={"layer_span": span})
     assert error == pytest.approx(sum(expected).item() / len(expected), rel=1e-4)
     for name, weight in learning.named_parameters():
         torch.testing.assert_close(weight, wanted.get_parameter(name), rtol=1e-4, atol=1e-5)
@@ -84,12 +84,12 @@ def test_a_step_is_adafactors_on_the_error_of_each_span_of_layers_under_its_mask
 
 @pytest.mark.parametrize("span", [1, 2])
 def test_layers_come_closer_to_the_dense_ones(span):
-    errors, _ = stepped(tiny_llama(), steps=12, span=span)
+    errors, _ = stepped(tiny_llama(), steps=12, settings={"layer_span": span})
     assert errors[-1] < 0.9 * errors[0]
 
 
 def test_spans_shift_from_step_to_step_and_end_where_layers_are_left_out():
-    _, layers = stepped(tiny_llama(num_hidden_layers=7), span=3)
+    _, layers = stepped(tiny_llama(num_hidden_layers=7), settings={"layer_span": 3})
 
     def spans(step, without=()):
         layers._seen = dict.fromkeys(index for index in layers.own if index not in without)
@@ -100,6 +100,17 @@ def test_spans_shift_from_step_to_step_and_end_where_layers_are_left_out():
     assert spans(2) == [[0], [1, 2, 3], [4, 5, 6]]
     assert spans(3) == spans(0)
     assert spans(0, without=[1]) == [[0], [2], [3, 4, 5], [6]]
+
+
+def test_activations_that_are_computed_again_change_nothing():
+    models, kept = [tiny_llama(), tiny_llama()], []
+    for model, again in zip(models, (False, True), strict=True):
+        runs = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        stepped(model, settings={"layer_span": 2, "activation_checkpointing": again})
+        kept.append(len(runs))
+    assert kept[1] == kept[0] + 1  # and in the backward pass
+    assert all(torch.equal(p, models[1].get_parameter(name)) for name, p in models[0].named_parameters())
 
 
 def test_gradients_of_the_run_are_still_there_after_a_step_and_no_other_is():

@@ -15,6 +15,7 @@ Shapes: B = batch, T = ctx_len, H = hidden size.
 
 import contextlib
 import copy
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -24,6 +25,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from proxsparse.learning.copies import TakingTurns
@@ -153,9 +155,12 @@ class LayerSteps:
         self, span: list[int], seen: list[Seen], turns: TakingTurns, rates: Mapping[int, float], seed: int
     ) -> Tensor:
         own, made, errors = [target for index in span for target in self.own[index]], seen[0].states, []
+        compute: Callable[..., Tensor] = self._compute
+        if recomputed(self.args, self.sharded):
+            compute = functools.partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
         with _gradients_aside([self.blocks[index] for index in span]):
             for index, call in zip(span, seen, strict=True):
-                made, wanted = self._compute(self.blocks[index], call._replace(states=made)), call.outputs.float()
+                made, wanted = compute(self.blocks[index], call._replace(states=made)), call.outputs.float()
                 off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, call.states))
                 errors.append((off / added.clamp_min(TINY)).mean())
             error = torch.stack(errors)
@@ -230,6 +235,11 @@ class LayerSteps:
         most = 1e-2 * (seen.outputs - seen.states).norm() + 0.1 * torch.finfo(again.dtype).eps * seen.outputs.norm()
         same = again.shape == seen.outputs.shape and bool((again - seen.outputs).norm() <= most)
         return "" if same else "reads what another one leaves behind"
+
+
+def recomputed(args: Any, sharded: bool) -> bool:
+    """Whether the layers of a span are computed again in the backward pass, so that one's activations are kept."""
+    return args.activation_checkpointing and args.layer_span > 1 and not sharded
 
 
 @contextlib.contextmanager

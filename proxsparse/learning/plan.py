@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from proxsparse.learning.config import ProxSparseConfig
+from proxsparse.learning.layer_steps import recomputed
 from proxsparse.learning.objective import Objective
 from proxsparse.learning.optim import cost_of
 from proxsparse.model.hub_errors import clear_errors
@@ -145,7 +146,7 @@ def plan_learning(
         "optimizer states": sizes.trainable * cost.states / parts_of,
         "copies of W0 and of learned weights": sizes.prunable * (wide * copies + masks / 8) / parts_of,
         "gradients or activations": _worst(
-            gradients, sizes.block * wide / parts_of, sizes, config, batch_size, in_pieces
+            gradients, sizes.block * wide / parts_of, sizes, config, batch_size, in_pieces, sharded
         ),
         "working memory": PROCESS_BYTES + 4 * sizes.largest * cost.copies / parts_of + (0 if on_cpu else GPU_BYTES),
     }
@@ -166,6 +167,7 @@ class _Sizes:
 
     Attributes:
         largest: entries of the largest trained weight.
+        layers: number of layers.
         block: weights of the largest layer.
         ends: embeddings and LM head.
         activations: bytes between forward and backward pass.
@@ -180,6 +182,7 @@ class _Sizes:
     trainable: int
     prunable: int
     largest: int
+    layers: int
     block: int
     ends: int
     activations: float = 0.0
@@ -252,6 +255,7 @@ def _counts(model: PreTrainedModel, config: ProxSparseConfig) -> _Sizes:
         prunable if config.train_only_pruned else parameters,
         prunable,
         largest=max(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=len(decoder_blocks(model)),
         block=max(sum(p.numel() for p in b.parameters()) for b in decoder_blocks(model)),
         ends=sum({id(m.weight): m.weight.numel() for m in _ends(model)}.values()),
     )
@@ -262,7 +266,13 @@ def _ends(model: PreTrainedModel) -> list:
 
 
 def _worst(
-    gradients: float, of_layer: float, sizes: _Sizes, config: ProxSparseConfig, batch_size: int, in_pieces: bool
+    gradients: float,
+    of_layer: float,
+    sizes: _Sizes,
+    config: ProxSparseConfig,
+    batch_size: int,
+    in_pieces: bool,
+    sharded: bool,
 ) -> float:
     """Bytes of gradients and activations where they are most together.
 
@@ -275,8 +285,9 @@ def _worst(
         logits *= 2  # accelerate hands the model's outputs on in float32
     activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
     # A layer-wise step: what the dense model gave every layer, its logits, and the layers at work.
-    working = config.layer_span * (sizes.layer + of_layer)
-    stepping = sizes.states + logits + working if config.layer_rate else 0.0
+    span = min(config.layer_span, sizes.layers)
+    at_once = 1 if recomputed(config, sharded) else span
+    stepping = sizes.states + logits + at_once * sizes.layer + span * of_layer if config.layer_rate else 0.0
     if config.gradient_accumulation_steps > 1:
         return gradients + max(activations + logits, stepping)
     # Activations are freed while gradients appear, so the worst moment has the larger of the two: at the end of the
