@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 # Marks folders that may be replaced by a newer export. In a checkpoint it says where mask and weights come from.
 OWN, FILES = ".written-by-proxsparse", "files"  # in a folder that was written, with the names of its files
-HELD = ".held"  # in a temporary folder, locked by the process that writes there
+HELD, REPLACED = ".held", "replaced"  # in a temporary folder: locked by the process that writes there; what was there
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors", "numba")
 
 
@@ -55,7 +55,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         elif path.is_dir():
             raise UsageError(f"{path} is a folder, and a file was to be written there; name a file.")
         if path.is_dir():
-            _swap(inner, path, aside=scratch / "replaced")
+            _swap(inner, path, aside=scratch / REPLACED)
         else:
             os.replace(inner, path)
     finally:
@@ -76,8 +76,9 @@ def _delete_left_behind(path: Path) -> None:
     """Delete temporary folders of a path whose process is gone."""
     for held in path.parent.glob(f".{glob.escape(path.name)}.*/{HELD}"):
         with contextlib.suppress(OSError), held.open("r+") as file:
-            # One that was made just now may not be locked yet.
-            if time.time() - held.stat().st_mtime > 60 and _lock(file):
+            # One that was made just now may not be locked yet; one killed while it swapped has what was replaced.
+            old = time.time() - held.stat().st_mtime > 60 and not (held.parent / REPLACED).exists()
+            if old and _lock(file):
                 shutil.rmtree(held.parent, ignore_errors=True)
 
 

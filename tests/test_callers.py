@@ -94,6 +94,19 @@ def test_a_setting_that_can_not_be_is_one_sentence(setting, sentence):
         learn(tiny_llama(), **setting)
 
 
+def test_what_is_wrapped_can_be_measured_and_is_not_learned():
+    model, peft = tiny_llama(), pytest.importorskip("peft")
+    want = perplexity(model, WINDOWS).perplexity
+    compiled = torch.compile(model)
+    assert perplexity(compiled, WINDOWS).perplexity == pytest.approx(want)
+    assert len(find_prunable(compiled)) == len(find_prunable(model))
+    with pytest.raises(UsageError, match="The model is compiled: give the model itself"):
+        learn(compiled)
+    wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    for adapted in (wrapped, with_adapters()):
+        assert perplexity(adapted, WINDOWS).perplexity == pytest.approx(want)
+
+
 def test_a_whole_number_may_have_a_point():
     mask = learn(tiny_llama(), gradient_accumulation_steps=2.0)
     assert same(mask, learn(tiny_llama(), gradient_accumulation_steps=2))

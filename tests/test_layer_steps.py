@@ -9,6 +9,8 @@ import torch
 from conftest import tiny_llama
 from test_prunable import FAMILIES, build
 from test_trainer import STEPS, config, data, trainer
+from tiny_models import tiny_model
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.report import draw_run
@@ -17,10 +19,11 @@ from proxsparse.learning.layer_steps import LayerSteps, Pace
 from proxsparse.learning.rounded import Adafactor
 from proxsparse.model.prunable import find_prunable
 
+SMALL = {"vocab_size": 257, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64}
 IDS = torch.tensor(data(1)["input_ids"][:])
 
 
-def stepped(model, steps=1, rate=0.02, settings=None, **arguments):
+def stepped(model, steps=1, rate=0.02, settings=None, masked=True, **arguments):
     """Errors of as many steps on one window, after which the model holds the learned weights; and its targets."""
     targets = find_prunable(model)
     rates = {id(target.weight): rate for target in targets}
@@ -34,7 +37,8 @@ def stepped(model, steps=1, rate=0.02, settings=None, **arguments):
             with layers.watching(), torch.no_grad():
                 model.eval()(input_ids=IDS, use_cache=False, **arguments)
             model.train()
-            turns.put_masked()
+            if masked:
+                turns.put_masked()
             errors.append(layers.step(turns, layers.pace()).item())
     return errors, layers
 
@@ -100,6 +104,21 @@ def test_spans_shift_from_step_to_step_and_end_where_layers_are_left_out():
     assert spans(2) == [[0], [1, 2, 3], [4, 5, 6]]
     assert spans(3) == spans(0)
     assert spans(0, without=[1]) == [[0], [2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("model", "begins"),
+    [
+        (lambda: tiny_model("blt"), {0, 2, 4, 5, 6}),
+        (lambda: RwkvForCausalLM(RwkvConfig(**SMALL, num_hidden_layers=4, rescale_every=2)).eval(), {0, 2}),
+    ],
+    ids=["blt", "rwkv"],
+)
+def test_a_span_ends_where_the_model_computes_something_between_layers(model, begins):
+    model = model().requires_grad_(True)
+    (error,), layers = stepped(model, settings={"layer_span": 8}, rate=0.0, masked=False)
+    assert set(layers.own) - layers.following == begins
+    assert error < 1e-6  # of dense layers, which return what they did in the model
 
 
 def test_activations_that_are_computed_again_change_nothing():

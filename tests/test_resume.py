@@ -270,11 +270,16 @@ def test_what_a_killed_process_left_behind_goes_when_the_same_is_written_again(t
     assert left == [".x.", ".y."]
     for held in tmp_path.glob(".*/.held"):
         os.utime(held, (0, 0))
+    (kept,) = tmp_path.glob(".x.*")
+    (kept / "replaced").mkdir()  # killed while it put the new one in the old one's place
+    with atomic_path(tmp_path / "x") as scratch:
+        scratch.write_text("new")
+    assert kept.is_dir()
     with atomic_path(tmp_path / "y") as other:
         os.utime(other.parent / ".held", (0, 0))
         with atomic_path(tmp_path / "y") as scratch:  # another writer: what it has under way stays
             scratch.write_text("whole")
         assert other.parent.is_dir()
         other.write_text("whole too")
-    assert sorted(path.name[:3] for path in tmp_path.iterdir()) == [".x.", "y"]
+    assert sorted(path.name[:3] for path in tmp_path.iterdir()) == [".x.", "x", "y"]
     assert (tmp_path / "y").read_text() == "whole too"

@@ -17,8 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError, doing
-from proxsparse.model.prunable import check_model
+from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model.restoring import evaluation_mode
 from proxsparse.text import check_windows
 
@@ -84,7 +83,8 @@ def perplexity(
         UsageError: that is no model, or these are no windows of it.
         RunError: the model's output is not finite.
     """
-    check_model(model)
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
     check_windows(windows, model.config)
     start = time.perf_counter()
     with doing(f"measuring the perplexity on {progress or f'{len(windows)} windows'}"):

@@ -44,9 +44,9 @@ def zero_shot(
         raise UsageError("Zero-shot tasks need the evaluation harness: pip install 'lm_eval>=0.4.9'.") from error
     manager = _known_tasks()
     chosen = [_described(task, manager.all_tasks) for task in tasks]
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         with torch.no_grad(), evaluation_mode(model):
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found: Any = lm_eval.simple_evaluate(
                 wrapped, tasks=chosen, num_fewshot=0, limit=limit, bootstrap_iters=0, task_manager=manager
             )

@@ -177,6 +177,8 @@ def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = N
         UsageError: names the argument, what was found and what is accepted.
     """
     check_model(model)
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("The model is compiled: give the model itself, and `torch_compile=True`.", "model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("The model is on the device meta, where it has no values: load it onto another one.", "model")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:

@@ -60,11 +60,12 @@ class DistillingTrainer(SFTTrainer):
         self._fused_head = True  # TRL's, which makes no logits; not every architecture goes with it
         with settings_at_fault():
             super().__init__(model, args, **kwargs)
-        samples, batch = len(self.train_dataset), args.train_batch_size * args.world_size  # type: ignore[arg-type]
-        if args.dataloader_drop_last and samples < batch:
+        samples: Any = self.train_dataset
+        batch = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
             raise UsageError(
-                f"`dataloader_drop_last=True` drops all of the {samples} samples, as a batch takes {batch}: leave it "
-                "out, or lower `per_device_train_batch_size`."
+                f"`dataloader_drop_last=True` drops all of the {len(samples)} samples, as a batch takes {batch}: leave "
+                "it out, or lower `per_device_train_batch_size`."
             )
         complete_checkpoints(self, self._add_to_checkpoint)
 

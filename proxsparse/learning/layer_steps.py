@@ -76,6 +76,7 @@ class LayerSteps:
 
     Attributes:
         own: index of a layer -> its weights, without the layers that can't be run by themselves.
+        following: layers whose inputs are the outputs of the layer before, with nothing in between.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class LayerSteps:
         self.args, self.pace, self.autocast = args, pace, autocast
         self.blocks = decoder_blocks(model)
         self.own = {index: [t for t in targets if t.block == index] for index in sorted({t.block for t in targets})}
+        self.following: set[int] = set()
         self.sharded = isinstance(targets[0].weight, DTensor)
         self._seen: dict[int, list[Seen]] = {}
         self._checked = False
@@ -145,7 +147,8 @@ class LayerSteps:
         """Neighbouring layers that learn together; where they begin shifts from step to step."""
         span: list[int] = []
         for index in sorted(self._seen):
-            if span and (span[-1] + 1 != index or (index + step) % self.args.layer_span == 0):
+            follows = span[-1:] == [index - 1] and index in self.following
+            if span and not (follows and (index + step) % self.args.layer_span):
                 yield span
                 span = []
             span.append(index)
@@ -160,7 +163,8 @@ class LayerSteps:
             compute = functools.partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
         with _gradients_aside([self.blocks[index] for index in span]):
             for index, call in zip(span, seen, strict=True):
-                made, wanted = compute(self.blocks[index], call._replace(states=made)), call.outputs.float()
+                given = call._replace(states=made.to(call.states.device))
+                made, wanted = compute(self.blocks[index], given), call.outputs.float()
                 off, added = ((wanted - given.float()).square().flatten(1).sum(1) for given in (made, call.states))
                 errors.append((off / added.clamp_min(TINY)).mean())
             error = torch.stack(errors)
@@ -213,6 +217,11 @@ class LayerSteps:
         for index in out:
             self._seen.pop(index, None)
             del self.own[index]
+        for index, [seen] in self._seen.items():
+            before = self._seen.get(index - 1)
+            left = None if before is None else before[0].outputs.to(seen.states.device)
+            if left is not None and left.shape == seen.states.shape and torch.equal(left, seen.states):
+                self.following.add(index)
 
     def _unfit(self, index: int, holders: Mapping[int, int]) -> str:
         """Why a layer can't be run by itself, or nothing."""

@@ -284,10 +284,13 @@ def _worst(
     if config.bf16 or config.fp16:
         logits *= 2  # accelerate hands the model's outputs on in float32
     activations = sizes.activations + Objective.logits_copies(config, batch_size) * logits
-    # A layer-wise step: what the dense model gave every layer, its logits, and the layers at work.
+    # A layer-wise step: what the dense model gave every layer, its logits, and the layers at work, each of which keeps
+    # its outputs, and what they differ by in float32.
     span = min(config.layer_span, sizes.layers)
     at_once = 1 if recomputed(config, sharded) else span
-    stepping = sizes.states + logits + at_once * sizes.layer + span * of_layer if config.layer_rate else 0.0
+    kept = span * 3 * sizes.states / (sizes.layers + 1)
+    working = at_once * sizes.layer + span * of_layer + kept
+    stepping = sizes.states + logits + working if config.layer_rate else 0.0
     if config.gradient_accumulation_steps > 1:
         return gradients + max(activations + logits, stepping)
     # Activations are freed while gradients appear, so the worst moment has the larger of the two: at the end of the

@@ -130,6 +130,7 @@ def check_model(model: Any) -> None:
     Raises:
         UsageError: with what was found.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
     if getattr(model, "_hf_peft_config_loaded", False):
