@@ -54,6 +54,14 @@ class CountSteps(TrainerCallback):
         self.steps += 1
 
 
+def test_samples_that_come_one_by_one_are_learned_from(tmp_path, tokenizer):
+    settings = config(tmp_path, method="paper", max_steps=2, save_strategy="no")
+    rows = data(STEPS).to_iterable_dataset()
+    runs = ProxSparseTrainer(tiny_llama(), settings, train_dataset=rows, processing_class=tokenizer)
+    runs.train()
+    assert runs.state.global_step == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_the_operator_runs_once_per_optimizer_step(tmp_path, tokenizer, method, accumulation, monkeypatch):
