@@ -26,6 +26,7 @@ from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_ord
 from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local, total
+from proxsparse.model.source import name_of
 from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.record import atomic_path, origin_of, versions
@@ -145,8 +146,11 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         path: the file to write, for example mask.safetensors.
 
     Raises:
+        UsageError: the mask is no ``Mask``.
         RunError: the mask does not have the pattern it claims.
     """
+    if not isinstance(mask, Mask):
+        raise UsageError(f"`mask` must be a Mask, as load_mask returns; got {type(mask).__name__}.", "mask")
     packed, shapes = {}, {}
     for name, tensor in mask.tensors.items():
         mask.pattern.check(tensor, name)
@@ -227,7 +231,7 @@ def mask_file(path: Path | str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    path = Path(path)
+    path = Path(name_of(path, "mask"))
     if path.is_dir():
         published = [path / name for name in FILES if (path / name).is_file()]
         path = published[0] if published and not (path / MASK_FILE).is_file() else path / MASK_FILE

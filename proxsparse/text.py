@@ -15,7 +15,6 @@ To calibrate there are two more:
 Windows are tensors (n, ctx_len) of token ids, always full: nothing is padded.
 """
 
-import numbers
 import os
 import random
 import re
@@ -36,13 +35,13 @@ from proxsparse.model import embedded
 from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, text_stamp
 from proxsparse.model.generating import sample_tokens
 from proxsparse.model.source import name_of
+from proxsparse.model.windows import check_tokenizer, check_whole
 
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
 WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 EMBEDDED: dict[str, Callable[[], Sequence[str]]] = {"wiki": embedded.wikipedia, "news": embedded.news}
 NAMED = ("wikitext2", "c4", "c4_new", *EMBEDDED)
 SELF = "self"
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # of token ids in a tensor
 C4_WINDOWS, C4_NEW_DOCUMENTS = 256, 1100
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 1 << 18  # tokenised together: a tokenizer takes 100 bytes per character
 
@@ -123,9 +122,9 @@ def calibration_windows(
     Raises:
         UsageError: a text has too few windows, or ``self`` is asked for without a model.
     """
+    check_tokenizer(tokenizer)
     for argument, value, least in (("ctx_len", ctx_len, 1), ("samples", samples, 1), ("seed", seed, 0)):
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise UsageError(f"`{argument}` must be a whole number of at least {least}; got {value!r}.", argument)
+        check_whole(argument, value, least)
     parts = parts_of(name_of(name, "dataset"))
     if len(parts) == 1:
         return _windows_of(next(iter(parts)), tokenizer, ctx_len, samples, seed, model)
@@ -224,8 +223,10 @@ def evaluation_windows(
         UsageError: the text is too short for one window, ``limit`` is below 1, or ``bos`` is True and the tokenizer has
             no BOS token.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"`limit` must be at least 1, or None for all windows; got {limit}.", "limit")
+    check_tokenizer(tokenizer)
+    check_whole("ctx_len", ctx_len)
+    if limit is not None:
+        check_whole("limit", limit)
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("`bos=True` needs a tokenizer with a BOS token, and this one has none. Leave it out.", "bos")
     windows = _windows(name, tokenizer, ctx_len, split, bos)
@@ -255,57 +256,6 @@ def _windows(name: Any, tokenizer: PreTrainedTokenizerBase, ctx_len: int, split:
     if not count:
         raise UsageError(f"The text {name} has {len(ids):,} tokens, too few for one window of `ctx_len={ctx_len}`.")
     return torch.tensor(ids[: count * size]).view(count, size)
-
-
-def check_ctx_len(ctx_len: int, config) -> None:
-    """Refuse a context longer than the model's positions.
-
-    Raises:
-        UsageError: with both numbers.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or ctx_len
-    longest = ctx_len if longest < 0 else longest  # XLNet has no limit and says -1
-    if not 8 <= ctx_len <= longest:
-        raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
-
-
-def check_windows(windows: Any, config, name: str = "windows") -> None:
-    """Refuse what is no tensor of a model's tokens.
-
-    Args:
-        name: of the argument.
-
-    Raises:
-        UsageError: with what was found.
-    """
-    plain = torch.is_tensor(windows) and windows.layout == torch.strided and not windows.is_meta
-    if not plain or windows.dtype not in INTEGERS or windows.dim() != 2 or not windows.numel() or windows.shape[1] < 2:
-        found = f"{windows.dtype} of shape {tuple(windows.shape)}" if plain else type(windows).__name__
-        raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T >= 2); got {found}.", name)
-    check_tokens(windows, config, name)
-
-
-def check_tokens(windows: Tensor, config, name: str = "windows") -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Args:
-        windows: (N, T) token ids.
-        config: of the model.
-        name: name of the argument.
-
-    Raises:
-        UsageError: with the token, and the size of the vocabulary.
-    """
-    least, largest = int(windows.min()), int(windows.max())
-    if least < 0:
-        raise UsageError(f"`{name}` must hold token ids of at least 0; got {least}.", name)
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    if known and largest >= known:
-        raise UsageError(
-            f"The text has token {largest}, and the model has embeddings for {known} tokens: give a model and a "
-            "tokenizer that belong together.",
-            "model",
-        )
 
 
 def _random_c4_windows(

@@ -10,6 +10,9 @@ from torch import nn
 from transformers import LlamaForSequenceClassification, LlamaModel, T5Config, T5ForConditionalGeneration
 
 import proxsparse
+from proxsparse.baselines import maskllm
+from proxsparse.baselines.layerwise import prune_layerwise
+from proxsparse.baselines.wanda import Wanda
 from proxsparse.errors import UsageError
 from proxsparse.evaluation.perplexity import perplexity
 from proxsparse.mask import Mask, apply_mask, mask_of_pruned
@@ -17,6 +20,7 @@ from proxsparse.model.inputs import input_norms
 from proxsparse.model.loading import load_model, load_tokenizer
 from proxsparse.model.ordering import order_channels
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.text import calibration_windows, evaluation_windows
 
 WINDOWS = torch.randint(1, 257, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -75,6 +79,7 @@ def test_what_is_no_windows_is_refused(windows):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
+        ({"bf16": "auto"}, "`bf16` must be True or False; got 'auto'"),
         ({"masked_forward": "false"}, "`masked_forward` must be True or False; got 'false'"),
         ({"optim_in_backward": "no"}, "`optim_in_backward` must be True or False; got 'no'"),
         ({"pattern": None}, "pattern must be text such as 2:4; got None"),
@@ -175,6 +180,36 @@ def test_a_mask_is_made_of_bools_and_goes_with_a_model():
         for use in (mask_of_pruned, lambda model: apply_mask(model, Mask({}))):
             with pytest.raises(UsageError, match="`model` must be a model, as load_model returns it"):
                 use(wrong)
+
+
+@pytest.mark.parametrize(
+    ("use", "sentence"),
+    [
+        (lambda model: proxsparse.load_mask(None), "`mask` must be a name or a path; got None"),
+        (lambda model: proxsparse.save_mask({}, "x"), "`mask` must be a Mask, as load_mask returns; got dict"),
+        (lambda model: evaluation_windows("wiki", byte_tokenizer(), -1), "`ctx_len` must be a whole number"),
+        (lambda model: evaluation_windows("wiki", byte_tokenizer(), 16, limit="4"), "`limit` must be a whole number"),
+        (lambda model: calibration_windows("wiki", "gpt2", 16, 2, 0), "`tokenizer` must be a tokenizer"),
+        (lambda model: perplexity(model, WINDOWS, batch_size=0), "`batch_size` must be a whole number"),
+        (lambda model: load_model("smollm2-135m", dtype="float7"), "`dtype` must be auto, or a dtype of torch"),
+        (lambda model: load_model("smollm2-135m", device="tpu9"), "`device` must be auto, cpu, or a device"),
+        (lambda model: maskllm.learn_mask(model, None, WINDOWS, "x"), "`tokenizer` must be a tokenizer"),
+        (lambda model: maskllm.learn_mask(None, byte_tokenizer(), WINDOWS, "x"), "`model` must be a model"),
+        (lambda model: maskllm.learn_mask(model, byte_tokenizer(), WINDOWS, "x", rate=1), "unexpected keyword.*'rate'"),
+        (lambda model: prune_layerwise(None, WINDOWS, Wanda(), TWO_OF_FOUR), "`model` must be a model"),
+        (lambda model: prune_layerwise(model, WINDOWS.float(), Wanda(), TWO_OF_FOUR), "`windows` must be an int64"),
+    ],
+)
+def test_arguments_that_can_not_be_are_named(use, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=sentence):
+        use(tiny_llama())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_may_be_text():
+    mask = prune_layerwise(tiny_llama(), WINDOWS, Wanda(), "4:8")
+    assert mask.pattern == Pattern(4, 8)
 
 
 def test_a_weight_without_a_scale_is_told_as_it_is():

@@ -19,10 +19,10 @@ from proxsparse import text
 from proxsparse.errors import RunError, UsageError, task_of
 from proxsparse.model import documents, embedded, rows
 from proxsparse.model.generating import sample_tokens
+from proxsparse.model.windows import check_ctx_len
 from proxsparse.text import (
     adds_bos,
     calibration_windows,
-    check_ctx_len,
     evaluation_windows,
     load_documents,
     own_windows,
@@ -283,7 +283,7 @@ def test_c4_new_is_the_first_documents_joined_by_spaces(monkeypatch, tokenizer):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit, corpus, tokenizer):
-    with pytest.raises(UsageError, match="`limit` must be at least 1"):
+    with pytest.raises(UsageError, match="`limit` must be a whole number of at least 1"):
         evaluation_windows(corpus, tokenizer, 16, limit=limit)
 
 

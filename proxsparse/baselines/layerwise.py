@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
-from proxsparse.model.prunable import Prunable, decoder_blocks, find_prunable
+from proxsparse.model.prunable import Prunable, check_model, decoder_blocks, find_prunable
 from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.walk import walk
+from proxsparse.model.windows import check_windows
 from proxsparse.operator.pattern import Pattern
 
 
@@ -20,7 +21,7 @@ def prune_layerwise(
     model: PreTrainedModel,
     windows: Tensor,
     method: Any,
-    pattern: Pattern | dict[int, Pattern],
+    pattern: Pattern | str | dict[int, Pattern],
     *,
     update: bool = True,
     include: str | None = None,
@@ -47,7 +48,10 @@ def prune_layerwise(
     Raises:
         UsageError, RunError: nothing to prune, inputs that are not finite, or a solve that failed; names the layer.
     """
+    check_model(model)
+    check_windows(windows, model.config)
     layers = range(len(decoder_blocks(model)))
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(layers, pattern)
     width = max(p.m for p in patterns.values())
     targets = find_prunable(model, include, exclude, multiple=width)

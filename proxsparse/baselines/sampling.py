@@ -28,13 +28,13 @@ from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
 from proxsparse.model.inputs import weight_sum
 from proxsparse.model.loading import native_bf16
-from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.restoring import restored
 from proxsparse.model.trainable import clean_generation_config, window_collator
+from proxsparse.model.windows import check_tokenizer, check_windows
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.operator.rounding import noise_seed
 from proxsparse.resume import claim, complete_checkpoints, last_complete_checkpoint
-from proxsparse.text import check_windows
 
 INITIAL_STD = 0.01
 COOLINGS = ("linear", "exponential")
@@ -197,6 +197,8 @@ class SampledTrainer(SFTTrainer):
         Raises:
             UsageError: the width of a weight is no multiple of M, or the method does not learn this pattern.
         """
+        check_model(model)
+        check_tokenizer(tokenizer)
         check_windows(windows, model.config)
         accelerated = model.device.type != "cpu"
         bf16 = accelerated and native_bf16(str(model.device))

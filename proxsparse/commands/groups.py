@@ -28,6 +28,7 @@ from proxsparse.model.loading import (
     resolve_dtype,
 )
 from proxsparse.model.prunable import coverage, find_prunable
+from proxsparse.model.windows import check_ctx_len, check_tokens
 from proxsparse.record import read_record, stamp_of, versions, write_json
 from proxsparse.text import (
     NAMED,
@@ -35,8 +36,6 @@ from proxsparse.text import (
     SPLITS,
     adds_bos,
     calibration_windows,
-    check_ctx_len,
-    check_tokens,
     evaluation_windows,
     parts_of,
     stamp,

@@ -32,7 +32,8 @@ from proxsparse.learning.folder import TEXT_FILES, Run, described
 from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.inputs import digest
 from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_dtype
-from proxsparse.text import SELF, calibration_windows, check_ctx_len, check_tokens, parts_of, stamp
+from proxsparse.model.windows import check_ctx_len, check_tokens
+from proxsparse.text import SELF, calibration_windows, parts_of, stamp
 
 
 def arguments() -> LearnParser:

@@ -25,7 +25,7 @@ from proxsparse.errors import UsageError
 from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.plan import Plan, dimensions, plan_learning
 from proxsparse.model.loading import empty_of, resolve_dtype
-from proxsparse.text import check_ctx_len
+from proxsparse.model.windows import check_ctx_len
 
 GIB = 2**30
 

@@ -42,9 +42,10 @@ from proxsparse.learning.learn import defaults_on
 from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_device
+from proxsparse.model.windows import check_ctx_len
 from proxsparse.record import OWN, origin_of, refuse_folder
 from proxsparse.resume import RUN_FILE
-from proxsparse.text import SELF, check_ctx_len, parts_of, stamp
+from proxsparse.text import SELF, parts_of, stamp
 
 
 def arguments() -> Parser:

@@ -35,9 +35,9 @@ from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source, name_of
+from proxsparse.model.windows import check_windows
 from proxsparse.operator.pattern import Pattern
 from proxsparse.record import OWN, atomic_path, read_json, refuse_folder, write_json
-from proxsparse.text import check_windows
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model.restoring import evaluation_mode
-from proxsparse.text import check_windows
+from proxsparse.model.windows import check_whole, check_windows
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ def perplexity(
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
     check_windows(windows, model.config)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
     start = time.perf_counter()
     with doing(f"measuring the perplexity on {progress or f'{len(windows)} windows'}"):
         nll = _all_losses(model, windows, batch_size, progress)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import UsageError
 from proxsparse.learning import optim
@@ -23,8 +22,8 @@ from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
 from proxsparse.model.channels import PERMUTE
 from proxsparse.model.prunable import check_model
+from proxsparse.model.windows import check_tokenizer, check_windows
 from proxsparse.operator.pattern import TWO_OF_FOUR
-from proxsparse.text import check_windows
 
 if TYPE_CHECKING:
     from proxsparse.learning.config import TrainingConfig
@@ -186,9 +185,7 @@ def check_inputs(model: Any, tokenizer: Any, windows: Any, eval_windows: Any = N
             f"`model` must be a causal language model, which predicts the next token; got {type(model).__name__}.",
             "model",
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        found = type(tokenizer).__name__
-        raise UsageError(f"`tokenizer` must be a tokenizer, as load_tokenizer returns it; got {found}.", "tokenizer")
+    check_tokenizer(tokenizer)
     if model.dtype == torch.float16:
         raise UsageError(
             "float16 can't be learned in, as second moments underflow: load the model in bfloat16.", "dtype"
@@ -219,9 +216,10 @@ def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:
         if isinstance(value, float) and fields[name].type in (int, "int"):
             setattr(config, name, int(value))
     for name, field in fields.items():
-        switch = field.type in (bool, "bool") and name != "include_num_input_tokens_seen"  # which takes words too
-        if switch and getattr(config, name) not in (True, False):
-            raise UsageError(f"`{name}` must be True or False; got {getattr(config, name)!r}.")
+        value, takes_none = getattr(config, name), field.default is None or field.type is not bool
+        switch = field.type in (bool, bool | None) and name != "include_num_input_tokens_seen"  # which takes words too
+        if switch and value not in (True, False) and not (value is None and takes_none):
+            raise UsageError(f"`{name}` must be True or False; got {value!r}.")
     refuse((*chain(*tables), *REFUSALS), config)
 
 

@@ -118,6 +118,10 @@ def load_model(
         UsageError, RunError: one sentence on what is missing, or how the weights are quantised.
     """
     name = name_of(name)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(kind, torch.dtype):
+        raise UsageError(f"`dtype` must be auto, or a dtype of torch such as bfloat16; got {dtype!r}.", "dtype")
+    device = resolve_device(device) if isinstance(device, str) else device
     source, extra = model_source(name)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, quantised = _configuration(name, evaluating=evaluating, **hub)
