@@ -48,7 +48,8 @@ PAPER, TUNING = "paper-relative", "paper-tuning"
 BEFORE = "--method masked --layer_rate 0 --learning_rate 0.01"
 LEARNED: dict[str, str] = {
     "default": "--method masked",
-    "default-layers-always": "--layer_steps 1000000",
+    "default-single-layers": "--layer_span 1",
+    "default-layers-always": "--layer_span 1 --layer_steps 1000000",
     "masked": BEFORE,
     "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
     # One change to it each.

@@ -289,7 +289,8 @@ def _worst(
     span = min(config.layer_span, sizes.layers)
     at_once = 1 if recomputed(config, sharded) else span
     kept = span * 3 * sizes.states / (sizes.layers + 1)
-    working = at_once * sizes.layer + span * of_layer + kept
+    # The backward pass begins with all activations, and ends with all gradients.
+    working = max(at_once * sizes.layer + of_layer, sizes.layer + span * of_layer) + kept
     stepping = sizes.states + logits + working if config.layer_rate else 0.0
     if config.gradient_accumulation_steps > 1:
         return gradients + max(activations + logits, stepping)
