@@ -360,3 +360,15 @@ def test_the_picture_of_a_run_shows_their_errors_where_they_are_larger_than_the_
     (figure,) = figures
     assert figure.axes[0].get_ylim()[1] > 0.9
     plt.close(figure)
+
+
+def test_single_large_errors_do_not_flatten_the_loss(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("proxsparse.evaluation.report.plt.close", figures.append)
+    errors = (90.0, 0.3, 0.3)
+    history = [{"step": step, "mask_churn": 0.1, "kl": 2.0, "layer_error": error} for step, error in enumerate(errors)]
+    draw_run(history, tmp_path / "run.png", "a run")
+    monkeypatch.undo()
+    (figure,) = figures
+    assert 2.0 < figure.axes[0].get_ylim()[1] < 3.0
+    plt.close(figure)

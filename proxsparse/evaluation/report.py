@@ -3,6 +3,7 @@
 import base64
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -77,7 +78,9 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     if errors:
         axes[0].plot(*zip(*errors, strict=True), color=GREEN, label="relative error of the layers' own outputs")
         axes[0].legend(frameon=False)
-    axes[0].set(title=label, ylim=(0, None))
+    # A few large errors at the beginning would flatten everything else.
+    highest = 1.1 * max(max(losses, default=0.0), 2 * median(error for _, error in errors)) if errors else None
+    axes[0].set(title=label, ylim=(0, highest))
     reached = [(entry["step"], 100 * entry["share_24"]) for entry in logs if "share_24" in entry]
     axes[1].plot([step for step, _ in reached], [share for _, share in reached], color=GREEN)
     axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
