@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no row was measured with two amounts of text", file=sys.stderr)
         return 1
     texts = [name for name, value in rows[0].items() if isinstance(value, dict)]
-    figure, axes = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4.8), layout="constrained", squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         for name, points in lines.items():
             values = {samples: [row[text]["perplexity"] for row in members] for samples, members in points.items()}
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         axis.set_xticks(sorted({samples for points in lines.values() for samples in points}))
         axis.set_yticks([tick for tick in (30, 40, 50, 60, 80, 100, 150, 200) if _inside(tick, axis.get_ylim())])
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(frameon=False, fontsize=9)
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     with atomic_path(args.output) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     return 0
