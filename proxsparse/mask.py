@@ -149,8 +149,7 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         UsageError: the mask is no ``Mask``.
         RunError: the mask does not have the pattern it claims.
     """
-    if not isinstance(mask, Mask):
-        raise UsageError(f"`mask` must be a Mask, as load_mask returns; got {type(mask).__name__}.", "mask")
+    _check_mask(mask)
     packed, shapes = {}, {}
     for name, tensor in mask.tensors.items():
         mask.pattern.check(tensor, name)
@@ -240,14 +239,18 @@ def mask_file(path: Path | str) -> Path:
     return path
 
 
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Mask):
+        raise UsageError(f"`mask` must be a Mask, as load_mask returns; got {type(mask).__name__}.", "mask")
+
+
 def fit_mask(model: PreTrainedModel, mask: Mask) -> dict[str, Prunable]:
     """The weights of a model that a mask prunes, by name.
 
     Raises:
         UsageError: the mask is no ``Mask``, or belongs to a model with other weights; the message names what differs.
     """
-    if not isinstance(mask, Mask):
-        raise UsageError(f"`mask` must be a Mask, as load_mask returns; got {type(mask).__name__}.", "mask")
+    _check_mask(mask)
     targets = {t.name: t for t in find_prunable(model, multiple=1) if t.name in mask.tensors}
     made_for, given = mask.base_model or "an unnamed model", model.config._name_or_path or "the model"
     refusal = f"The mask was made for {made_for} and does not fit {given}: "

@@ -20,7 +20,7 @@ from proxsparse.errors import RunError, UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has other locks
     fcntl = None  # type: ignore[assignment]
 
 # Marks folders that may be replaced by a newer export. In a checkpoint it says where mask and weights come from.
@@ -44,7 +44,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     _delete_left_behind(path)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     held = (scratch / HELD).open("w")
-    _lock(held)
+    with contextlib.suppress(OSError):
+        lock(held)
     try:
         inner = scratch / path.name
         yield inner
@@ -63,11 +64,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _lock(file: IO) -> bool:
-    """Lock a file until the process ends or closes it; False where another one has it, or nobody can."""
+def lock(file: IO) -> bool:
+    """Lock a file until the process ends or closes it; False where another one has it.
+
+    Raises:
+        OSError: there are no such locks in this system, or in this file system.
+    """
+    if fcntl is None:
+        raise OSError("no locks")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (AttributeError, OSError):  # no such locks in this system, or in this file system
+    except BlockingIOError:
         return False
     return True
 
@@ -78,7 +85,7 @@ def _delete_left_behind(path: Path) -> None:
         with contextlib.suppress(OSError), held.open("r+") as file:
             # One that was made just now may not be locked yet; one killed while it swapped has what was replaced.
             old = time.time() - held.stat().st_mtime > 60 and not (held.parent / REPLACED).exists()
-            if old and _lock(file):
+            if old and lock(file):
                 shutil.rmtree(held.parent, ignore_errors=True)
 
 

@@ -21,15 +21,10 @@ import torch
 from transformers import TrainerCallback
 
 from proxsparse.errors import RunError, UsageError, doing
-from proxsparse.record import read_json, write_json
+from proxsparse.record import lock, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 MARKER = "complete.json"
@@ -101,15 +96,15 @@ def alone_in(folder: Path | str) -> Iterator[None]:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with Path(folder, LOCK).open("w") as file:
+        free = True
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            free = lock(file)
+        except OSError:
+            logger.info("%s has no locks: let no second process learn there", folder)
+        if not free:
             raise RunError(
                 f"Another process is learning in {folder}: wait until it is done, or give another `output_dir`."
-            ) from error
-        except OSError:  # a file system without locks
-            logger.info("%s has no locks: let no second process learn there", folder)
+            )
         yield
 
 

@@ -159,7 +159,7 @@ class LayerSteps:
     ) -> Tensor:
         own, made, errors = [target for index in span for target in self.own[index]], seen[0].states, []
         compute: Callable[..., Tensor] = self._compute
-        if recomputed(self.args, self.sharded):
+        if len(span) > 1 and recomputed(self.args, self.sharded):
             compute = functools.partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
         with _gradients_aside([self.blocks[index] for index in span]):
             for index, call in zip(span, seen, strict=True):
