@@ -249,8 +249,9 @@ def test_running_out_of_memory_is_not_taken_for_a_layer_that_cannot_be_run():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_of_other_architectures_learns(name):
     model = build(name, vocab_size=257, initializer_range=0.2)
-    errors, layers = stepped(model, steps=8)
+    errors, layers = stepped(model, steps=8, settings={"layer_span": 2})
     assert list(layers.own) == [0, 1]
+    assert layers.following == {1}
     assert errors[-1] < 0.97 * errors[0]
 
 

@@ -126,7 +126,7 @@ class _Original(Mapping[str, Tensor]):
     """The base's tensors by the names of ``_parts``; those of the last group stay, as several are asked for.
 
     Args:
-        order: of channels, that the base was written in; its tensors are given as they were before.
+        order: the order of channels that the base was written in; its tensors are given as they were before.
     """
 
     def __init__(self, layout: Layout, order: ChannelOrder):

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import RunError, doing
+from proxsparse.model.prunable import no_model
 from proxsparse.model.restoring import evaluation_mode
 from proxsparse.model.windows import check_whole, check_windows
 
@@ -84,7 +85,7 @@ def perplexity(
         RunError: the model's output is not finite.
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
+        raise no_model(model)
     check_windows(windows, model.config)
     if batch_size is not None:
         check_whole("batch_size", batch_size)

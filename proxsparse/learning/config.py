@@ -135,7 +135,9 @@ class ProxSparseConfig(TrainingConfig):
         default=100,
         metadata={"help": "optimizer steps that begin with layer-wise steps; the later ones follow the loss alone"},
     )
-    layer_span: int = field(default=4, metadata={"help": "neighbouring layers that learn together in these steps"})
+    layer_span: int = field(
+        default=4, metadata={"help": "neighbouring layers that learn together in a layer-wise step"}
+    )
     relative: bool = field(
         default=UNSET,
         metadata={

@@ -277,7 +277,7 @@ def _worst(
     """Bytes of gradients and activations where they are most together.
 
     Args:
-        of_layer: gradients of one layer.
+        of_layer: bytes of the gradients of one layer.
         in_pieces: logits never exist as a whole.
     """
     logits = 0.0 if in_pieces else sizes.logits

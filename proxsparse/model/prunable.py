@@ -132,13 +132,17 @@ def check_model(model: Any) -> None:
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"`model` must be a model, as load_model returns it; got {type(model).__name__}.", "model")
+        raise no_model(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(
             "The model has adapters, which would be pruned next to its own weights: merge them (merge_and_unload of "
             "peft), or take them off (delete_adapter).",
             "model",
         )
+
+
+def no_model(given: Any) -> UsageError:
+    return UsageError(f"`model` must be a model, as load_model returns it; got {type(given).__name__}.", "model")
 
 
 def find_prunable(
