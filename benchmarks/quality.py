@@ -50,6 +50,8 @@ LEARNED: dict[str, str] = {
     "default": "--method masked",
     "default-single-layers": "--layer_span 1",
     "default-layers-always": "--layer_span 1 --layer_steps 1000000",
+    "default-layers-200": "--layer_steps 200",
+    "default-layers-400": "--layer_steps 400",
     "masked": BEFORE,
     "paper": "--method paper --lambda_value 0.25 --learning_rate 1e-4",
     # One change to it each.

@@ -30,6 +30,7 @@ ANY_FORMATS = {None: "proxsparse-compact-nm-1", "int8": "proxsparse-compact-nm-i
 LENGTHS = (2, 4, 8, 16)  # of a block
 INDEX = "compact.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALLEST = 2.0**-149  # positive number of float32
 NUMBERS = {1: "one", 2: "two"}
 LARGEST = 127  # code: -128 is not used, so that codes are symmetric around zero
 
@@ -92,7 +93,11 @@ def compress(rows: Tensor, pattern: Pattern = TWO_OF_FOUR) -> tuple[Tensor, Tens
     if (counts > pattern.n).any():
         raise ValueError(f"a block has more than {NUMBERS.get(pattern.n, pattern.n)} non-zeros")
     if (counts < pattern.n).any():
-        kept = top2_mask(rows.float()) if pattern == TWO_OF_FOUR else pattern.mask(rows.float().abs())
+        # Pruned weights are +0.0, so a -0.0 was kept: it goes before them, and after every other weight.
+        signed = ((rows != 0) | rows.signbit()).unflatten(-1, (-1, pattern.m))
+        signed &= signed.sum(-1, keepdim=True) <= pattern.n
+        scores = rows.float().abs().masked_fill(signed.flatten(-2) & ~kept, SMALLEST)
+        kept = top2_mask(scores) if pattern == TWO_OF_FOUR else pattern.mask(scores)
     shape = (*rows.shape[:-1], rows.shape[-1] // pattern.m * pattern.n)
     positions = kept.flatten().nonzero().view(-1) % pattern.m
     return rows[kept].view(shape), positions.to(torch.uint8).view(shape)
