@@ -24,6 +24,17 @@ class RunError(RuntimeError):
     """The work failed for a reason outside the arguments: exit code 1. The message says what to do."""
 
 
+def check_switches(**settings: object) -> None:
+    """Refuse what is neither True nor False; "no" counts as true in Python.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    for name, value in settings.items():
+        if value not in (True, False):
+            raise UsageError(f"`{name}` must be True or False; got {value!r}.")
+
+
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Say what is being done inside the block, as 'loading the model X', for whoever catches what is raised there."""
@@ -52,6 +63,8 @@ def settings_at_fault() -> Iterator[None]:
     except (UsageError, RunError):
         raise
     except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno:  # a folder that can't be made: no setting's fault
+            raise
         said = " ".join(str(error).split()) or type(error).__name__  # the reason may follow in other lines
         said = said if len(said) <= 300 else said[:300].rsplit(" ", 1)[0] + " ..."
         raise UsageError(f"{said.rstrip('.')}.") from error

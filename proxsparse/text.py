@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import RunError, UsageError, check_switches, doing
 from proxsparse.model import embedded
 from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, text_stamp
 from proxsparse.model.generating import sample_tokens
@@ -227,6 +227,7 @@ def evaluation_windows(
     check_whole("ctx_len", ctx_len)
     if limit is not None:
         check_whole("limit", limit)
+    check_switches(bos=bos)
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("`bos=True` needs a tokenizer with a BOS token, and this one has none. Leave it out.", "bos")
     windows = _windows(name, tokenizer, ctx_len, split, bos)

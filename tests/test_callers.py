@@ -198,6 +198,11 @@ def test_a_mask_is_made_of_bools_and_goes_with_a_model():
         (lambda model: maskllm.learn_mask(model, byte_tokenizer(), WINDOWS, "x", rate=1), "unexpected keyword.*'rate'"),
         (lambda model: prune_layerwise(None, WINDOWS, Wanda(), TWO_OF_FOUR), "`model` must be a model"),
         (lambda model: prune_layerwise(model, WINDOWS.float(), Wanda(), TWO_OF_FOUR), "`windows` must be an int64"),
+        (lambda model: prune_layerwise(model, WINDOWS, Wanda(), "2:4", update="no"), "`update` must be True or False"),
+        (lambda model: load_model("smollm2-135m", trust_remote_code="no"), "`trust_remote_code` must be.*got 'no'"),
+        (lambda model: load_tokenizer("smollm2-135m", trust_remote_code="no"), "`trust_remote_code` must be"),
+        (lambda model: proxsparse.load("smollm2-135m", sparse="no"), "`sparse` must be True or False; got 'no'"),
+        (lambda model: evaluation_windows("wiki", byte_tokenizer(), 16, bos="no"), "`bos` must be True or False"),
     ],
 )
 def test_arguments_that_can_not_be_are_named(use, sentence, tmp_path, monkeypatch):

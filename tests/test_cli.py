@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from proxsparse.__main__ import main as console
 from proxsparse.commands.cli import Parser, command, describe_os_error, with_flags
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import RunError, UsageError, doing, settings_at_fault
 
 
 class Panic(BaseException):
@@ -216,6 +216,13 @@ def test_a_cache_that_can_not_be_written_to_is_named_with_its_variable(variable,
     monkeypatch.setenv(variable, "/read-only/cache")
     found = describe_os_error(OSError(errno.EROFS, "Read-only file system", f"/read-only/cache/{inside}"))
     assert found.startswith(f"The cache can't be written (/read-only/cache/{inside}): set {variable}")
+
+
+def test_a_folder_that_can_not_be_made_is_one_sentence():
+    raised = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/a")
+    with pytest.raises(FileNotFoundError) as found, settings_at_fault():
+        raise raised
+    assert describe_os_error(found.value).startswith("There is no such file or folder (/proc/a)")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], []])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proxsparse.errors import RunError
+from proxsparse.errors import RunError, check_switches
 from proxsparse.mask import Mask
 from proxsparse.model.channels import order_of
 from proxsparse.model.prunable import Prunable, check_model, decoder_blocks, find_prunable
@@ -50,6 +50,7 @@ def prune_layerwise(
     """
     check_model(model)
     check_windows(windows, model.config)
+    check_switches(update=update, bf16=bf16, dense_inputs=dense_inputs)
     layers = range(len(decoder_blocks(model)))
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     patterns = pattern if isinstance(pattern, dict) else dict.fromkeys(layers, pattern)

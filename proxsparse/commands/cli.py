@@ -182,6 +182,8 @@ def describe_os_error(error: OSError) -> str:
             return f"No permission to read or write{where}: choose another folder or change its permissions."
         case _, errno.EROFS:
             return f"The file system is read-only{where}: choose another output folder."
+        case _, errno.ENOENT if where:
+            return f"There is no such file or folder{where}, or it can't be made: choose another one."
     return f"{' '.join(str(error.strerror or error).split()).rstrip('.') or type(error).__name__}{where}."
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.deploy.compact_linear import CompactLinear as CompactLinear
 from proxsparse.deploy.timing import device_seconds
-from proxsparse.errors import RunError, UsageError
+from proxsparse.errors import RunError, UsageError, check_switches
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.compact import check_kind, pattern_of
 from proxsparse.model.loading import load_model
@@ -46,6 +46,7 @@ def load(folder: str | os.PathLike, *, sparse: bool = False, **options: Any) -> 
         UsageError, RunError: one sentence on what is missing.
     """
     folder = name_of(folder)
+    check_switches(sparse=sparse)
     model = load_model(folder, **options).eval()
     if sparse and model.device.type == "cuda":
         use_semi_structured(model)

@@ -16,7 +16,7 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from proxsparse.errors import UsageError
+from proxsparse.errors import UsageError, check_switches
 from proxsparse.learning import optim
 from proxsparse.learning.copies import PLACES
 from proxsparse.learning.refusals import Refusal, refuse
@@ -218,8 +218,8 @@ def check_values(config: "TrainingConfig", *tables: Iterable[Refusal]) -> None:
     for name, field in fields.items():
         value, takes_none = getattr(config, name), field.default is None or field.type is not bool
         switch = field.type in (bool, bool | None) and name != "include_num_input_tokens_seen"  # which takes words too
-        if switch and value not in (True, False) and not (value is None and takes_none):
-            raise UsageError(f"`{name}` must be True or False; got {value!r}.")
+        if switch and not (value is None and takes_none):
+            check_switches(**{name: value})
     refuse((*chain(*tables), *REFUSALS), config)
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.errors import RunError, UsageError, doing
+from proxsparse.errors import RunError, UsageError, check_switches, doing
 from proxsparse.model.channels import ORDER_FILE, recall_order
 from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files, refuse_code
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
@@ -89,6 +89,7 @@ def load_tokenizer(
         UsageError, RunError: one sentence on what is missing.
     """
     name = name_of(name)
+    check_switches(trust_remote_code=trust_remote_code)
     source, extra = model_source(name)
     with doing(f"loading the tokenizer of {name}"), clear_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)
@@ -206,6 +207,7 @@ def _configuration(
     name: str, revision: str | None, trust_remote_code: bool, evaluating: bool
 ) -> tuple[PreTrainedConfig, str | None]:
     """The configuration, and how the weights are quantised."""
+    check_switches(trust_remote_code=trust_remote_code)
     source, extra = model_source(name)
     with doing(f"loading the configuration of {name}"), clear_errors(name):
         raw = {} if extra else _raw_configuration(name, source, revision)
