@@ -102,40 +102,44 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
-def mask_of_pruned(model: PreTrainedModel) -> Mask:
-    """The 2:4 mask of a model that is pruned already, taken from its zeros.
+def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None) -> Mask:
+    """The mask of a model that is pruned already, taken from its zeros.
 
-    A weight that has dense blocks everywhere counts as left out. A block with fewer than two non-zeros keeps its
+    A weight that has dense blocks everywhere counts as left out. A block with fewer than N non-zeros keeps its
     non-zeros, and the first of its zeros. Of a model that ``save_pruned`` wrote, the mask knows base and method too.
 
+    Args:
+        pattern: N:M. None: the one that ``save_pruned`` noted, else 2:4.
+
     Raises:
-        UsageError: no weight is 2:4, or one is 2:4 in most of its blocks only; or the model is sharded.
+        UsageError: no weight has the pattern, or one has it in most of its blocks only; or the model is sharded.
     """
     check_model(model)
-    name, tensors = model.config._name_or_path or "the model", {}
+    base, tensors = model.config._name_or_path, {}
+    name, noted = base or "the model", origin_of(base) if base else {}  # a model made in memory has no folder
+    wanted = pattern or noted.get("pattern") or str(TWO_OF_FOUR)
+    wanted = wanted if isinstance(wanted, Pattern) else Pattern.parse(wanted)
+    if not wanted.structured or not wanted.n:
+        raise UsageError(f"The zeros of {wanted} weights tell no mask: give the mask itself.", "mask")
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
     for target in find_prunable(model, multiple=1):
         rows = target.rows(target.weight.detach())
-        if rows.shape[-1] % TWO_OF_FOUR.m:
+        if rows.shape[-1] % wanted.m:
             continue
-        wrong = TWO_OF_FOUR.violations(rows)
+        wrong = wanted.violations(rows)
         if not wrong.any():
-            tensors[target.name] = learned_mask(rows, TWO_OF_FOUR).cpu()
+            tensors[target.name] = learned_mask(rows, wanted).cpu()
         elif wrong.sum() < 0.5 * wrong.numel():
             raise UsageError(
-                f"{name} is not 2:4: {int(wrong.sum())} of {wrong.numel()} blocks of {target.name} have more than two "
-                "non-zeros. Give its mask.",
+                f"{name} is not {wanted}: {int(wrong.sum())} of {wrong.numel()} blocks of {target.name} have more than "
+                f"{wanted.n} non-zeros. Give its mask.",
                 "mask",
             )
     if not tensors:
-        raise UsageError(f"No weight of {name} is 2:4: give a pruned model, or a mask.", "mask")
-    base = model.config._name_or_path
-    noted = origin_of(base) if base else {}  # a model made in memory has no folder
-    return Mask(
-        tensors, base_model=noted.get("base_model") or base, info=noted.get("info") or {}, order=order_of(model)
-    )
+        raise UsageError(f"No weight of {name} is {wanted}: give a pruned model, or a mask.", "mask")
+    return Mask(tensors, wanted, noted.get("base_model") or base, noted.get("info") or {}, order_of(model))
 
 
 def save_mask(mask: Mask, path: Path | str) -> None:

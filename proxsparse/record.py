@@ -180,7 +180,7 @@ def write_json(path: Path | str, record: Any) -> None:
 
 
 def origin_of(folder: Path | str) -> dict[str, Any]:
-    """What ``save_pruned`` noted of a checkpoint: base_model and info, as a mask has them; empty where it did not."""
+    """What ``save_pruned`` noted of a checkpoint: the mask's base_model, pattern and info; empty where it did not."""
     path = Path(folder) / OWN
     if not path.is_file() or not path.stat().st_size:
         return {}

@@ -22,6 +22,9 @@ from proxsparse.deploy.check import check_sparsity
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, apply_mask, fit_mask, load_mask
 from proxsparse.model.bits import pack_bits, unpack_bits
+from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.masked import learned_mask
+from proxsparse.operator.pattern import Pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.arange(1, 25).view(1, -1)
@@ -186,13 +189,31 @@ def test_the_zeros_of_a_pruned_model_are_a_mask(checkpoint, mask, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_the_zeros_of_other_patterns_are_a_mask_too(checkpoint, tmp_path):
+    model = tiny_llama()
+    rows = {target.name: target.rows(target.weight.detach()) for target in find_prunable(model, multiple=8)}
+    mask = Mask({name: learned_mask(weight, Pattern(4, 8)) for name, weight in rows.items()}, Pattern(4, 8))
+    proxsparse.save_pruned(model, mask, tmp_path / "pruned")
+    found = proxsparse.mask_of_pruned(proxsparse.load(tmp_path / "pruned"))  # which pattern was noted
+    assert found.pattern == mask.pattern
+    assert all(torch.equal(found.tensors[name], kept) for name, kept in mask.tensors.items())
+    assert found.tensors.keys() == mask.tensors.keys()
+    apply_mask(model, mask)
+    model.config._name_or_path = ""
+    with pytest.raises(UsageError, match="is not 2:4|No weight of the model is 2:4"):
+        proxsparse.mask_of_pruned(model)
+    assert proxsparse.mask_of_pruned(model, "4:8").tensors.keys() == mask.tensors.keys()
+    with pytest.raises(UsageError, match="The zeros of unstructured weights tell no mask"):
+        proxsparse.mask_of_pruned(model, "unstructured")
+
+
 def test_a_dense_model_and_a_damaged_one_have_no_mask(model):
     with pytest.raises(UsageError, match="No weight of .* is 2:4: give a pruned model"):
         proxsparse.mask_of_pruned(model)
     apply_mask(model, mask_of(model))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, :4] = 1.0
-    with pytest.raises(UsageError, match=r"1 of 512 blocks of model.layers.1.mlp.up_proj.weight have more than two"):
+    with pytest.raises(UsageError, match=r"1 of 512 blocks of model.layers.1.mlp.up_proj.weight have more than 2 non"):
         proxsparse.mask_of_pruned(model)
 
 

@@ -333,7 +333,9 @@ def test_the_logits_of_the_dense_model_are_gone_when_the_backward_pass_begins(di
     assert alive == [False] * STEPS
 
 
-@pytest.mark.parametrize("changes", [{"pattern": "4:8"}, {"bf16": True}, {"distill": 0.0}, {"optim_in_backward": True}])
+@pytest.mark.parametrize(
+    "changes", [{"pattern": "4:8"}, {"bf16": True}, {"fp16": True}, {"distill": 0.0}, {"optim_in_backward": True}]
+)
 def test_runs_of_all_kinds_have_them(changes, tmp_path, tokenizer):
     runs = trainer(tmp_path / "with", tokenizer, **changes)
     runs.train()

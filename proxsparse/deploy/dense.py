@@ -108,9 +108,9 @@ def save_pruned(
 
 
 def _describe(folder: Path, mask: Mask, card: str) -> None:
-    """The card, the order of the channels, and where the mask comes from."""
+    """The card, the order of the channels, and what mask it is."""
     (folder / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / OWN, {"base_model": mask.base_model, "info": mask.info})
+    write_json(folder / OWN, {"base_model": mask.base_model, "pattern": str(mask.pattern), "info": mask.info})
     if mask.order:
         save_order(mask.order, folder / ORDER_FILE)
 
