@@ -14,7 +14,7 @@ from proxsparse.__main__ import main
 from proxsparse.baselines import layerwise
 from proxsparse.baselines.wanda import Wanda
 from proxsparse.commands.bench import cache_of
-from proxsparse.commands.eval import shares_24
+from proxsparse.commands.eval import sparse_blocks
 from proxsparse.deploy.sparse import CompactLinear, use_compact
 from proxsparse.errors import UsageError
 from proxsparse.mask import apply_mask, load_mask
@@ -254,7 +254,7 @@ def test_a_model_whose_code_does_not_run_in_bfloat16_autocast_is_pruned_in_float
 
 def test_eval_measures_a_model_that_has_nothing_to_prune():
     config = hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=0)
-    assert shares_24(hf.LlamaForCausalLM(config)) == {}
+    assert sparse_blocks(hf.LlamaForCausalLM(config)) == (TWO_OF_FOUR, {})
 
 
 @pytest.mark.parametrize("kind", [slow("mamba"), "jamba", "rwkv"])

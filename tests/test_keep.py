@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.commands.eval import sparse_blocks
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask, apply_mask, fit_mask, load_mask
@@ -194,7 +195,9 @@ def test_the_zeros_of_other_patterns_are_a_mask_too(checkpoint, tmp_path):
     rows = {target.name: target.rows(target.weight.detach()) for target in find_prunable(model, multiple=8)}
     mask = Mask({name: learned_mask(weight, Pattern(4, 8)) for name, weight in rows.items()}, Pattern(4, 8))
     proxsparse.save_pruned(model, mask, tmp_path / "pruned")
-    found = proxsparse.mask_of_pruned(proxsparse.load(tmp_path / "pruned"))  # which pattern was noted
+    pruned = proxsparse.load(tmp_path / "pruned")
+    assert sparse_blocks(pruned) == (mask.pattern, dict.fromkeys(sparse_blocks(pruned)[1], 1.0))
+    found = proxsparse.mask_of_pruned(pruned)  # which pattern was noted
     assert found.pattern == mask.pattern
     assert all(torch.equal(found.tensors[name], kept) for name, kept in mask.tensors.items())
     assert found.tensors.keys() == mask.tensors.keys()

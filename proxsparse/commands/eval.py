@@ -1,4 +1,4 @@
-"""Perplexity of any checkpoint, and the share of its blocks that are 2:4.
+"""Perplexity of any checkpoint, and the share of its blocks that are 2:4, or of the pattern it was exported with.
 
     python eval/ppl.py --model smollm2-135m --dataset wiki news --ctx_len 512
     python eval/ppl.py --model runs/demo/pruned --dataset wikitext2 c4 c4_new
@@ -35,6 +35,8 @@ from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import sparsity_by_kind
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.record import origin_of
 
 
 def arguments() -> Parser:
@@ -60,30 +62,36 @@ def main(args: argparse.Namespace) -> None:
         return
     windows = windows_of(args, evaluating=True)
     model = load(args, evaluating=True)
-    shares = shares_24(model)
-    report_sparsity(shares)
+    pattern, shares = sparse_blocks(model)
+    report_sparsity(pattern, shares)
     results = evaluate(model, windows, args)
-    write_result(model, args, perplexity=as_record(results), blocks_24=shares, measured=decisive_of(args))
+    found = {"perplexity": as_record(results), f"blocks_{pattern.n}{pattern.m}": shares}
+    write_result(model, args, **found, measured=decisive_of(args))
     print_json({"model": args.model, **{text: round(r.perplexity, 4) for text, r in results.items()}})
 
 
-def shares_24(model: PreTrainedModel) -> dict[str, float]:
-    """Share of 2:4 blocks of every layer kind, and over 'all'; empty where nothing has blocks of four."""
+def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
+    """The pattern that ``save_pruned`` noted, else 2:4, and the share of blocks that have it.
+
+    The share is that of every layer kind, and over 'all'; empty where nothing has such blocks.
+    """
+    noted = Pattern.parse(origin_of(model.config._name_or_path).get("pattern", str(TWO_OF_FOUR)))
+    pattern = noted if noted.structured and noted.n else TWO_OF_FOUR
     try:
         coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
         targets = [] if coded else find_prunable(model, multiple=1)
     except UsageError:  # nothing to prune; its perplexity can be measured all the same
-        return {}
-    blocks = [t for t in targets if t.weight.shape[t.in_dim] % 4 == 0]
-    sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks) if blocks else {}
-    return {kind: sum(row[2:]) for kind, row in sparsity.items()}
+        return pattern, {}
+    blocks = [t for t in targets if t.weight.shape[t.in_dim] % pattern.m == 0]
+    sparsity = sparsity_by_kind({t.name: t.weight for t in blocks}, blocks, pattern.m) if blocks else {}
+    return pattern, {kind: sum(row[pattern.m - pattern.n :]) for kind, row in sparsity.items()}
 
 
-def report_sparsity(shares: dict[str, float]) -> None:
+def report_sparsity(pattern: Pattern, shares: dict[str, float]) -> None:
     """Say in one line how sparse the model is, and by layer kind where the kinds differ."""
     if not shares:
         return
-    print(f"2:4 blocks: {shares['all']:.2%} of the prunable weights")
+    print(f"{pattern} blocks: {shares['all']:.2%} of the prunable weights")
     if max(shares.values()) - min(shares.values()) > 0.005:
         for kind, share in shares.items():
             print(f"  {kind}: {share:.2%}")
