@@ -290,6 +290,23 @@ def test_four_bits_are_read_by_transformers_and_stay_24(made, four_bits, wide, c
     assert ("error feedback, 512 tokens of" in card) == (made == "feedback")
 
 
+@pytest.mark.parametrize(("hidden", "inner", "group"), [(64, 256, 64), (192, 160, 32)])
+def test_groups_are_as_large_as_all_weights_allow(hidden, inner, group, tmp_path):
+    tiny_llama(hidden_size=hidden, intermediate_size=inner).save_pretrained(tmp_path / "dense")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    mask = masked(model)
+    save_pruned(model, mask, tmp_path / "out", quantize="int4")
+    whole = hf.CompressedTensorsConfig(dequantize=True)
+    read = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=whole)
+    found = tensors_of(tmp_path / "out")
+    for name, kept in mask.tensors.items():
+        weight, scale = read.get_parameter(name), found[f"{name}_scale"]
+        assert scale.shape == (len(weight), weight.shape[1] // group)
+        off = (weight - model.get_parameter(name) * kept).abs() / scale.repeat_interleave(group, 1)
+        assert off.max() <= 0.54  # bfloat16 rounds seven steps by 0.03
+        assert not weight[~kept].view(torch.int32).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_files_hold_the_weights_that_the_model_was_rounded_to(dtype, wide, four_bits, tmp_path):
     model = hf.AutoModelForCausalLM.from_pretrained(wide, dtype=dtype)
