@@ -102,6 +102,12 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
+def noted_pattern(folder: str) -> Pattern:
+    """The N:M that ``save_pruned`` noted of a checkpoint, else 2:4."""
+    noted = Pattern.parse(origin_of(folder).get("pattern", "2:4")) if folder else TWO_OF_FOUR
+    return noted if noted.structured and noted.n else TWO_OF_FOUR
+
+
 def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None) -> Mask:
     """The mask of a model that is pruned already, taken from its zeros.
 
@@ -109,7 +115,7 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     non-zeros, and the first of its zeros. Of a model that ``save_pruned`` wrote, the mask knows base and method too.
 
     Args:
-        pattern: N:M. None: the one that ``save_pruned`` noted, else 2:4.
+        pattern: N:M. None: see ``noted_pattern``.
 
     Raises:
         UsageError: no weight has the pattern, or one has it in most of its blocks only; or the model is sharded.
@@ -117,10 +123,7 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     check_model(model)
     base, tensors = model.config._name_or_path, {}
     name, noted = base or "the model", origin_of(base) if base else {}  # a model made in memory has no folder
-    wanted = pattern or noted.get("pattern") or str(TWO_OF_FOUR)
-    wanted = wanted if isinstance(wanted, Pattern) else Pattern.parse(wanted)
-    if not wanted.structured or not wanted.n:
-        raise UsageError(f"The zeros of {wanted} weights tell no mask: give the mask itself.", "mask")
+    wanted = noted_pattern(base) if pattern is None else Pattern.of_blocks(str(pattern))
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)

@@ -206,7 +206,7 @@ def test_the_zeros_of_other_patterns_are_a_mask_too(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="is not 2:4|No weight of the model is 2:4"):
         proxsparse.mask_of_pruned(model)
     assert proxsparse.mask_of_pruned(model, "4:8").tensors.keys() == mask.tensors.keys()
-    with pytest.raises(UsageError, match="The zeros of unstructured weights tell no mask"):
+    with pytest.raises(UsageError, match="`pattern` must be N:M, as 2:4 or 4:8; got 'unstructured'"):
         proxsparse.mask_of_pruned(model, "unstructured")
 
 

@@ -161,6 +161,8 @@ def test_check_counts_the_blocks_of_the_pattern(checkpoint, corpus, tmp_path, ca
     assert console([*check, "--pattern", "4:8"]) == 0
     assert " 0 not 4:8" in capsys.readouterr().out
     assert console(check) == 1
-    assert "blocks are not 2:4" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "blocks are not 2:4" in printed.out
+    assert "It was exported as 4:8: --pattern 4:8 checks that" in printed.err
     assert console([*check, "--pattern", "unstructured"]) == 2
     assert "--pattern must be N:M, as 2:4 or 4:8" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from proxsparse.commands.groups import say_coverage
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError, UsageError
+from proxsparse.mask import noted_pattern
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 
@@ -54,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
-        raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.")
+        noted = noted_pattern(args.model)
+        hint = "" if noted == pattern else f" It was exported as {noted}: `pattern={noted}` checks that."
+        raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.{hint}")
     if args.target:
         sparse, dense = dense_weights(args.model, args.target, trust_remote_code=args.trust_remote_code)
         print(f"{args.target} can take {sparse} of {sparse + len(dense)} weights")

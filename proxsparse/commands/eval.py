@@ -33,10 +33,9 @@ from proxsparse.commands.groups import (
 )
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
-from proxsparse.mask import sparsity_by_kind
+from proxsparse.mask import noted_pattern, sparsity_by_kind
 from proxsparse.model.prunable import find_prunable
-from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import origin_of
+from proxsparse.operator.pattern import Pattern
 
 
 def arguments() -> Parser:
@@ -71,12 +70,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
-    """The pattern that ``save_pruned`` noted, else 2:4, and the share of blocks that have it.
+    """A model's pattern, and the share of blocks that have it: of every layer kind, and over 'all'.
 
-    The share is that of every layer kind, and over 'all'; empty where nothing has such blocks.
+    Nothing has a share where there are no such blocks.
     """
-    noted = Pattern.parse(origin_of(model.config._name_or_path).get("pattern", str(TWO_OF_FOUR)))
-    pattern = noted if noted.structured and noted.n else TWO_OF_FOUR
+    pattern = noted_pattern(model.config._name_or_path)
     try:
         coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
         targets = [] if coded else find_prunable(model, multiple=1)
