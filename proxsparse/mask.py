@@ -306,7 +306,7 @@ def take_order(model: PreTrainedModel, mask: Mask, targets: Mapping[str, Prunabl
     Raises:
         UsageError: they stand in another order; or they are to be moved, and the model is sharded.
     """
-    recall_order(model)
+    recall_order(model, named=mask.order)
     if order_of(model) == mask.order:
         return
     if any(local(p) is not p for p in model.parameters()):
@@ -322,12 +322,12 @@ def take_order(model: PreTrainedModel, mask: Mask, targets: Mapping[str, Prunabl
 
 @torch.no_grad()
 def is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
-    """Whether every weight that the mask prunes is zero; ``targets`` is what ``fit_mask`` returns."""
+    """Whether the mask prunes something, and all of it is zero; ``targets`` is what ``fit_mask`` returns."""
     for name, target in targets.items():
         rows = target.rows(target.weight.detach())
         if rows[~mask.tensors[name].to(rows.device)].any():
             return False
-    return bool(targets)
+    return not all(kept.all() for kept in mask.tensors.values())
 
 
 def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable], m: int = 4) -> dict[str, list[float]]:

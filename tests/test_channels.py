@@ -23,6 +23,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.keep import Kept
 from proxsparse.mask import Mask, apply_mask, load_mask, mask_of_pruned, save_mask
 from proxsparse.model.channels import (
+    NOTE,
     ORDER_FILE,
     ChannelOrder,
     Move,
@@ -149,7 +150,7 @@ def test_a_mask_knows_its_order_and_application_puts_the_model_into_it(base, pru
     assert torch.equal(model.model.norm.weight, mask.order.of("model.norm.weight", whole["model.norm.weight"]))
     save_mask(mask, tmp_path / "again.safetensors")
     assert load_mask(tmp_path / "again.safetensors").order == mask.order
-    with pytest.raises(UsageError, match="put into another order: load the model again"):
+    with pytest.raises(UsageError, match="stand in another order: give the model that the mask was made from"):
         apply_mask(model, Mask({n: top2_mask(torch.rand(m.shape)) for n, m in mask.tensors.items()}))
 
 
@@ -341,12 +342,49 @@ def test_a_model_that_is_pruned_in_an_order_is_never_moved_again(moved, tmp_path
     model = load_model(str(folder))
     apply_mask(model, mask)
     want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "plain")  # as a Trainer's checkpoint: nothing remembers the order
+    model.save_pretrained(tmp_path / "plain")  # as a Trainer's checkpoint
+    forget_order(tmp_path / "plain")
     for prune in (apply_mask, Kept):
         again = load_model(str(tmp_path / "plain"))
         prune(again, mask)
         assert all(torch.equal(tensor, want[name]) for name, tensor in again.state_dict().items())
     assert set(zeros_of(again).values()) == {0.5}
+    save_pruned(str(tmp_path / "plain"), mask, tmp_path / "again")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(tensor, want[name]) for name, tensor in found.items())
+
+
+def forget_order(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop(NOTE)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_the_order_is_known_of_a_model_that_was_trained_and_saved_by_others(moved, tmp_path):
+    folder, mask = moved
+    save_pruned(str(folder), mask, tmp_path / "pruned", tokenizer=byte_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-3  # zeros too
+    model.save_pretrained(tmp_path / "tuned")
+    want = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, bits in mask.tensors.items():
+        want[name][~bits] = 0
+    save_pruned(str(tmp_path / "tuned"), mask, tmp_path / "out")
+    for prune in (apply_mask, lambda again, mask: save_pruned(again, mask, tmp_path / "memory")):
+        again = load_model(str(tmp_path / "tuned"))
+        prune(again, mask)
+    for found in (again, load_model(str(tmp_path / "out")), load_model(str(tmp_path / "memory"))):
+        assert all(torch.equal(p * (want[name] != 0), want[name]) for name, p in found.named_parameters())
+    other = Mask(mask.tensors, order=mask.order.inverse())
+    for wrong in (str(tmp_path / "tuned"), load_model(str(tmp_path / "tuned"))):
+        with pytest.raises(UsageError, match="stand in another order|is for another order"):
+            save_pruned(wrong, other, tmp_path / "wrong")
+    with pytest.raises(UsageError, match="stand in another order"):
+        apply_mask(load_model(str(tmp_path / "tuned")), other)
+    with pytest.raises(UsageError, match="stand in an order of their own already"):
+        order_channels(load_model(str(tmp_path / "tuned")), WINDOWS)
 
 
 def test_a_pruned_checkpoint_in_an_order_can_be_pruned_and_exported_again_but_not_by_another_order(moved, tmp_path):

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, load_order
+from proxsparse.model.channels import ORDER_FILE, load_order, note_of
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.prunable import Prunable
@@ -25,17 +25,10 @@ class Changes:
         self.mask = mask
         self.layout = Layout(base.tensors, model)
         self.values = {name: t.detach() for name, t in model.state_dict().items() if not t.is_meta}
-        own = load_order(base.folder / ORDER_FILE)  # of a pruned checkpoint
-        if own and own != mask.order:
-            raise UsageError(
-                f"The channels of {base.name} stand in another order than the mask's: give the model that it was made "
-                "from.",
-                "model",
-            )
-        self.moved = set() if own else {move.name for move in mask.order.moves}
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
+        self.moved = set() if self._in_order(base, model) else {move.name for move in mask.order.moves}
         self._kept: dict[str, Tensor] = {}  # by name in the files, of groups at work
         self._new: dict[str, Tensor] = {}
 
@@ -54,6 +47,31 @@ class Changes:
         if kept is not None:
             tensor = tensor.masked_fill(~kept, 0.0)
         return tensor, kept
+
+    def _in_order(self, base: Checkpoint, model: PreTrainedModel) -> bool:
+        """Whether the files hold the channels in the mask's order already, as those of a pruned checkpoint do.
+
+        Raises:
+            UsageError: they hold them in another one.
+        """
+        order, own = self.mask.order, load_order(base.folder / ORDER_FILE)  # of a pruned checkpoint
+        noted = own.digest() if own else note_of(model) if order else None
+        if noted is None:  # files that are pruned by the mask were written in its order, whatever they remember
+            return bool(order) and self._are_pruned()
+        if noted != order.digest():
+            raise UsageError(
+                f"The channels of {base.name} stand in another order than the mask's: give the model that it was made "
+                "from.",
+                "model",
+            )
+        return True
+
+    def _are_pruned(self) -> bool:
+        for name, kept in self.mask.tensors.items():
+            rows = self.targets[name].rows(self.layout.read(self.layout.of_parameter[name])[name])
+            if rows[~kept].any():
+                return False
+        return not all(kept.all() for kept in self.mask.tensors.values())
 
     def _work_out(self, group: Group) -> None:
         masks = {

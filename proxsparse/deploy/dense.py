@@ -26,7 +26,15 @@ from proxsparse.deploy.rounding import round_layers
 from proxsparse.deploy.runtimes import NOTES_FILE, TORCHAO_FILE, check_runtime, write_runtime
 from proxsparse.errors import UsageError, doing
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, check_order, order_of, put_into_order, recall_order, save_order
+from proxsparse.model.channels import (
+    NOTE,
+    ORDER_FILE,
+    check_order,
+    order_of,
+    put_into_order,
+    recall_order,
+    save_order,
+)
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import check_pattern, index_entry, packed, write_index
@@ -113,6 +121,8 @@ def _describe(folder: Path, mask: Mask, card: str) -> None:
     write_json(folder / OWN, {"base_model": mask.base_model, "pattern": str(mask.pattern), "info": mask.info})
     if mask.order:
         save_order(mask.order, folder / ORDER_FILE)
+        config = dict(read_json(folder / "config.json"))
+        write_json(folder / "config.json", config | {NOTE: mask.order.digest()})
 
 
 def _origin(base: Checkpoint | None) -> str:
@@ -178,7 +188,7 @@ def _named(name: str, mask: Mask, hub: dict[str, Any]) -> tuple[Checkpoint | Non
 
 def _in_memory(model: PreTrainedModel, mask: Mask) -> tuple[Checkpoint | None, PreTrainedModel]:
     """The files that a model came from, if there are any, and the model."""
-    recall_order(model)
+    recall_order(model, named=mask.order)
     if order_of(model) != mask.order:
         raise UsageError("The mask is for another order of the model's channels: call apply_mask(model, mask) first.")
     return _files_of(model), model

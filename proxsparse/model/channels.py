@@ -6,6 +6,7 @@ formed of neighbours, so another order is another choice of what competes. The m
 ``proxsparse.model.wiring`` finds what must move together, ``proxsparse.model.ordering`` chooses the order.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ PERMUTE_HELP = (
 )
 DESCRIPTION, INDEX = "description", "index."  # names in that file
 MARK = "_proxsparse_order"  # on a model whose channels have been moved
+# In the configuration of such a model. Whoever saves the model saves it too, also where nobody writes ``ORDER_FILE``.
+NOTE = "proxsparse_channel_order"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class ChannelOrder:
     def described(self) -> list[list[Any]]:
         return [[move.name, move.dim, move.key] for move in self.moves]
 
+    def digest(self) -> str:
+        """What tells this order from others."""
+        found = hashlib.sha256(json.dumps(self.described()).encode())
+        for key, index in sorted(self.packed().items()):
+            found.update(key.encode() + index.numpy().tobytes())
+        return found.hexdigest()[:16]
+
     @classmethod
     def unpacked(cls, moves: Any, tensors: Mapping[str, Tensor]) -> "ChannelOrder":
         """The inverse of ``packed`` and ``described``.
@@ -143,11 +153,15 @@ def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
     Raises:
         UsageError: they are in another one, or the order belongs to a model with other weights.
     """
+    recall_order(model, named=order)
     current = order_of(model)
     if current == order:
         return
-    if current:
-        raise UsageError("The channels of the model have been put into another order: load the model again.", "model")
+    if current or note_of(model):
+        raise UsageError(
+            "The channels of the model stand in another order: give the model that the mask was made from.",
+            "model",
+        )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for move in order.moves:
         shape, index = shapes.get(move.name), order.indices[move.key]
@@ -180,20 +194,33 @@ def check_order(model: PreTrainedModel, order: ChannelOrder) -> None:
             )
 
 
-def mark(model: nn.Module, order: ChannelOrder) -> None:
+def mark(model: PreTrainedModel, order: ChannelOrder) -> None:
     """Remember that a model's channels have been put into an order."""
     setattr(model, MARK, order)
+    vars(model.config).pop(NOTE, None)
+    if order:
+        setattr(model.config, NOTE, order.digest())
 
 
-def recall_order(model: PreTrainedModel, folder: Path | str | None = None) -> None:
-    """Remember the order that a pruned checkpoint was written in, where the model was loaded from such a folder.
+def note_of(model: PreTrainedModel) -> str | None:
+    """The digest of the order that a model's configuration says its channels stand in."""
+    return getattr(model.config, NOTE, None)
+
+
+def recall_order(model: PreTrainedModel, folder: Path | str | None = None, named: ChannelOrder | None = None) -> None:
+    """Remember the order that a model stands in, where its folder has it or its configuration names it.
 
     Args:
         folder: the checkpoint's; None: the model's name, where that is a folder.
+        named: an order that the configuration may name.
     """
     path = Path(folder or model.config._name_or_path or "") / ORDER_FILE
-    if not order_of(model) and path.is_file():
+    if order_of(model):
+        return
+    if path.is_file():
         mark(model, load_order(path))
+    elif named and note_of(model) == named.digest():
+        mark(model, named)
 
 
 def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None = None) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
-from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, order_of, put_into_order, save_order
+from proxsparse.model.channels import (
+    ChannelOrder,
+    Move,
+    load_order,
+    mark,
+    note_of,
+    order_of,
+    put_into_order,
+    save_order,
+)
 from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.restoring import evaluation_mode
@@ -51,7 +60,7 @@ def order_channels(
     Raises:
         UsageError: the channels have been put into another order before.
     """
-    if order_of(model):
+    if order_of(model) or note_of(model):
         raise UsageError(
             "The channels of the model stand in an order of their own already: use `permute=none`, or load the model "
             "again.",
