@@ -9,7 +9,7 @@ Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_order, recall_order
+from proxsparse.model.compact import pattern_of
 from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.published import FILES, read_npz
-from proxsparse.model.sharding import gather, local, total
+from proxsparse.model.sharding import gather, local
 from proxsparse.model.source import name_of
 from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
@@ -102,10 +103,17 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
-def noted_pattern(folder: str) -> Pattern:
-    """The N:M that ``save_pruned`` noted of a checkpoint, else 2:4."""
-    noted = Pattern.parse(origin_of(folder).get("pattern", "2:4")) if folder else TWO_OF_FOUR
-    return noted if noted.structured and noted.n else TWO_OF_FOUR
+def noted_pattern(folder: str) -> Pattern | None:
+    """The N:M that ``save_pruned`` noted of a checkpoint; None: it noted none, or another pattern."""
+    noted = origin_of(folder).get("pattern") if folder else None
+    pattern = Pattern.parse(noted) if noted else None
+    return pattern if pattern and pattern.structured and pattern.n else None
+
+
+def pattern_of_zeros(targets: Iterable[Prunable]) -> Pattern:
+    """The N:M that the weights of a model have, where all that are sparse have the same; else 2:4."""
+    found = {pattern_of(target.rows(target.weight.detach())) for target in targets} - {None}
+    return (len(found) == 1 and found.pop()) or TWO_OF_FOUR
 
 
 def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None) -> Mask:
@@ -115,7 +123,7 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     non-zeros, and the first of its zeros. Of a model that ``save_pruned`` wrote, the mask knows base and method too.
 
     Args:
-        pattern: N:M. None: see ``noted_pattern``.
+        pattern: N:M. None: what ``save_pruned`` noted, or else what all sparse weights have, or else 2:4.
 
     Raises:
         UsageError: no weight has the pattern, or one has it in most of its blocks only; or the model is sharded.
@@ -123,11 +131,13 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     check_model(model)
     base, tensors = model.config._name_or_path, {}
     name, noted = base or "the model", origin_of(base) if base else {}  # a model made in memory has no folder
-    wanted = noted_pattern(base) if pattern is None else Pattern.of_blocks(str(pattern))
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
-    for target in find_prunable(model, multiple=1):
+    targets = find_prunable(model, multiple=1)
+    given = None if pattern is None else Pattern.of_blocks(str(pattern))
+    wanted = given or noted_pattern(base) or pattern_of_zeros(targets)
+    for target in targets:
         rows = target.rows(target.weight.detach())
         if rows.shape[-1] % wanted.m:
             continue
@@ -328,19 +338,3 @@ def is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
         if rows[~mask.tensors[name].to(rows.device)].any():
             return False
     return not all(kept.all() for kept in mask.tensors.values())
-
-
-def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable], m: int = 4) -> dict[str, list[float]]:
-    """Share of blocks of m weights with 0, 1, ... m zeros, by layer kind and over 'all'.
-
-    Args:
-        weights: name -> weight in the parameter's own layout; under FSDP2 every process takes part.
-    """
-    counts: dict[str, Tensor] = {}
-    for target in targets:
-        weight = weights[target.name]
-        zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, m)).sum(-1)
-        histogram = total(torch.bincount(zeros.flatten(), minlength=m + 1), weight).cpu()
-        counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
-    counts["all"] = torch.stack(list(counts.values())).sum(0)
-    return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}

@@ -180,7 +180,10 @@ def write_json(path: Path | str, record: Any) -> None:
 
 
 def origin_of(folder: Path | str) -> dict[str, Any]:
-    """What ``save_pruned`` noted of a checkpoint: the mask's base_model, pattern and info; empty where it did not."""
+    """What ``save_pruned`` noted of a checkpoint: the mask's base_model, pattern and info, and which weights are dense.
+
+    It is empty where nothing was noted.
+    """
     path = Path(folder) / OWN
     if not path.is_file() or not path.stat().st_size:
         return {}

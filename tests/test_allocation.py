@@ -67,7 +67,7 @@ def test_outliers_are_counted_among_wanda_scores():
     model = tiny_llama(num_hidden_layers=2)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[:, 0] *= 50
-    found = outlier_ratios(model, windows(), 5.0)
+    found = outlier_ratios(model, find_prunable(model), windows(), 5.0)
     assert found[1] > found[0]
 
 
@@ -80,8 +80,18 @@ def test_the_tail_exponent_recovers_a_power_law():
 
 
 def test_tail_exponents_are_one_a_block(uneven):
-    assert tail_exponents(uneven).shape == (4,)
-    assert tail_exponents(uneven).isfinite().all()
+    assert tail_exponents(find_prunable(uneven)).shape == (4,)
+    assert tail_exponents(find_prunable(uneven)).isfinite().all()
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning"])
+@pytest.mark.parametrize("kind", ["unstructured", "4:8"])
+def test_layers_and_weights_that_are_left_out_have_no_share(allocation, kind, uneven):
+    some = {"exclude": r"layers\.1\.|q_proj"}
+    patterns = allocate(uneven, Pattern.parse(kind), allocation, windows(), spread=0.5, **some)
+    mask = prune_layerwise(uneven, windows(), METHODS["wanda"](), patterns, **some)
+    assert not [name for name in mask.tensors if "layers.1." in name or "q_proj" in name]
+    assert mask.density() == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("allocation", ["owl", "alphapruning"])
@@ -115,6 +125,6 @@ class OnAccelerator:
 
 
 def test_spectra_leave_the_accelerator_before_anything_is_computed_of_them(monkeypatch):
-    plain, expected = torch.linalg.svdvals, tail_exponents(tiny_llama())
+    plain, expected = torch.linalg.svdvals, tail_exponents(find_prunable(tiny_llama()))
     monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: OnAccelerator(plain(matrix)))
-    assert torch.equal(tail_exponents(tiny_llama()), expected)
+    assert torch.equal(tail_exponents(find_prunable(tiny_llama())), expected)

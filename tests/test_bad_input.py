@@ -144,7 +144,7 @@ MODELS = [
     (infinite_weights, "learn", 1, "not finite"),
     (zero_weights, "learn", 2, "is zero, or nearly so, so it has no scale"),
     (odd_width, "prune", 2, "not a multiple of 4"),
-    (odd_width, "learn", 2, "Leave it out with --exclude"),
+    (odd_width, "learn", 2, "Leave them out with --exclude"),
     (escaping_index, "eval", 1, "outside of its folder"),
     (escaping_index, "learn", 1, "outside of its folder"),
 ]

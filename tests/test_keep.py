@@ -203,9 +203,10 @@ def test_the_zeros_of_other_patterns_are_a_mask_too(checkpoint, tmp_path):
     assert found.tensors.keys() == mask.tensors.keys()
     apply_mask(model, mask)
     model.config._name_or_path = ""
-    with pytest.raises(UsageError, match="is not 2:4|No weight of the model is 2:4"):
-        proxsparse.mask_of_pruned(model)
-    assert proxsparse.mask_of_pruned(model, "4:8").tensors.keys() == mask.tensors.keys()
+    with pytest.raises(UsageError, match="No weight of the model is 1:4|the model is not 1:4"):
+        proxsparse.mask_of_pruned(model, "1:4")
+    for wanted in (None, "4:8", Pattern(4, 8)):
+        assert proxsparse.mask_of_pruned(model, wanted).pattern == mask.pattern
     with pytest.raises(UsageError, match="`pattern` must be N:M, as 2:4 or 4:8; got 'unstructured'"):
         proxsparse.mask_of_pruned(model, "unstructured")
 

@@ -12,6 +12,7 @@ from conftest import tiny_llama
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.baselines import METHODS
 from proxsparse.commands import apply as apply_command
 from proxsparse.commands import eval as eval_command
 from proxsparse.commands.flags import LearnParser, option
@@ -19,7 +20,7 @@ from proxsparse.errors import UsageError
 from proxsparse.learning.folder import Run
 from proxsparse.learning.trainer import ProxSparseTrainer
 from proxsparse.mask import load_mask
-from proxsparse.model.loading import EMBEDDED
+from proxsparse.model.loading import EMBEDDED, load_model
 from proxsparse.operator.kernels import cache
 from proxsparse.recipes import RECIPES, RELEASED
 
@@ -154,6 +155,30 @@ def test_a_run_knows_model_text_and_context(run, checkpoint, corpus, capsys, tmp
     assert "done already" in capsys.readouterr().out
     assert console(["apply", "--run", str(run), "--max_windows", "1"]) == 0
     assert "done already" not in capsys.readouterr().out
+
+
+def test_weights_that_a_run_leaves_out_are_left_out_by_what_follows(checkpoint, corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert console([*learn_flags(checkpoint, corpus, run), "--exclude", "down_proj|k_proj"]) == 0
+    assert "left dense: self_attn.k_proj, mlp.down_proj (excluded)" in capsys.readouterr().out
+    for method in METHODS:
+        flags = ["--prune_method", method, "--mask_only", "--bf16", "false"]
+        assert console(["prune", "--run", str(run), *flags]) == 0
+        assert load_mask(Run(run).baseline_folder(method)).tensors.keys() == load_mask(run).tensors.keys()
+    assert "left dense: self_attn.k_proj, mlp.down_proj (excluded)" in capsys.readouterr().out
+    assert console(["apply", "--run", str(run), "--max_windows", "1"]) == 0
+    assert "left dense: self_attn.k_proj, mlp.down_proj (excluded)" in capsys.readouterr().out
+    for form in ("dense", "compact"):
+        out = str(tmp_path / form)
+        assert console(["export", "--run", str(run), "--form", form, "--to", out]) == 0
+        assert console(["check", "--model", out, "--base", checkpoint]) == 0
+        assert "left dense: self_attn.k_proj, mlp.down_proj (excluded)" in capsys.readouterr().out
+    model = load_model(str(tmp_path / "dense"))
+    model.save_pretrained(tmp_path / "trained")  # which notes nothing
+    check = ["check", "--model", str(tmp_path / "trained")]
+    assert console(check) == 1
+    assert console([*check, "--exclude", "down_proj"]) == 1
+    assert console([*check, "--exclude", "down_proj|k_proj"]) == 0
 
 
 def test_what_was_measured_of_a_mask_goes_when_the_mask_is_replaced(run, tmp_path, capsys):

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_prunable import build
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import Mask, apply_mask, extract_mask, load_mask, save_mask, sparsity_by_kind
-from proxsparse.model.prunable import find_prunable
+from proxsparse.mask import Mask, apply_mask, extract_mask, load_mask, save_mask
+from proxsparse.model.prunable import find_prunable, sparsity_by_kind
 from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.prox import top2_mask
 

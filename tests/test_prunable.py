@@ -96,6 +96,23 @@ def test_a_width_without_blocks_of_four_is_named_and_can_be_left_out():
     assert len(find_prunable(model, exclude="down_proj")) == 12
 
 
+@pytest.mark.parametrize(("hidden", "inner", "multiple"), [(32, 66, 4), (48, 40, 16), (40, 48, 16)])
+@pytest.mark.parametrize("architecture", [hf.LlamaForCausalLM, hf.MixtralForCausalLM])
+def test_the_sentence_about_widths_says_what_leaves_all_of_them_out(architecture, hidden, inner, multiple):
+    sizes = SIZES | {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 8}
+    model = architecture(architecture.config_class(**sizes))
+    with pytest.raises(UsageError) as found:
+        find_prunable(model, multiple=multiple)
+    expression = re.search(r"`exclude=(.*)`", str(found.value))[1]
+    left = {t.name for t in find_prunable(model, exclude=expression, multiple=multiple)}
+    assert left == {t.name for t in find_prunable(model, multiple=1) if t.weight.shape[t.in_dim] % multiple == 0}
+
+
+def test_where_no_weight_has_blocks_another_pattern_is_the_answer():
+    with pytest.raises(UsageError, match="one of 14 such weights.*No weight has such blocks: use another pattern"):
+        find_prunable(build("llama"), multiple=7)
+
+
 def test_include_and_exclude_select():
     model = build("llama")
     assert {t.kind for t in find_prunable(model, include="mlp", exclude="gate")} == {"mlp.up_proj", "mlp.down_proj"}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
 from proxsparse.model.inputs import input_norms
-from proxsparse.model.prunable import find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.prox import expand_scale
 
@@ -33,6 +33,8 @@ def allocate(
     *,
     outlier: float = 5.0,
     spread: float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
 ) -> dict[int, Pattern]:
     """A pattern for every layer; on average they remove the share that is asked for.
 
@@ -42,6 +44,7 @@ def allocate(
         windows: (N, T) calibration token ids; OWL reads them, the others do not.
         outlier: OWL's M: a score counts as an outlier above M times its matrix's mean.
         spread: how far layers may move from the average share; default 0.08 for OWL, 0.3 for AlphaPruning.
+        include, exclude: of ``find_prunable``.
 
     Returns:
         index of the layer -> its pattern.
@@ -51,7 +54,7 @@ def allocate(
     """
     if allocation not in ALLOCATIONS:
         raise UsageError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
-    targets = find_prunable(model, multiple=pattern.m)
+    targets = find_prunable(model, include, exclude, multiple=pattern.m)
     sizes = torch.zeros(max(t.block for t in targets) + 1, dtype=torch.float64)
     for target in targets:
         sizes[target.block] += target.weight.numel()
@@ -59,9 +62,9 @@ def allocate(
         return dict.fromkeys(range(len(sizes)), pattern)
     refuse_without_freedom(pattern, allocation)
     if allocation == "owl":
-        shares = owl_shares(outlier_ratios(model, windows, outlier), sizes, pattern.ratio, spread or 0.08)
+        shares = owl_shares(outlier_ratios(model, targets, windows, outlier), sizes, pattern.ratio, spread or 0.08)
     else:
-        shares = alpha_shares(tail_exponents(model), sizes, pattern.ratio, spread or 0.3)
+        shares = alpha_shares(tail_exponents(targets), sizes, pattern.ratio, spread or 0.3)
     if not pattern.structured:
         return {block: Pattern(1, 1, share) for block, share in enumerate(shares.tolist())}
     kept = whole_numbers(shares, sizes, pattern)
@@ -77,9 +80,8 @@ def refuse_without_freedom(pattern: Pattern, allocation: str) -> None:
         )
 
 
-def outlier_ratios(model: PreTrainedModel, windows: Tensor, outlier: float) -> Tensor:
+def outlier_ratios(model: PreTrainedModel, targets: list[Prunable], windows: Tensor, outlier: float) -> Tensor:
     """Percent of a layer's Wanda scores that lie above ``outlier`` times their mean: (L,) float64 (OWL's D)."""
-    targets = find_prunable(model, multiple=1)
     norms = input_norms(model, targets, windows)
     scores: dict[int, list[Tensor]] = {}
     ratios = torch.zeros(max(t.block for t in targets) + 1, dtype=torch.float64)
@@ -104,9 +106,11 @@ def owl_shares(ratios: Tensor, sizes: Tensor, share: float, spread: float) -> Te
     return _balanced(1 - kept, sizes, share)
 
 
-def tail_exponents(model: PreTrainedModel) -> Tensor:
-    """Mean power-law exponent of the spectra of a layer's matrices: (L,) float64 (AlphaPruning's alpha)."""
-    targets = find_prunable(model, multiple=1)
+def tail_exponents(targets: list[Prunable]) -> Tensor:
+    """Mean power-law exponent of the spectra of a layer's matrices: (L,) float64 (AlphaPruning's alpha).
+
+    A layer without such matrices gets the mean of the others.
+    """
     exponents: dict[int, list[float]] = {}
     for target in targets:
         rows = target.rows(target.weight.detach())
@@ -114,7 +118,9 @@ def tail_exponents(model: PreTrainedModel) -> Tensor:
             # On the CPU from here on: accelerators have no histograms, and some no float64.
             spectrum = torch.linalg.svdvals(matrix.float()).cpu().double().square()
             exponents.setdefault(target.block, []).append(tail_exponent(spectrum))
-    return torch.tensor([sum(found) / len(found) for _, found in sorted(exponents.items())], dtype=torch.float64)
+    means = {block: sum(found) / len(found) for block, found in exponents.items()}
+    usual = sum(means.values()) / len(means)
+    return torch.tensor([means.get(block, usual) for block in range(max(means) + 1)], dtype=torch.float64)
 
 
 def tail_exponent(spectrum: Tensor) -> float:
@@ -172,9 +178,10 @@ def whole_numbers(shares: Tensor, sizes: Tensor, pattern: Pattern) -> list[int]:
     wished = pattern.m * (1 - shares)
     kept = wished.round().clamp(1, pattern.m)
     target = (pattern.n * sizes.sum()).item()
-    while abs(excess := (kept * sizes).sum().item() - target) > 0.5 * sizes.min().item():
+    while abs(excess := (kept * sizes).sum().item() - target) > 0.5 * sizes[sizes > 0].min().item():
         step = -1.0 if excess > 0 else 1.0
-        error = torch.where((kept + step >= 1) & (kept + step <= pattern.m), (kept + step - wished).abs(), torch.inf)
+        free = (kept + step >= 1) & (kept + step <= pattern.m) & (sizes > 0)
+        error = torch.where(free, (kept + step - wished).abs(), torch.inf)
         block = int(error.argmin())
         if abs(excess + step * sizes[block].item()) >= abs(excess):
             break  # layers of unequal size: nothing comes nearer

@@ -45,6 +45,7 @@ class Wanted:
         bf16: compute in bfloat16 autocast; None: what suits the method and the device.
         seed: seed of a learned method's noise.
         folder: where a learned method keeps its checkpoints, from which it goes on after a stop.
+        include, exclude: of ``find_prunable``.
     """
 
     pattern: Pattern = TWO_OF_FOUR
@@ -57,6 +58,8 @@ class Wanted:
     bf16: bool | None = None
     seed: int = 0
     folder: Path | None = None
+    include: str | None = None
+    exclude: str | None = None
 
     def __post_init__(self) -> None:
         if self.inputs not in INPUTS:
@@ -125,16 +128,18 @@ class OneShot:
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
     ) -> Mask:
+        some: dict[str, Any] = {"include": wanted.include, "exclude": wanted.exclude}
         return prune_layerwise(
             model,
             windows,
             self,
-            allocate(model, wanted.pattern, wanted.allocation, windows),
+            allocate(model, wanted.pattern, wanted.allocation, windows, **some),
             update=wanted.update,
             hidden_device=wanted.hidden_device,
             bf16=bool(wanted.bf16),
             dense_inputs=wanted.inputs == "dense",
             progress=f"{type(self).__name__.lower()} {wanted.pattern}",
+            **some,
         )
 
     def forget(self, wanted: Wanted) -> None:
@@ -164,15 +169,16 @@ class Learned:
         from proxsparse.baselines.sampling import one_shot_prior
 
         assert wanted.folder is not None
+        some: dict[str, Any] = {"include": wanted.include, "exclude": wanted.exclude}
         options: dict[str, Any] = {"hidden_device": wanted.hidden_device, "bf16": bool(wanted.bf16)}
         prior = None
         if wanted.prior is not None:
-            prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **options)
+            prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **some, **options)
         if model.dtype == torch.float16:
             cast_weights(model, torch.bfloat16)  # as in learning: gradients underflow in float16
         settings: dict[str, Any] = {"seed": wanted.seed}
         settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
-        settings |= {"prior": prior, "pattern": wanted.pattern}
+        settings |= {"prior": prior, "pattern": wanted.pattern} | some
         mask = self.trainer().learn_mask(model, tokenizer, windows, wanted.folder, **settings)
         apply_mask(model, mask)
         return mask

@@ -58,6 +58,7 @@ class SampledConfig(SFTConfig):
         cooled_by: share of the steps after which both stay at their ends.
         prior_strength: how far the prior moves the logits, in standard deviations of the first ones.
         keep_large: strength of the term that keeps large weights.
+        include, exclude: of ``find_prunable``.
     """
 
     num_train_epochs: float = 1.0
@@ -77,6 +78,8 @@ class SampledConfig(SFTConfig):
     cooled_by: float = 1.0
     prior_strength: float = 3.0
     keep_large: float = 1e-5
+    include: str | None = None
+    exclude: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,7 +152,7 @@ class SampledTrainer(SFTTrainer):
         self.pattern, self.args = pattern, args
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.targets: list[Prunable] = find_prunable(model, multiple=pattern.m)
+        self.targets: list[Prunable] = find_prunable(model, args.include, args.exclude, pattern.m)
         lacking = [] if prior is None else sorted({target.name for target in self.targets} - prior.keys())
         if lacking:
             raise UsageError(f"`prior` has no mask for {lacking[0]}: give one for every prunable weight.", "prior")
@@ -206,6 +209,7 @@ class SampledTrainer(SFTTrainer):
         with settings_at_fault():
             config = cls.config_class(**settings, output_dir=str(output_dir), max_length=windows.shape[1])
         made_by = {name: getattr(config, name) for name in DECISIVE}  # given or not: a default may change
+        made_by |= {name: value for name in ("include", "exclude") if (value := getattr(config, name))}
         made_by |= {"prune_method": cls.method, "sparsity_type": str(pattern)}
         claim(output_dir, _record(model, windows, prior, made_by))
         data = Dataset.from_dict({"input_ids": windows.tolist()})
@@ -217,7 +221,7 @@ class SampledTrainer(SFTTrainer):
                 trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir))
                 return trainer.mask()
             finally:
-                for target in find_prunable(model, multiple=pattern.m):
+                for target in find_prunable(model, multiple=1):
                     if hasattr(target.module, _attribute(target)):
                         delattr(target.module, _attribute(target))
 
@@ -320,12 +324,11 @@ def one_shot_prior(
     """Mask of a one-shot method for the original weights; the model's weights stay as they are.
 
     Args:
-        windows: (N, T) token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
         pattern: N:M of the mask.
         options: arguments of ``prune_layerwise``.
     """
-    targets = find_prunable(model, multiple=pattern.m)
+    targets = find_prunable(model, options.get("include"), options.get("exclude"), pattern.m)
     kept = {t.name: t.weight.detach().to("cpu", copy=True) for t in targets}
     try:
         return prune_layerwise(model, windows, method, pattern, update=False, **options).tensors

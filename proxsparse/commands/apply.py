@@ -14,22 +14,24 @@ from typing import Any
 from proxsparse.commands.cli import Parser, command, print_json
 from proxsparse.commands.groups import (
     RunParser,
-    add_evaluation_arguments,
     add_mask_argument,
     add_model_arguments,
     add_output_argument,
+    given_mask,
+    load,
+    put_mask,
+    tokenizer_to_save,
+    write_result,
+)
+from proxsparse.commands.measuring import (
+    add_evaluation_arguments,
     as_record,
     decisive_of,
     done_already,
     evaluate,
     evaluation_of,
-    given_mask,
-    load,
-    put_mask,
-    tokenizer_to_save,
     weights_stamp,
     windows_of,
-    write_result,
 )
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         refuse_folder(args.save, args.model, args.mask)
     windows = {} if args.no_eval else windows_of(args)
     tokenizer = tokenizer_to_save(args) if args.save else None
-    model = load(args)
+    model = load(args, mask=mask)
     put_mask(model, mask, args)
     if args.save:
         save_pruned(model, mask, args.save, tokenizer=tokenizer)

@@ -5,10 +5,11 @@
     python -m proxsparse check --model small --base meta-llama/Llama-3.1-8B
 
 Use it after you fine-tune or merge a pruned model. Every block must have at most two non-zeros; with --pattern 4:8, at
-most four of eight. With --base, the kept weights must be those of the base bit for bit, and everything else must be
-unchanged. If something is wrong, the first findings are printed, and the exit code is 1. It reads the forms dense and
-compact of export, and a base from the Hub's cache. It also reads what export --quantize wrote, but not together with
---base, because those weights are rounded.
+most four of eight. Weights that the export left dense are not checked, and --exclude names others. With --base, the
+kept weights must be those of the base bit for bit, and everything else must be unchanged. If something is wrong, the
+first findings are printed, and the exit code is 1. It reads the forms dense and compact of export, and a base from the
+Hub's cache. It also reads what export --quantize wrote, but not together with --base, because those weights are
+rounded.
 
 --target lists the weights that a 2:4 kernel can't take, and why. The kernels are torchao (float8 2:4 in vLLM, on H100
 and H200), and cusparselt and cutlass (torch's semi-structured tensors). These weights stay dense there; the exit code
@@ -18,11 +19,12 @@ does not change.
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import say_coverage
-from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model
+from proxsparse.commands.groups import add_choice_arguments
+from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model, weights_to_check
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import noted_pattern
+from proxsparse.model.prunable import coverage
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 
@@ -36,6 +38,7 @@ def arguments() -> Parser:
         "--target", default=None, choices=list(TARGETS), help="list the weights that stay dense with this kernel"
     )
     parser.add_argument("--pattern", default=str(TWO_OF_FOUR), help="N:M of the blocks; default: %(default)s")
+    add_choice_arguments(parser, "check")
     parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
@@ -46,8 +49,11 @@ def main(args: argparse.Namespace) -> None:
     pattern = Pattern.of_blocks(args.pattern)
     if args.target and pattern != TWO_OF_FOUR:
         raise UsageError(f"--target is about kernels for 2:4 weights; got --pattern {pattern}.")
-    say_coverage(checked_model(args.model, trust_remote_code=args.trust_remote_code))
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    model = checked_model(args.model, trust_remote_code=args.trust_remote_code)
+    names = {"include": args.include, "exclude": args.exclude}
+    if getattr(model, "hf_quantizer", None) is None:  # else its weights are codes
+        print(coverage(model, weights_to_check(args.model, model, **names), pattern.m, "checked"), flush=True)
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code} | names
     counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **options)
     print(
         f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not {pattern}"
@@ -56,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
         noted = noted_pattern(args.model)
-        hint = "" if noted == pattern else f" It was exported as {noted}: `pattern={noted}` checks that."
+        hint = "" if noted in (None, pattern) else f" It was exported as {noted}: `pattern={noted}` checks that."
         raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.{hint}")
     if args.target:
         sparse, dense = dense_weights(args.model, args.target, trust_remote_code=args.trust_remote_code)

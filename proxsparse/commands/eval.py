@@ -17,25 +17,21 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import (
-    RunParser,
+from proxsparse.commands.groups import RunParser, add_model_arguments, add_output_argument, load, write_result
+from proxsparse.commands.measuring import (
     add_evaluation_arguments,
-    add_model_arguments,
-    add_output_argument,
     as_record,
     decisive_of,
     done_already,
     evaluate,
     evaluation_of,
-    load,
     windows_of,
-    write_result,
 )
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
-from proxsparse.mask import noted_pattern, sparsity_by_kind
-from proxsparse.model.prunable import find_prunable
-from proxsparse.operator.pattern import Pattern
+from proxsparse.mask import noted_pattern
+from proxsparse.model.prunable import find_prunable, sparsity_by_kind
+from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 
 def arguments() -> Parser:
@@ -74,7 +70,7 @@ def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
 
     Nothing has a share where there are no such blocks.
     """
-    pattern = noted_pattern(model.config._name_or_path)
+    pattern = noted_pattern(model.config._name_or_path) or TWO_OF_FOUR
     try:
         coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of
         targets = [] if coded else find_prunable(model, multiple=1)

@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     results = read_record(args.results).get("perplexity") if args.results else None
     title = args.push_to_hub or to.name
     model = empty_model(args.model, **options_of(args))
-    say_coverage(model)
+    say_coverage(model, mask=mask)
     if args.form in MASKS:
         if args.runtime:
             check_runtime(args.runtime, model, mask, args.form, args.quantize)

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import mask_digest
+from proxsparse.commands.groups import add_choice_arguments
+from proxsparse.commands.measuring import mask_digest
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import locate
 from proxsparse.record import read_record, versions, write_json
@@ -30,8 +31,7 @@ def arguments() -> Parser:
         help="learned checkpoint, or the folder of a run",
     )  # fmt: skip
     parser.add_argument("--output", default=None, metavar="FILE", help="default: the mask of the run")
-    parser.add_argument("--include", default=None, metavar="REGEX", help="take only weights whose name matches")
-    parser.add_argument("--exclude", default=None, metavar="REGEX", help="leave out weights whose name matches")
+    add_choice_arguments(parser, "take")
     parser.add_argument(
         "--record", default=None, metavar="FILE", help="write the shares of zeros as JSON; default: in the run's folder"
     )

@@ -1,7 +1,6 @@
-"""Groups of arguments that several commands share, and what they name: model, mask, texts, device, output."""
+"""Groups of arguments that several commands share, and what they name: model, mask, samples, device, output."""
 
 import argparse
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxsparse.commands.cli import Parser, batch_size, file_to_write, positive_int
-from proxsparse.errors import RunError, UsageError
-from proxsparse.evaluation.perplexity import Perplexity, perplexity
-from proxsparse.learning.folder import WINDOWS, Run
+from proxsparse.commands.cli import Parser, file_to_write
+from proxsparse.errors import UsageError
+from proxsparse.learning.folder import Run
 from proxsparse.mask import MASK_FILE, Mask, apply_mask, load_mask, mask_file, mask_of_pruned
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import (
@@ -29,25 +27,17 @@ from proxsparse.model.loading import (
 )
 from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.model.windows import check_ctx_len, check_tokens
-from proxsparse.record import read_record, stamp_of, versions, write_json
+from proxsparse.operator.pattern import Pattern
+from proxsparse.record import versions, write_json
 from proxsparse.text import (
     NAMED,
-    SELF,
-    SPLITS,
-    adds_bos,
     calibration_windows,
-    evaluation_windows,
-    parts_of,
-    stamp,
 )
 
 MODEL_HELP = f"checkpoint folder, .gguf file, Hub id, or {EMBEDDED} (from script/setup.sh)"
 FILES_HELP = ".txt, .jsonl, .ndjson, .json (these also as .gz, .bz2, .xz, .zst), .parquet or .arrow"
 TEXT_HELP = f"{', '.join(NAMED)}, or a {FILES_HELP} file, or a folder of them"
 CALIBRATION_HELP = f"{TEXT_HELP}; self is text that the model generates, and wiki:2,self:1 mixes texts two to one"
-
-FROM_HUB = ("wikitext2", "c4", "c4_new")
-PRINTED = ("wikitext2", "c4")  # the texts on which papers print perplexities
 
 
 class RunParser(Parser):
@@ -96,59 +86,6 @@ def model_of(run: Run) -> dict[str, Any]:
     }
 
 
-def evaluation_of(run: Run) -> dict[str, Any]:
-    """What a run says about how to measure it: on held-out parts of its own text, or on the texts that papers print."""
-    settings = run.settings
-    found = model_of(run) | {"ctx_len": settings["ctx_len"]}
-    dataset = settings["dataset"]
-    texts = [text for text in parts_of(dataset) if text not in (SELF, WINDOWS)]
-    if set(texts) & set(FROM_HUB):
-        return found | {"dataset": list(PRINTED)}
-    if not texts:
-        return found
-    for text in texts:
-        if text not in NAMED and not Path(text).exists():
-            raise UsageError(f"The text of this run, {text}, is not here any more: give --dataset and --split.", "run")
-    return found | {"dataset": texts, "split": "heldout"}
-
-
-def done_already(args: argparse.Namespace, what: str, decisive: dict[str, Any]) -> bool:
-    """Whether a result of this run was measured before, the same way; says so."""
-    if not args.run or not args.output or not Path(args.output).is_file():
-        return False
-    try:
-        before = read_record(args.output)
-    except RunError:  # a damaged result is made again
-        return False
-    if before.get("measured") != decisive:
-        return False
-    print(f"{what}: done already ({args.output})")
-    return True
-
-
-def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide a measured perplexity."""
-    mask = getattr(args, "mask", None)
-    names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
-    decisive = {name: getattr(args, name) for name in names} | {"files": [stamp(text) for text in args.dataset]}
-    decisive["weights"] = weights_stamp(args.model)
-    return decisive | {"mask": None if mask is None else mask_digest(mask)}
-
-
-def weights_stamp(model: str) -> str | None:
-    """What tells that the weights of a model in a folder may have changed; None for a name."""
-    folder = Path(model)
-    return stamp_of(sorted(folder.glob("*.safetensors")), folder) if folder.is_dir() else None
-
-
-def mask_digest(mask: str | Path) -> str:
-    """SHA-256 of a mask file."""
-    try:
-        return hashlib.sha256(mask_file(mask).read_bytes()).hexdigest()
-    except UsageError:  # there is none
-        return ""
-
-
 def add_model_arguments(parser: argparse.ArgumentParser, computes: bool = True) -> None:
     """--model and what belongs to it; dtype and device only where the command computes with it."""
     parser.add_argument("--model", default=EMBEDDED, help=f"{MODEL_HELP}; default: %(default)s")
@@ -170,6 +107,16 @@ def add_mask_argument(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="FILE",
         help=f"{MASK_FILE}, or the folder it lies in; also an .npz file that MaskLLM or PATCH published",
+    )
+
+
+def add_choice_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """The expressions of ``find_prunable``."""
+    parser.add_argument(
+        "--include", default=None, metavar="REGEX", help=f"{verb} only weights whose name matches this expression"
+    )
+    parser.add_argument(
+        "--exclude", default=None, metavar="REGEX", help="leave out weights whose name matches this expression"
     )
 
 
@@ -217,68 +164,48 @@ def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace
     print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dataset", nargs="+", default=["wikitext2"], metavar="TEXT", help=f"{TEXT_HELP}; default: wikitext2"
-    )
-    parser.add_argument(
-        "--split",
-        default="all",
-        choices=SPLITS,
-        help="part of a local or embedded text: heldout is what calibration never reads; default: %(default)s, and "
-        "heldout with --run",
-    )
-    parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
-    parser.add_argument("--bos", action="store_true", help="begin every window with BOS; papers do not do this")
-    parser.add_argument(
-        "--batch_size", type=batch_size, default=None, help="windows at once, or auto (as memory allows); default: auto"
-    )
-    parser.add_argument(
-        "--max_windows",
-        type=positive_int,
-        default=None,
-        help="measure only this many windows, every k-th of the text; default: all",
-    )
-
-
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords that loading a model, its tokenizer and its configuration share."""
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
 
 
-def load(args: argparse.Namespace, evaluating: bool = False) -> PreTrainedModel:
-    """The model that the arguments name; see ``load_model`` for ``evaluating``."""
+def load(
+    args: argparse.Namespace, evaluating: bool = False, mask: Mask | None = None, pattern: Pattern | None = None
+) -> PreTrainedModel:
+    """The model that the arguments name.
+
+    Args:
+        evaluating: see ``load_model``.
+        mask: the mask that prunes it.
+        pattern: what the command prunes it to.
+    """
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
     model = load_model(args.model, dtype=dtype, device=device, evaluating=evaluating, **options_of(args))
-    say_coverage(model)
+    say_coverage(model, getattr(args, "include", None), getattr(args, "exclude", None), mask=mask, pattern=pattern)
     return model
 
 
-def say_coverage(model: PreTrainedModel, include: str | None = None, exclude: str | None = None) -> None:
-    """Say in one line what share of the linear weights is pruned, and what is left dense and why."""
+def say_coverage(
+    model: PreTrainedModel,
+    include: str | None = None,
+    exclude: str | None = None,
+    *,
+    mask: Mask | None = None,
+    pattern: Pattern | None = None,
+) -> None:
+    """Say in one line what share of the linear weights is pruned, and what is left dense and why.
+
+    Without a mask, and without a pattern that the command prunes to, it is the share that can be pruned.
+    """
     if getattr(model, "hf_quantizer", None) is not None:  # its weights are codes
         return
+    pattern = mask.pattern if mask else pattern
     try:
-        targets = find_prunable(model, include, exclude, multiple=1)
+        targets = find_prunable(model, include, exclude, multiple=pattern.m if pattern and not mask else 1)
     except UsageError:  # nothing to prune: commands that prune say so, others do without
         return
-    print(coverage(model, targets), flush=True)
-
-
-def windows_of(args: argparse.Namespace, evaluating: bool = False) -> dict[str, Tensor]:
-    """Evaluation windows of every text that the arguments name; read before the model is loaded."""
-    config = load_config(args.model, evaluating=evaluating, **options_of(args))
-    check_ctx_len(args.ctx_len, config)
-    tokenizer = load_tokenizer(args.model, **options_of(args))
-    if adds_bos(tokenizer) and not args.bos:
-        print("note: this tokenizer puts BOS first, so most windows begin without it; --bos puts it into every window")
-    windows = {
-        text: evaluation_windows(text, tokenizer, args.ctx_len, args.split, args.max_windows, bos=args.bos)
-        for text in args.dataset
-    }
-    for found in windows.values():
-        check_tokens(found, config)
-    return windows
+    chosen = targets if mask is None else [target for target in targets if target.name in mask.tensors]
+    print(coverage(model, chosen, pattern.m if pattern else 4, "pruned" if pattern else "prunable"), flush=True)
 
 
 def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> Tensor:
@@ -288,20 +215,6 @@ def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, mod
     windows = calibration_windows(args.dataset, tokenizer, args.ctx_len, args.samples, args.seed, model)
     check_tokens(windows, config)
     return windows
-
-
-def evaluate(model: PreTrainedModel, windows: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Perplexity]:
-    """Perplexity on every text, printed as it comes."""
-    results = {}
-    for text, batch in windows.items():
-        result = perplexity(model, batch, args.batch_size, progress=text)
-        results[text] = result
-        print(
-            f"{text}: perplexity {result.perplexity:.3f} +- {result.standard_error:.3f} "
-            f"({result.windows} windows of {result.ctx_len} tokens, {result.tokens_per_second:,.0f} tokens/s)",
-            flush=True,
-        )
-    return results
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
@@ -319,10 +232,6 @@ def write_result(model: PreTrainedModel, args: argparse.Namespace, **found: Any)
         "device": describe_device(model.device),
     }
     write_json(args.output, record | found | {"versions": versions()})
-
-
-def as_record(results: dict[str, Perplexity]) -> dict:
-    return {text: result._asdict() for text, result in results.items()}
 
 
 def existing_folder(text: str, argument: str) -> Path:

@@ -137,6 +137,6 @@ def learn_from_start(run: LearnArguments, config: ProxSparseConfig, data: dict) 
     if model.dtype == torch.float16:
         print("note: float16 weights are learned in bfloat16, because second moments underflow in float16")
         model = cast_weights(model, torch.bfloat16)
-    say_coverage(model, config.include, config.exclude)
+    say_coverage(model, config.include, config.exclude, pattern=config.wanted)
     held_out = windows[run.samples :] if run.eval_samples else None
     learn(model, tokenizer, windows[: run.samples], config, data, eval_windows=held_out)

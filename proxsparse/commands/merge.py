@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_folder(to, args.model, args.mask, args.adapter)
     folder = adapter_folder(args.adapter)  # before the model is loaded, so that a wrong name costs no wait
     tokenizer = tokenizer_to_save(args)
-    model = load(args)
+    model = load(args, mask=given)
     mask = mask_of_pruned(model) if given is None else given
     merged = merge_lora(model, folder, mask)
     info = mask.info | {"adapter": args.adapter, "weights_updated": f"the adapter {args.adapter}"}

@@ -87,7 +87,8 @@ def print_plan(run: LearnArguments, config: ProxSparseConfig, gpus: int | None =
         sharded=sharded,
         on_cpu=on_cpu,
     )
-    say_coverage(empty_of(found, config.trust_remote_code), config.include, config.exclude)
+    empty = empty_of(found, config.trust_remote_code)
+    say_coverage(empty, config.include, config.exclude, pattern=config.wanted)
     show(plan, str(run.model), str(config.output_dir), dtype, config.pattern)
     if gpus is None:
         compare_with_this_machine(plan, on_cpu)

@@ -29,6 +29,7 @@ from proxsparse.commands.cli import Parser, command, positive_int, print_json, s
 from proxsparse.commands.groups import (
     CALIBRATION_HELP,
     RunParser,
+    add_choice_arguments,
     add_model_arguments,
     load,
     model_of,
@@ -72,6 +73,7 @@ def arguments() -> Parser:
         help="whose inputs weights are scored by: pruned (the layers before are pruned already, as in the methods' "
         "papers), or dense (they are not yet; half the work); default: %(default)s",
     )
+    add_choice_arguments(parser, "prune")
     parser.add_argument("--mask_only", action="store_true", help="put the method's mask on the original weights")
     add_learning_arguments(parser)
     parser.add_argument("--dataset", default="c4", help=f"calibration text: {CALIBRATION_HELP}; default: %(default)s")
@@ -128,7 +130,7 @@ def add_learning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    names = ("dataset", "samples", "ctx_len", "seed", "permute")
+    names = ("dataset", "samples", "ctx_len", "seed", "permute", "include", "exclude")
     same = {name: run.settings[name] for name in names if name in run.settings}
     same["sparsity_type"] = str(run.pattern)
     return model_of(run) | same | {"save": str(run.baseline_folder(args.prune_method))}
@@ -146,6 +148,8 @@ def main(args: argparse.Namespace) -> None:
         cooling=args.cooling,
         seed=args.seed,
         folder=learning_folder(args),
+        include=args.include,
+        exclude=args.exclude,
     )
     changes_weights = method.updates_weights and wanted.update
     check(args, wanted.pattern, changes_weights)
@@ -156,13 +160,13 @@ def main(args: argparse.Namespace) -> None:
     if not changeable and pruned_already(args, info, wanted.pattern):
         return
     tokenizer = load_tokenizer(args.model, **options_of(args))
-    model = load(args) if own_text else None
+    model = load(args, pattern=wanted.pattern) if own_text else None
     windows = samples_of(args, tokenizer, model) if reads else None
     if changeable and windows is not None:
         info["text"] = digest(windows)
         if pruned_already(args, info, wanted.pattern):
             return
-    model = model or load(args)
+    model = model or load(args, pattern=wanted.pattern)
     windows = model.dummy_inputs["input_ids"] if windows is None else windows
     wanted.hidden_device = "cpu" if args.hidden_device == "cpu" else str(model.device)
     automatic = native_bf16("cpu") if model.device.type == "cpu" else None
@@ -174,7 +178,8 @@ def main(args: argparse.Namespace) -> None:
     mask = method.prune_model(model, tokenizer, windows, wanted)
     mask.base_model = args.model
     mask.info = info
-    note = " (not 2:4: layers keep different shares)" if args.allocation != "uniform" else ""
+    same = args.allocation == "uniform" or (mask.pattern.structured and str(mask.pattern) == args.sparsity_type)
+    note = "" if same else " (layers keep different shares)"
     print(f"{args.prune_method}, {mask.pattern}: {mask.density():.1%} of the weights kept{note}")
     if args.save:
         if args.run:
@@ -205,7 +210,7 @@ def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, An
     """What the mask's file says about how it was made."""
     always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
     # Left out where they are as ever, so that a mask of an older version is known again.
-    changed = {"permute": "none", "cooling": None, "inputs": "pruned"} | (
+    changed = {"permute": "none", "cooling": None, "inputs": "pruned", "include": None, "exclude": None} | (
         {} if args.prune_method in ONE_SHOT else {"prior": "sparsegpt"}
     )
     more = {name: value for name, usual in changed.items() if (value := getattr(args, name)) != usual}

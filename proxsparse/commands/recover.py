@@ -27,7 +27,6 @@ from proxsparse.commands.groups import (
     add_mask_argument,
     add_model_arguments,
     load,
-    mask_digest,
     model_of,
     options_of,
     read_mask,
@@ -35,6 +34,7 @@ from proxsparse.commands.groups import (
     samples_of,
     tokenizer_to_save,
 )
+from proxsparse.commands.measuring import mask_digest
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import RECOVERED, WINDOWS, Run

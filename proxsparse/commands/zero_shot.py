@@ -60,7 +60,7 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     mask = read_mask(args)
     tokenizer = load_tokenizer(args.model, **options_of(args))
-    model = load(args, evaluating=mask is None)
+    model = load(args, evaluating=mask is None, mask=mask)
     put_mask(model, mask, args)
     results = zero_shot(model, tokenizer, args.tasks, batch_size=args.batch_size, limit=args.limit)
     write_result(model, args, limit=args.limit, tasks=results)

@@ -14,6 +14,7 @@ from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
+from proxsparse.record import origin_of
 
 MOST_OFFENDERS = 5
 
@@ -23,20 +24,23 @@ def check_sparsity(
     base: str | None = None,
     *,
     pattern: Pattern = TWO_OF_FOUR,
+    include: str | None = None,
+    exclude: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[dict[str, int], list[str]]:
     """Whether a checkpoint is N:M sparse and, compared with its base, nothing but pruned.
 
-    Every block of M of every prunable weight must have at most N non-zeros. With a base, kept weights must be equal to
-    its own bit for bit, and all other tensors unchanged, but for the order of channels that the checkpoint names. One
-    tensor of each model is in memory at a time (of stacked experts, one layer's).
+    Every block of M of every weight of ``weights_to_check`` must have at most N non-zeros. With a base, kept weights
+    must be equal to its own bit for bit, and all other tensors unchanged, but for the order of channels that the
+    checkpoint names. One tensor of each model is in memory at a time (of stacked experts, one layer's).
 
     Args:
         name: checkpoint folder of any form, or a Hub id that is in the cache.
         base: the original model: a folder, a Hub id in the cache, or a GGUF file; None: only the blocks are checked.
             Not for a quantised checkpoint, whose weights are rounded.
         pattern: N:M of the blocks.
+        include, exclude: of ``find_prunable``: which weights are pruned.
         revision: revision of the base.
         trust_remote_code: run code that comes with the model.
 
@@ -47,7 +51,7 @@ def check_sparsity(
         UsageError: no checkpoint, one that lacks weights of its model, or no weight has blocks of this pattern.
     """
     model = checked_model(name, trust_remote_code=trust_remote_code)
-    targets = {target.name: target for target in find_prunable(model, multiple=1)}
+    targets = {target.name: target for target in weights_to_check(name, model, include, exclude)}
     found = _checkpoint(name, None, "model")
     layout = _layout(found, model, targets, compared=base is not None)
     original = _original(base, revision, trust_remote_code) if base else None
@@ -73,9 +77,16 @@ def check_sparsity(
         raise UsageError(f"No weight of {name} has a width that is a multiple of {pattern.m}.", "pattern")
     offenders += [f"{key}: is not in the files" for key in sorted(parameters - seen - tied)]
     if original is not None:
-        gone = sorted(key for key in set(original) - seen if key not in tied)
-        offenders += [f"{key}: is in the base and not in the model" for key in gone]
+        offenders += [f"{key}: is in the base and not in the model" for key in sorted(set(original) - seen - tied)]
     return counts, offenders
+
+
+def weights_to_check(
+    name: str, model: PreTrainedModel, include: str | None = None, exclude: str | None = None
+) -> list[Prunable]:
+    """The weights of a checkpoint that must be pruned: all but those that ``save_pruned`` noted as dense."""
+    dense = set(origin_of(name).get("dense", ()))
+    return [t for t in find_prunable(model, include, exclude, multiple=1) if t.name not in dense]
 
 
 def _layout(found: Checkpoint, model: PreTrainedModel, targets: Iterable[str], compared: bool) -> Layout:

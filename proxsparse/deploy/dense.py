@@ -41,6 +41,7 @@ from proxsparse.model.compact import check_pattern, index_entry, packed, write_i
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
+from proxsparse.model.prunable import find_prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source, name_of
 from proxsparse.model.windows import check_windows
@@ -110,15 +111,17 @@ def save_pruned(
         else:
             _save_from_memory(shape, mask, tokenizer, scratch, form, quantize)
         card = model_card(title or folder.name, mask, results, form=form, origin=quantize or _origin(base))
-        _describe(scratch, mask, card)
+        _describe(scratch, shape, mask, card)
         if runtime is not None:
             write_runtime(scratch, served=folder)
 
 
-def _describe(folder: Path, mask: Mask, card: str) -> None:
+def _describe(folder: Path, model: PreTrainedModel, mask: Mask, card: str) -> None:
     """The card, the order of the channels, and what mask it is."""
     (folder / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / OWN, {"base_model": mask.base_model, "pattern": str(mask.pattern), "info": mask.info})
+    note = {"base_model": mask.base_model, "pattern": str(mask.pattern), "info": mask.info}
+    dense = [target.name for target in find_prunable(model, multiple=1) if target.name not in mask.tensors]
+    write_json(folder / OWN, note | ({"dense": dense} if dense else {}))
     if mask.order:
         save_order(mask.order, folder / ORDER_FILE)
         config = dict(read_json(folder / "config.json"))

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask, sparsity_by_kind
+from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask
 from proxsparse.model.channels import ORDER_FILE, load_order
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
-from proxsparse.model.prunable import find_prunable
+from proxsparse.model.prunable import find_prunable, sparsity_by_kind
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 from proxsparse.record import git_commit, read_json, read_record, versions
 from proxsparse.resume import RUN_FILE, claim, last_complete_checkpoint

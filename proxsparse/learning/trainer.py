@@ -28,11 +28,11 @@ from proxsparse.learning.optim import scale_learning_rates, step_in_backward
 from proxsparse.learning.processes import REFUSALS as OF_PROCESSES
 from proxsparse.learning.proximal import ProxCallback, ProximalStep
 from proxsparse.learning.refusals import refuse
-from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask, sparsity_by_kind
+from proxsparse.mask import MASK_FILE, Mask, extract_mask, save_mask
 from proxsparse.model.channels import ORDER_FILE, order_of, save_order
 from proxsparse.model.inputs import NORMS_FILE, stored_norms
 from proxsparse.model.ordering import stored_order
-from proxsparse.model.prunable import Prunable, find_prunable
+from proxsparse.model.prunable import Prunable, find_prunable, sparsity_by_kind
 from proxsparse.model.sharding import matching_part, reshard
 from proxsparse.record import write_json
 

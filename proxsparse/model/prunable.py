@@ -6,21 +6,21 @@ experts of mixture models). Embeddings, the LM head, norms, biases, convolutions
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from proxsparse.errors import UsageError
 from proxsparse.model.linears import CONVOLUTION, Weight, expert_counts, weights_of
-from proxsparse.model.sharding import local
+from proxsparse.model.sharding import local, total
 
 # What activation checkpointing (FSDP's) and regional compilation put into the names of parameters.
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
-ODD = "input width no multiple of 4"
 
 
 @dataclass(frozen=True)
@@ -162,23 +162,43 @@ def find_prunable(
     check_model(model)
     wanted, unwanted = _expression("include", include), _expression("exclude", exclude)
     found: list[Prunable] = []
+    odd: list[Prunable] = []
     for name, weight, index in layer_weights(model):
         if weight.dense is not None or weight.in_dim is None:
             continue
         if (wanted and not wanted.search(name)) or (unwanted and unwanted.search(name)):
             continue
-        width = weight.parameter.shape[weight.in_dim]
-        if width % multiple:
-            raise UsageError(
-                f"The input width of {name} is {width}, not a multiple of {multiple}, so it "
-                f"has no blocks of {multiple}. Leave it out with `exclude={re.escape(name)}`."
-            )
-        found.append(Prunable(name, weight.module, weight.attribute, weight.in_dim, index))
+        fits = weight.parameter.shape[weight.in_dim] % multiple == 0
+        (found if fits else odd).append(Prunable(name, weight.module, weight.attribute, weight.in_dim, index))
+    if odd:
+        raise UsageError(_without_blocks(odd, found, multiple))
     if not found:
         raise UsageError(
             f"No weight of {type(model).__name__} is left to prune (include={include!r}, exclude={exclude!r})."
         )
     return found
+
+
+def _without_blocks(odd: list[Prunable], others: list[Prunable], multiple: int) -> str:
+    """The sentence for weights whose inputs can't be dealt into blocks, with what leaves all of them out."""
+    first, more = odd[0], f" (one of {len(odd)} such weights)" if len(odd) > 1 else ""
+    width = first.weight.shape[first.in_dim]
+    found = (
+        f"The input width of {first.name} is {width}, not a multiple of {multiple}, so it has no blocks of "
+        f"{multiple}{more}. "
+    )
+    if not others:
+        return f"{found}No weight has such blocks: use another pattern."
+    kinds, kept = ({_without_index(target.kind) for target in targets} for targets in (odd, others))
+    names = {target.name for target in odd if _without_index(target.kind) in kept} | {
+        re.escape(kind).replace(re.escape(".*"), r"\.\d+") for kind in kinds - kept
+    }
+    return f"{found}Leave {'them' if more else 'it'} out with `exclude={'|'.join(sorted(names))}`."
+
+
+def _without_index(kind: str) -> str:
+    """A layer kind without the numbers of experts: 'mlp.experts.3.up_proj' -> 'mlp.experts.*.up_proj'."""
+    return re.sub(r"\.\d+(?=\.)", ".*", kind)
 
 
 def layer_weights(model: PreTrainedModel) -> Iterator[tuple[str, Weight, int]]:
@@ -201,12 +221,14 @@ class Coverage:
         linear: all linear weights, with routers and with what may be linear, counted by entries.
         layers: number of decoder layers.
         dense: reason -> kinds of weights that stay dense because of it.
+        word: what the sentence begins with: 'pruned', or 'prunable' where nothing is pruned now.
     """
 
     pruned: int
     linear: int
     layers: int
     dense: dict[str, list[str]] = field(default_factory=dict)
+    word: str = "pruned"
 
     @property
     def share(self) -> float:
@@ -214,18 +236,20 @@ class Coverage:
 
     def __str__(self) -> str:
         # Rounded down, so that 100 % is said of all weights only.
-        head = f"pruned: {int(1000 * self.share) / 10:.1f} % of the linear weights in {self.layers} layers"
+        head = f"{self.word}: {int(1000 * self.share) / 10:.1f} % of the linear weights in {self.layers} layers"
         kinds = [f"{', '.join(kinds)} ({reason})" for reason, kinds in self.dense.items()]
         return f"{head}; left dense: {', '.join(kinds)}" if kinds else f"{head}; none is left dense"
 
 
-def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
+def coverage(model: PreTrainedModel, targets: Iterable[Prunable], multiple: int = 4, word: str = "pruned") -> Coverage:
     """What share of the linear weights is pruned, and which kinds stay dense, with the reason.
 
     Every matrix in the layers is a target or is named, except embeddings, norms and biases.
 
     Args:
         targets: the result of ``find_prunable``.
+        multiple: the block length, which a weight's inputs must be a multiple of.
+        word: of ``Coverage``.
     """
     chosen = {target.name for target in targets}
     pruned = linear = 0
@@ -236,11 +260,28 @@ def coverage(model: PreTrainedModel, targets: Iterable[Prunable]) -> Coverage:
         if name in chosen:
             pruned += size
             continue
-        reason = weight.dense or ("excluded" if weight.parameter.shape[weight.in_dim or 0] % 4 == 0 else ODD)
-        kind = re.sub(r"\.\d+(?=\.)", ".*", layer_kind(name))
+        fits = weight.parameter.shape[weight.in_dim or 0] % multiple == 0
+        reason = weight.dense or ("excluded" if fits else f"input width no multiple of {multiple}")
+        kind = _without_index(layer_kind(name))
         if kind not in dense.setdefault(reason, []):
             dense[reason].append(kind)
-    return Coverage(pruned, linear, len(decoder_blocks(model)), dense)
+    return Coverage(pruned, linear, len(decoder_blocks(model)), dense, word)
+
+
+def sparsity_by_kind(weights: Mapping[str, Tensor], targets: list[Prunable], m: int = 4) -> dict[str, list[float]]:
+    """Share of blocks of m weights with 0, 1, ... m zeros, by layer kind and over 'all'.
+
+    Args:
+        weights: name -> weight in the parameter's own layout; under FSDP2 every process takes part.
+    """
+    counts: dict[str, Tensor] = {}
+    for target in targets:
+        weight = weights[target.name]
+        zeros = (target.rows(local(weight)) == 0).unflatten(-1, (-1, m)).sum(-1)
+        histogram = total(torch.bincount(zeros.flatten(), minlength=m + 1), weight).cpu()
+        counts[target.kind] = counts[target.kind] + histogram if target.kind in counts else histogram
+    counts["all"] = torch.stack(list(counts.values())).sum(0)
+    return {kind: (histogram / histogram.sum()).tolist() for kind, histogram in counts.items()}
 
 
 def _expression(argument: str, pattern: str | None) -> re.Pattern | None:
