@@ -12,7 +12,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,6 +155,22 @@ def refuse_folder(folder: Path | str, *sources: str | None) -> None:
         if folder.resolve() in (place, *place.parents):
             raise UsageError(f"{folder} is read, so it can't be replaced by what is made of it; name another folder.")
     refuse_to_overwrite(folder)
+
+
+def refuse_trained(folder: Path | str, info: Mapping[str, Any]) -> None:
+    """Refuse to replace weights that were trained by others: whoever wants them gone deletes the folder.
+
+    Args:
+        info: of the mask whose model is written there.
+
+    Raises:
+        UsageError: the folder holds such weights.
+    """
+    noted = (origin_of(folder).get("info") or {}).get("weights_updated")
+    if isinstance(noted, str) and noted != info.get("weights_updated"):
+        raise UsageError(
+            f"{folder} holds weights that were trained ({noted}); choose a new folder, so that nothing is lost."
+        )
 
 
 def usual_cache() -> Path | None:

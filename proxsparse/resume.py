@@ -52,7 +52,8 @@ def claim(
         write: False only compares, as in all processes but the first.
 
     Raises:
-        UsageError: a setting differs; names it, with both values where they are short.
+        UsageError: a setting differs; names it, with both values where they are short. Or the folder holds a model,
+            whose files would be taken for the run's.
         RunError: the record in the folder can't be read.
     """
     if Path(folder).exists() and not Path(folder).is_dir():
@@ -71,6 +72,8 @@ def claim(
                 raise UsageError(
                     f"{folder} holds a run with {differs}: give another `output_dir`, or delete that folder."
                 )
+    elif Path(folder, "config.json").is_file():
+        raise UsageError(f"{folder} holds a model, and no run: give another `output_dir`.", "output_dir")
     elif write:
         write_json(path, record)
 

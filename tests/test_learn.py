@@ -157,6 +157,15 @@ def test_a_run_knows_model_text_and_context(run, checkpoint, corpus, capsys, tmp
     assert "done already" not in capsys.readouterr().out
 
 
+def test_a_run_does_not_begin_in_the_folder_of_a_model(checkpoint, corpus, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    before = sorted(model.iterdir())
+    assert console(learn_flags(str(model), corpus, model, "--permute", "auto")) == 2
+    assert "holds a model, and no run: give another --output_dir" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
+
+
 def test_weights_that_a_run_leaves_out_are_left_out_by_what_follows(checkpoint, corpus, tmp_path, capsys):
     run = tmp_path / "run"
     assert console([*learn_flags(checkpoint, corpus, run), "--exclude", "down_proj|k_proj"]) == 0

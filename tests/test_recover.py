@@ -142,11 +142,22 @@ def test_the_command_writes_a_checkpoint_that_is_24_and_says_that_its_weights_mo
     assert not (run / "recovered.json").exists()  # it was measured of other weights
 
 
-def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, corpus, tmp_path):
+def test_a_pruned_checkpoint_and_its_dense_model_need_no_run(checkpoint, mask, corpus, tmp_path, capsys):
     proxsparse.save_pruned(checkpoint, load_mask(mask), tmp_path / "pruned")
     flags = ["--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu", "--scope", "layer"]
     words = ["--model", str(tmp_path / "pruned"), "--base", checkpoint, "--to", str(tmp_path / "new"), *flags]
     assert console(["recover", *words]) == 0
+    before = (tmp_path / "new" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    new = str(tmp_path / "new")
+    assert console(["export", "--model", checkpoint, "--mask", str(mask), "--to", new]) == 2
+    assert "holds weights that were trained (distilling" in capsys.readouterr().err
+    assert console(["recover", *words, "--epochs", "0"]) == 2
+    assert "--epochs must be" in capsys.readouterr().err
+    assert console(["recover", *words, "--epochs", "2"]) == 2
+    assert "holds weights that were trained (distilling" in capsys.readouterr().err
+    assert console(["recover", *words]) == 0  # the same again
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == before
     again, first = (proxsparse.mask_of_pruned(proxsparse.load_model(str(tmp_path / p))) for p in ("new", "pruned"))
     assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
 

@@ -62,7 +62,7 @@ from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer, resolve_device
 from proxsparse.model.source import model_source
-from proxsparse.record import read_record, refuse_folder
+from proxsparse.record import read_record, refuse_folder, refuse_trained
 from proxsparse.text import SELF, parts_of
 
 MASKS = ("mask", "npz")  # forms without weights
@@ -132,6 +132,7 @@ def main(args: argparse.Namespace) -> None:
         elif not args.dataset:
             raise UsageError(f"--{name} is for --quantize int4 with --dataset: leave it out, or give both.")
     refuse_folder(to, args.model, args.mask)
+    refuse_trained(to, mask.info)
     if args.form in MASKS:
         mask.base_model = mask.base_model or args.model
     elif args.mask:

@@ -19,7 +19,7 @@ from proxsparse.commands.groups import add_mask_argument, add_model_arguments, l
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.lora import adapter_folder, merge_lora
 from proxsparse.mask import mask_of_pruned
-from proxsparse.record import refuse_folder
+from proxsparse.record import refuse_folder, refuse_trained
 
 
 def arguments() -> Parser:
@@ -35,6 +35,7 @@ def arguments() -> Parser:
 def main(args: argparse.Namespace) -> None:
     given, to = read_mask(args), Path(args.to)
     refuse_folder(to, args.model, args.mask, args.adapter)
+    refuse_trained(to, {"weights_updated": f"the adapter {args.adapter}"})
     folder = adapter_folder(args.adapter)  # before the model is loaded, so that a wrong name costs no wait
     tokenizer = tokenizer_to_save(args)
     model = load(args, mask=given)

@@ -43,7 +43,7 @@ from proxsparse.learning.recover import RATES, SCOPES, RecoveryConfig, recover
 from proxsparse.mask import mask_of_pruned
 from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_device
 from proxsparse.model.windows import check_ctx_len
-from proxsparse.record import OWN, origin_of, refuse_folder
+from proxsparse.record import OWN, origin_of, refuse_folder, refuse_trained
 from proxsparse.resume import RUN_FILE
 from proxsparse.text import SELF, parts_of, stamp
 
@@ -69,7 +69,13 @@ def arguments() -> Parser:
     parser.add_argument(
         "--distill", type=float, default=1.0, help="share of the loss that is KL to the dense model; default: 1"
     )
-    parser.add_argument("--epochs", type=float, default=1.0, help="times that each window is seen; default: 1")
+    parser.add_argument(
+        "--epochs",
+        dest="num_train_epochs",
+        type=float,
+        default=1.0,
+        help="times that each window is seen; default: 1",
+    )
     parser.add_argument("--batch_size", type=positive_int, default=1, help="windows at once; default: 1")
     parser.add_argument(
         "--bf16",
@@ -94,22 +100,25 @@ def main(args: argparse.Namespace) -> None:
     scratch = to.with_name(f"{to.name}-training")
     rate = RATES[args.scope] if args.learning_rate is None else args.learning_rate
     settings = {"scope": args.scope, "learning_rate": rate, "distill": args.distill, "seed": args.seed}
-    settings |= {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
+    settings |= {"num_train_epochs": args.num_train_epochs, "per_device_train_batch_size": args.batch_size}
     settings |= {} if args.bf16 == "auto" else {"bf16": args.bf16 == "true"}
     RecoveryConfig(output_dir=str(scratch), **(defaults_on(torch.device(device).type) | settings))  # refuses early
-    tokens = round(args.samples * args.ctx_len * args.epochs)
+    tokens = round(args.samples * args.ctx_len * args.num_train_epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
     made_of = settings | {name: getattr(args, name) for name in ("model", "base", "dataset", "samples", "ctx_len")}
     made_of |= {"mask": None if args.mask is None else mask_digest(args.mask), "files": stamp(args.dataset)}
     if args.run and (to / OWN).is_file():
-        if origin_of(to).get("info", {}).get("recovery") != made_of:
-            raise UsageError(f"{to} was recovered with other settings: give another --to, or delete it.", "to")
+        before = origin_of(to).get("info", {}).get("recovery")
+        if before != made_of:
+            what = "was recovered with other settings" if before else "is no recovered model"
+            raise UsageError(f"{to} {what}: give another --to, or delete it.", "to")
         print(f"recovered: done already ({to})")
         return
     given = read_mask(args)
     if given is None and args.base is None:
         raise UsageError("--model is the pruned model: give the dense one as --base, or a --mask.", "base")
     refuse_folder(to, args.model, args.base, args.mask)
+    refuse_trained(to, {"weights_updated": updated})
     if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
         raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model

@@ -46,7 +46,7 @@ from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source, name_of
 from proxsparse.model.windows import check_windows
 from proxsparse.operator.pattern import Pattern
-from proxsparse.record import OWN, atomic_path, read_json, refuse_folder, write_json
+from proxsparse.record import OWN, atomic_path, read_json, refuse_folder, refuse_trained, write_json
 
 FORMS = ("dense", "compact")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".ot", ".onnx", ".npz")
@@ -95,6 +95,7 @@ def save_pruned(
     model = model if isinstance(model, PreTrainedModel) else name_of(model)
     _check_form(form, mask, quantize)
     refuse_folder(folder)
+    refuse_trained(folder, mask.info)
     mask = _with_rounding(mask, windows, quantize, model)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     base, shape = _named(model, mask, hub) if isinstance(model, str) else _in_memory(model, mask)
