@@ -63,8 +63,8 @@ def settings_at_fault() -> Iterator[None]:
     except (UsageError, RunError):
         raise
     except (ValueError, TypeError, KeyError, ImportError, FileNotFoundError) as error:
-        if isinstance(error, OSError) and error.errno:  # a folder that can't be made: no setting's fault
-            raise
         said = " ".join(str(error).split()) or type(error).__name__  # the reason may follow in other lines
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.strerror}: {error.filename!r}"
         said = said if len(said) <= 300 else said[:300].rsplit(" ", 1)[0] + " ..."
         raise UsageError(f"{said.rstrip('.')}.") from error

@@ -135,7 +135,7 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
     targets = find_prunable(model, multiple=1)
-    given = None if pattern is None else Pattern.of_blocks(str(pattern))
+    given = None if pattern is None else Pattern.of_blocks(pattern)
     wanted = given or noted_pattern(base) or pattern_of_zeros(targets)
     for target in targets:
         rows = target.rows(target.weight.detach())

@@ -66,7 +66,7 @@ def claim(
             raise RunError(f"{path} is damaged ({error}): delete it, or give another `output_dir`.") from error
         now = record["settings"]
         for name in now if decisive is None else decisive:
-            if name in before and not _same(before[name], now[name]):
+            if name in before and not same_place(before[name], now[name]):
                 values = f"`{name}={before[name]}`, now it is {now[name]}"
                 differs = values if len(values) < 120 else f"another `{name}`"
                 raise UsageError(
@@ -111,7 +111,7 @@ def alone_in(folder: Path | str) -> Iterator[None]:
         yield
 
 
-def _same(before: Any, now: Any) -> bool:
+def same_place(before: Any, now: Any) -> bool:
     """Equal, or two spellings of one path."""
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return bool(before == now)

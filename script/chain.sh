@@ -11,6 +11,9 @@ flags recipe model_dir method pattern permute dataset samples ctx_len batch_size
 learn=("$root/end-to-end/main.py" ${flags[@]+"${flags[@]}"} ${given[@]+"${given[@]}"})
 IFS=';' read -r -a texts <<<"${evaluation:-wikitext2;c4}" # semicolons separate them, so that paths may have spaces
 flags split max_windows dtype device
+for baseline in ${baselines:-}; do # a wrong name is told now, and not after learning
+    "$python" "$root/baseline/main.py" --prune_method "$baseline" --help >/dev/null
+done
 run=(--run "$("$python" "${learn[@]}" --where)")
 if ((dry_run)); then
     "$python" "${learn[@]}" --dry_run
@@ -22,7 +25,7 @@ measure=("${run[@]}" --dataset "${texts[@]}" ${eval_ctx_len:+--ctx_len "$eval_ct
 
 stage "extract" "$python" "$root/end-to-end/mask_op.py" "${run[@]}"
 for baseline in ${baselines:-}; do
-    stage "prune by $baseline" "$python" "$root/baseline/main.py" "${run[@]}" --prune_method "$baseline"
+    stage "prune by $baseline" "$python" "$root/baseline/main.py" "${run[@]}" --prune_method "$baseline" --mask_only
     stage "measure $baseline" "$python" "$root/eval/eval_mask_ppl.py" "${measure[@]}" --baseline "$baseline"
 done
 stage "measure the dense model" "$python" "$root/eval/ppl.py" "${measure[@]}"

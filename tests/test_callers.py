@@ -74,6 +74,9 @@ def test_what_is_no_windows_is_refused(windows):
             use(tiny_llama(), windows)
     with pytest.raises(UsageError, match="has embeddings for 257 tokens"):
         perplexity(tiny_llama(), WINDOWS + 257)
+    for use in (learn, perplexity):
+        with pytest.raises(UsageError, match="have 129 tokens each, and this model has 128 positions"):
+            use(tiny_llama(), torch.ones(1, 129, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +85,8 @@ def test_what_is_no_windows_is_refused(windows):
         ({"bf16": "auto"}, "`bf16` must be True or False; got 'auto'"),
         ({"masked_forward": "false"}, "`masked_forward` must be True or False; got 'false'"),
         ({"optim_in_backward": "no"}, "`optim_in_backward` must be True or False; got 'no'"),
-        ({"pattern": None}, "pattern must be text such as 2:4; got None"),
-        ({"pattern": 5}, "pattern must be text such as 2:4; got 5"),
+        ({"pattern": None}, "`pattern` must be N:M with N < M, as 2:4 or 4:8; got None"),
+        ({"pattern": 5}, "`pattern` must be N:M with N < M, as 2:4 or 4:8; got 5"),
         ({"include": 5}, "`include` must be a regular expression; got 5"),
         ({"exclude": ["a"]}, r"`exclude` must be a regular expression; got \['a'\]"),
         ({"batch_size": 2}, "unexpected keyword argument 'batch_size'"),
@@ -192,6 +195,7 @@ def test_a_mask_is_made_of_bools_and_goes_with_a_model():
         (lambda model: calibration_windows("wiki", "gpt2", 16, 2, 0), "`tokenizer` must be a tokenizer"),
         (lambda model: perplexity(model, WINDOWS, batch_size=0), "`batch_size` must be a whole number"),
         (lambda model: load_model("smollm2-135m", dtype="float7"), "`dtype` must be auto, or a dtype of torch"),
+        (lambda model: proxsparse.load("smollm2-135m", sparce=True), "`sparce` is no argument of loading a model"),
         (lambda model: load_model("smollm2-135m", device="tpu9"), "`device` must be auto, cpu, or a device"),
         (lambda model: maskllm.learn_mask(model, None, WINDOWS, "x"), "`tokenizer` must be a tokenizer"),
         (lambda model: maskllm.learn_mask(None, byte_tokenizer(), WINDOWS, "x"), "`model` must be a model"),
@@ -215,6 +219,7 @@ def test_arguments_that_can_not_be_are_named(use, sentence, tmp_path, monkeypatc
 def test_a_pattern_may_be_text():
     mask = prune_layerwise(tiny_llama(), WINDOWS, Wanda(), "4:8")
     assert mask.pattern == Pattern(4, 8)
+    assert learn(tiny_llama(), pattern=mask.pattern).pattern == mask.pattern
 
 
 def test_a_weight_without_a_scale_is_told_as_it_is():

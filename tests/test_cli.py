@@ -220,9 +220,9 @@ def test_a_cache_that_can_not_be_written_to_is_named_with_its_variable(variable,
 
 def test_a_folder_that_can_not_be_made_is_one_sentence():
     raised = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/a")
-    with pytest.raises(FileNotFoundError) as found, settings_at_fault():
+    assert describe_os_error(raised).startswith("There is no such file or folder (/proc/a), or it can't be made")
+    with pytest.raises(UsageError, match=r"^No such file or directory: '/proc/a'\.$"), settings_at_fault():
         raise raised
-    assert describe_os_error(found.value).startswith("There is no such file or folder (/proc/a)")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], []])

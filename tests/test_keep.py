@@ -207,7 +207,7 @@ def test_the_zeros_of_other_patterns_are_a_mask_too(checkpoint, tmp_path):
         proxsparse.mask_of_pruned(model, "1:4")
     for wanted in (None, "4:8", Pattern(4, 8)):
         assert proxsparse.mask_of_pruned(model, wanted).pattern == mask.pattern
-    with pytest.raises(UsageError, match="`pattern` must be N:M, as 2:4 or 4:8; got 'unstructured'"):
+    with pytest.raises(UsageError, match="`pattern` must be N:M with N < M, as 2:4 or 4:8; got 'unstructured'"):
         proxsparse.mask_of_pruned(model, "unstructured")
 
 

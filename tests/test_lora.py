@@ -224,7 +224,7 @@ def test_a_kept_mask_on_a_model_with_adapters_points_to_masked_adapters(pruned, 
 
 def test_without_peft_one_sentence_names_the_extra(model, monkeypatch):
     monkeypatch.setattr(lora, "installed", lambda module: False)
-    with pytest.raises(RunError, match="need the package peft: pip install 'peft>=0.21', the extra `lora`"):
+    with pytest.raises(RunError, match="need the package peft: pip install 'peft>=0.21', the extra .lora."):
         proxsparse.masked_lora(model, Mask(magnitudes(model)), settings())
 
 

@@ -141,8 +141,8 @@ def test_a_stopped_run_of_another_pattern_ends_with_the_same_mask(tokenizer, tmp
         ({"pattern": "4:8", "lambda_value": 0.1}, "`lambda_value=0.1` is the strength of the operator of 2:4 blocks"),
         ({"pattern": "4:8", "lambda_value": "auto"}, "`lambda_value=auto` is the strength of the operator"),
         ({"pattern": "4:8", "method": "paper"}, "`pattern=4:8` is learned under the mask"),
-        ({"pattern": "8:4"}, "The pattern must be N:M"),
-        ({"pattern": "unstructured"}, "`pattern` must be N:M, as 2:4 or 4:8; got 'unstructured'"),
+        ({"pattern": "8:4"}, "`pattern` must be N:M"),
+        ({"pattern": "unstructured"}, "`pattern` must be N:M with N < M, as 2:4 or 4:8; got 'unstructured'"),
         ({"pattern": "mixed N:8"}, "`pattern` must be N:M"),
         ({"pattern": "3:7"}, "not a multiple of 7"),
     ],
@@ -165,4 +165,4 @@ def test_check_counts_the_blocks_of_the_pattern(checkpoint, corpus, tmp_path, ca
     assert "blocks are not 2:4" in printed.out
     assert "It was exported as 4:8: --pattern 4:8 checks that" in printed.err
     assert console([*check, "--pattern", "unstructured"]) == 2
-    assert "--pattern must be N:M, as 2:4 or 4:8" in capsys.readouterr().err
+    assert "--pattern must be N:M with N < M, as 2:4 or 4:8" in capsys.readouterr().err

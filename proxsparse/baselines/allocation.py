@@ -75,7 +75,7 @@ def refuse_without_freedom(pattern: Pattern, allocation: str) -> None:
     if pattern.structured and pattern.m < SHORTEST_BLOCK:
         raise UsageError(
             f"`allocation={allocation}` gives layers different shares, and {pattern} fixes the share of every "
-            f"one. Use it with `sparsity_type=unstructured` or an N:8 pattern (the result is then not 2:4), or leave "
+            f"one. Use it with `sparsity_type=unstructured` or with blocks of 8 or more, such as 4:8, or leave "
             "`allocation=uniform`."
         )
 

@@ -21,6 +21,7 @@ from proxsparse.commands.groups import add_choice_arguments
 from proxsparse.commands.measuring import mask_digest
 from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import locate
+from proxsparse.operator.pattern import Pattern
 from proxsparse.record import read_record, versions, write_json
 
 
@@ -63,8 +64,8 @@ def main(args: argparse.Namespace) -> None:
         return
     learned = run.learned(checkpoint, args.include, args.exclude)
     if not run.settings and learned.compared == "weight":
-        print("note: the checkpoint is not in the folder of a run, so blocks compare weights by magnitude alone")
-    print_zeros(learned.zeros)
+        print("note: the checkpoint is not in the folder of a run, so blocks are 2:4, and compare magnitudes alone")
+    print_zeros(learned.zeros, learned.mask.pattern)
     output = run.save(learned.mask, args.output)
     if record:
         found = {"checkpoint": str(checkpoint), "mask": mask_digest(output), "zeros": learned.zeros}
@@ -74,12 +75,15 @@ def main(args: argparse.Namespace) -> None:
     print_json({"mask": str(output), "weights": len(learned.mask.tensors), f"blocks_{pattern.n}{pattern.m}": sparse})
 
 
-def print_zeros(shares: dict[str, list[float]]) -> None:
-    """Table of the share of blocks with 0, 1, ... zeros."""
+def print_zeros(shares: dict[str, list[float]], pattern: Pattern) -> None:
+    """Table of the share of blocks with 0, 1, ... zeros; of longer blocks than four, with enough of them."""
     table = Table(title="zeros in the blocks of the learned weights")
-    table.add_column("layer kind")
-    for zeros in range(len(shares["all"])):
-        table.add_column(f"{zeros}", justify="right")
+    table.add_column("layer kind", no_wrap=True)
+    enough = pattern.m - pattern.n
+    heads = [f"{zeros}" for zeros in range(pattern.m + 1)] if pattern.m <= 4 else [f"fewer than {enough}", f"{pattern}"]
+    for head in heads:
+        table.add_column(head, justify="right")
     for kind, row in shares.items():
-        table.add_row(kind, *(f"{share:.1%}" for share in row), style="bold" if kind == "all" else None)
+        cells = row if pattern.m <= 4 else [sum(row[:enough]), sum(row[enough:])]
+        table.add_row(kind, *(f"{share:.1%}" for share in cells), style="bold" if kind == "all" else None)
     Console().print(table)

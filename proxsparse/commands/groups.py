@@ -29,6 +29,7 @@ from proxsparse.model.prunable import coverage, find_prunable
 from proxsparse.model.windows import check_ctx_len, check_tokens
 from proxsparse.operator.pattern import Pattern
 from proxsparse.record import versions, write_json
+from proxsparse.resume import same_place
 from proxsparse.text import (
     NAMED,
     calibration_windows,
@@ -158,7 +159,7 @@ def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace
     """Apply a mask, if there is one, and say so."""
     if mask is None:
         return
-    if mask.base_model and mask.base_model != args.model:
+    if mask.base_model and not same_place(mask.base_model, args.model):
         print(f"note: the mask was made for {mask.base_model}; the model given is {args.model}")
     pruned = apply_mask(model, mask)
     print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")

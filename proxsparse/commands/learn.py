@@ -33,6 +33,7 @@ from proxsparse.learning.learn import is_sharded, learn
 from proxsparse.model.inputs import digest
 from proxsparse.model.loading import cast_weights, load_config, load_model, load_tokenizer, resolve_dtype
 from proxsparse.model.windows import check_ctx_len, check_tokens
+from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.text import SELF, calibration_windows, parts_of, stamp
 
 
@@ -66,7 +67,8 @@ def main(parsed: Parsed) -> None:
     else:
         learn_from_start(run, config, data)
     if int(os.environ.get("RANK", "0")) == 0:
-        print_json({"mask": str(folder.mask_file), "share_24": folder.share_24(), "run": str(folder.folder)})
+        share = {"share_24": folder.share_24()} if folder.pattern == TWO_OF_FOUR else {}
+        print_json({"mask": str(folder.mask_file)} | share | {"run": str(folder.folder)})
 
 
 def absolute(name: str) -> str:

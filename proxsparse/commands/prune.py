@@ -63,7 +63,7 @@ def arguments() -> Parser:
         "--allocation",
         default="uniform",
         choices=ALLOCATIONS,
-        help="share removed in each layer, for unstructured and N:8 patterns; default: %(default)s",
+        help="share removed in each layer, for unstructured patterns and blocks of 8 or more; default: %(default)s",
     )
     parser.add_argument("--permute", default="none", choices=PERMUTE, help=f"{PERMUTE_HELP}; default: %(default)s")
     parser.add_argument(

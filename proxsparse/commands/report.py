@@ -15,10 +15,13 @@ from pathlib import Path
 from rich.console import Console
 
 from proxsparse.commands.cli import Parser, command, print_json
+from proxsparse.commands.groups import model_of
 from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.report import agreement_by_kind, draw_kinds, draw_run, perplexity_table, write_html
 from proxsparse.learning.folder import DENSE, PRUNED, RECOVERED, Run
-from proxsparse.mask import Mask, load_mask
+from proxsparse.mask import Mask, load_mask, mask_file
+from proxsparse.model.loading import empty_model
+from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import read_record
 
 # The settings that a reader of the report asks for first.
@@ -45,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     run = Run.finished(args.run)
     rows = read_rows(results_of(run) if results is None else results)
     compared = masks_of(run) if compared is None else compared
-    others = {name: load_mask(file) for name, file in compared.items()}
+    others = {name: read_compared(run, file) for name, file in compared.items()}
     settings = run.settings
     title = (
         f"{settings['model']}: {settings['samples']} samples of {settings['ctx_len']} tokens of {settings['dataset']}"
@@ -97,6 +100,15 @@ def named(entries: list[str] | None, flag: str) -> dict[str, str] | None:
     return found
 
 
+def read_compared(run: Run, file: str) -> Mask:
+    """A mask of the run's model; only npz files need the model, for the shapes of their weights."""
+    path = mask_file(file)
+    if path.suffix.lower() != ".npz":
+        return load_mask(path)
+    wanted = model_of(run)
+    return load_mask(path, empty_model(wanted.pop("model"), **wanted))
+
+
 def read_rows(files: dict[str, str]) -> dict[str, dict]:
     """Results by title, all of the same texts, in windows of one length.
 
@@ -136,16 +148,21 @@ def _perplexities(file: str) -> dict[str, dict]:
 
 def draw_layer_kinds(run: Run, others: dict[str, Mask]) -> bool:
     """Draw what differs between layer kinds, where there is something to draw."""
-    zeros = read_record(run.blocks_file, needs="zeros")["zeros"] if run.blocks_file.is_file() else {}
-    if not zeros and not others:
-        return False
-    own = load_mask(run.mask_file) if others else None
-    # Masks for other orders of the channels say nothing of each other entry by entry.
-    alike = {name: other for name, other in others.items() if own and other.order == own.order}
-    agreement = {name: agreement_by_kind(own, other) for name, other in alike.items()} if own else {}
+    # Learned weights move towards 2:4 only, so zeros of other patterns are none.
+    counted = run.pattern == TWO_OF_FOUR and run.blocks_file.is_file()
+    zeros = read_record(run.blocks_file, needs="zeros")["zeros"] if counted else {}
+    agreement = {}
+    own = load_mask(run.mask_file) if others else Mask({})
+    ours = {(weight, kept.shape) for weight, kept in own.tensors.items()}
+    for name, other in others.items():
+        if ours.isdisjoint((weight, kept.shape) for weight, kept in other.tensors.items()):
+            raise UsageError(f"The mask {name} is for a model with other weights.", "compare")
+        if other.order == own.order:
+            agreement[name] = agreement_by_kind(own, other)
+        else:  # entry by entry they say nothing of each other
+            print(f"note: {name} is not compared by layer kind: its channels stand in another order")
     if not zeros and not agreement:
         return False
-    pattern = run.pattern
-    sparse = {kind: sum(shares[pattern.m - pattern.n :]) for kind, shares in zeros.items()}
-    draw_kinds(sparse, agreement, run.kinds_picture, str(pattern))
+    sparse = {kind: sum(shares[2:]) for kind, shares in zeros.items()}
+    draw_kinds(sparse, agreement, run.kinds_picture)
     return True

@@ -34,7 +34,7 @@ The channels stand in another order than in the base, which changes nothing of w
 
 {{ loading }}
 
-A dense checkpoint with zeros runs at dense speed. `proxsparse bench` shows what 2:4 gains on your machine.
+A dense checkpoint with zeros runs at dense speed. `proxsparse bench` shows what {{ pattern }} gains on your machine.
 """
 DENSE = """```python
 from transformers import AutoModelForCausalLM

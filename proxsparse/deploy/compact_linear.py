@@ -71,7 +71,7 @@ class CompactLinear(nn.Module):
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
             raise ValueError(
                 f"compact weights are float32 or bfloat16 on the CPU, not {str(weight.dtype)[6:]} on {weight.device}; "
-                "load the model as float32"
+                "load the model with `dtype=float32`"
             )
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype

@@ -93,9 +93,7 @@ def save_pruned(
     """
     folder = Path(folder)
     model = model if isinstance(model, PreTrainedModel) else name_of(model)
-    _check_form(form, mask, quantize)
-    refuse_folder(folder)
-    refuse_trained(folder, mask.info)
+    _check_wanted(folder, form, mask, quantize)
     mask = _with_rounding(mask, windows, quantize, model)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     base, shape = _named(model, mask, hub) if isinstance(model, str) else _in_memory(model, mask)
@@ -138,7 +136,9 @@ def _origin(base: Checkpoint | None) -> str:
     return "files" if base.is_plain or base.is_compact else "dequantised"
 
 
-def _check_form(form: str, mask: Mask, quantize: str | None) -> None:
+def _check_wanted(folder: Path, form: str, mask: Mask, quantize: str | None) -> None:
+    refuse_folder(folder)
+    refuse_trained(folder, mask.info)
     if form not in FORMS:
         raise UsageError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.", "form")
     if form == "compact":

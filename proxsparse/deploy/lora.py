@@ -52,7 +52,7 @@ def masked_lora(
         RunError: peft is not installed, or the adapter's files are damaged.
     """
     if not installed("peft"):
-        raise RunError("Adapters need the package peft: pip install 'peft>=0.21', the extra `lora` of proxsparse.")
+        raise RunError("Adapters need the package peft: pip install 'peft>=0.21', the extra [lora] of proxsparse.")
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
     folder = None

@@ -147,7 +147,7 @@ def check_quantisation(kind: str, form: str) -> None:
     if form == "dense" and not installed("compressed_tensors"):
         raise RunError(
             "Quantising needs the package compressed-tensors: pip install 'compressed-tensors>=0.20', the extra "
-            "`quantize` of proxsparse."
+            "[quantize] of proxsparse."
         )
 
 

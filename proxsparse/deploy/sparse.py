@@ -96,7 +96,7 @@ def use_compact(model: PreTrainedModel, quantize: str | None = None) -> int:
         replaced.append((dataclasses.replace(target, module=compact), compact))
         del target, weight
     if some and not replaced:
-        raise UsageError("The model can't be made compact: no linear layer is N:M, as 2:4 or 4:8.")
+        raise UsageError("The model can't be made compact: no linear layer is N:M with an N of at most 3/4 of M.")
     runs(model)
     unread = 0
     for target, compact in replaced:

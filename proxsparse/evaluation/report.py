@@ -66,58 +66,55 @@ def draw_run(history: list[dict[str, Any]], path: Path | str, title: str) -> Non
     """
     logs = [entry for entry in history if "mask_churn" in entry]
     steps = [entry["step"] for entry in logs]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    axes = axes.flat
+    reached = [(entry["step"], 100 * entry["share_24"]) for entry in logs if "share_24" in entry]
+    figure, axes = plt.subplots(2 if reached else 1, 2, figsize=(11, 7 if reached else 3.8), layout="constrained")
+    loss, churn, *shares = axes.flat
     figure.suptitle(title)
     kind = "kl" if logs and "kl" in logs[0] else "lm_loss"
     label = "KL to the dense model (nats)" if kind == "kl" else "language-model loss (nats)"
     losses = [float(entry.get(kind, entry.get("loss", 0.0))) for entry in logs]
-    axes[0].plot(steps, losses, color=BLUE, alpha=0.35)
-    axes[0].plot(steps, _smooth(losses), color=BLUE)
+    loss.plot(steps, losses, color=BLUE, alpha=0.35)
+    loss.plot(steps, _smooth(losses), color=BLUE)
     errors = [(entry["step"], float(entry["layer_error"])) for entry in logs if "layer_error" in entry]
     if errors:
-        axes[0].plot(*zip(*errors, strict=True), color=GREEN, label="relative error of the layers' own outputs")
-        axes[0].legend(frameon=False)
+        loss.plot(*zip(*errors, strict=True), color=GREEN, label="relative error of the layers' own outputs")
+        loss.legend(frameon=False)
     # A few large errors at the beginning would flatten everything else.
     highest = 1.1 * max(max(losses, default=0.0), 2 * median(error for _, error in errors)) if errors else None
-    axes[0].set(title=label, ylim=(0, highest))
-    reached = [(entry["step"], 100 * entry["share_24"]) for entry in logs if "share_24" in entry]
-    axes[1].plot([step for step, _ in reached], [share for _, share in reached], color=GREEN)
-    axes[1].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
-    axes[2].plot(steps[1:], [100 * entry["mask_churn"] for entry in logs[1:]], color=RED)
-    axes[2].set(title="mask entries changed since the last log (%)", ylim=(0, None))
-    for axis in axes[:3]:
+    loss.set(title=label, ylim=(0, highest))
+    churn.plot(steps[1:], [100 * entry["mask_churn"] for entry in logs[1:]], color=RED)
+    churn.set(title="mask entries changed since the last log (%)", ylim=(0, None))
+    if reached:
+        shares[0].plot(*zip(*reached, strict=True), color=GREEN)
+        shares[0].set(title="learned blocks already 2:4 (%)", ylim=(0, 100))
+    for axis in (loss, churn, *shares[:1]):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     layers = [(e["step"], e["share_24_by_layer"]) for e in logs if "share_24_by_layer" in e]
     if layers:
-        shares = np.array([[np.nan if s is None else 100 * s for s in found] for _, found in layers]).T
+        by_layer = np.array([[np.nan if s is None else 100 * s for s in found] for _, found in layers]).T
         edges = [layers[0][0] - 1, *(step for step, _ in layers)]
-        image = axes[3].pcolormesh(edges, np.arange(len(shares) + 1) - 0.5, shares, cmap="viridis", vmin=0)
-        axes[3].set(title="learned blocks already 2:4, by layer (%)", ylabel="layer")
-        axes[3].invert_yaxis()
-        axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=axes[3])
-    for axis in axes:
+        image = shares[1].pcolormesh(edges, np.arange(len(by_layer) + 1) - 0.5, by_layer, cmap="viridis", vmin=0)
+        shares[1].set(title="learned blocks already 2:4, by layer (%)", ylabel="layer")
+        shares[1].invert_yaxis()
+        shares[1].yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=shares[1])
+    for axis in axes.flat:
         axis.set_xlabel("step")
-    for axis in () if reached else (axes[1], axes[3]):
-        axis.set_axis_off()
     with atomic_path(path) as scratch:
         figure.savefig(scratch, dpi=130, format="png")
     plt.close(figure)
 
 
-def draw_kinds(
-    sparse: dict[str, float], agreement: dict[str, dict[str, float]], path: Path | str, pattern: str = "2:4"
-) -> None:
+def draw_kinds(sparse: dict[str, float], agreement: dict[str, dict[str, float]], path: Path | str) -> None:
     """Picture of what differs between layer kinds.
 
     Args:
-        sparse: layer kind -> share of the learned weights' blocks that have the pattern.
+        sparse: layer kind -> share of the learned weights' blocks that are 2:4; empty: not shown.
         agreement: name of another mask -> layer kind -> share of entries that both masks decide alike.
     """
     kinds = [kind for kind in sparse or next(iter(agreement.values())) if kind != "all"]
-    panels = [(f"learned blocks that are {pattern} (%)", {"": sparse})] if sparse else []
+    panels = [("learned blocks that are 2:4 (%)", {"": sparse})] if sparse else []
     panels += [("mask entries alike (%)", agreement)] if agreement else []
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.8), layout="constrained", squeeze=False)
     for axis, (title, bars) in zip(axes[0], panels, strict=True):
@@ -143,6 +140,8 @@ def agreement_by_kind(ours: Mask, other: Mask) -> dict[str, float]:
     """
     alike: dict[str, list[int]] = {}
     for name in ours.tensors.keys() & other.tensors.keys():
+        if ours.tensors[name].shape != other.tensors[name].shape:
+            continue
         same = ours.tensors[name] == other.tensors[name]
         for kind in (layer_kind(name), "all"):
             count = alike.setdefault(kind, [0, 0])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask
-from proxsparse.model.channels import ORDER_FILE, load_order
+from proxsparse.model.channels import ORDER_FILE, load_order, note_of
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable, sparsity_by_kind
@@ -246,8 +246,8 @@ class Run:
             exclude: the same.
 
         Raises:
-            UsageError: the input norms that blocks were compared by are missing, or the run was sharded and weights are
-                to be left out.
+            UsageError: the input norms that blocks were compared by, or the order of the channels, are missing; or the
+                run was sharded and weights are to be left out.
         """
         settings = self.settings
         if (checkpoint / ZEROS_FILE).is_file():  # a sharded run has taken the mask from its shards itself
@@ -258,13 +258,20 @@ class Run:
             mask, zeros = load_mask(checkpoint / MASK_FILE), read_json(checkpoint / ZEROS_FILE)
             return Learned(mask, zeros, settings.get("score", "activation"))
         model = load_model(str(checkpoint), trust_remote_code=bool(settings.get("trust_remote_code")))
+        order = load_order(self.folder / ORDER_FILE)
+        if note_of(model) and not order:
+            raise UsageError(
+                f"The channels of {checkpoint} stand in another order than the base's, and {ORDER_FILE} is not there: "
+                f"copy it from the folder of the run.",
+                "checkpoint",
+            )
         pattern = self.pattern
         names = (include or settings.get("include"), exclude or settings.get("exclude"))
         targets = find_prunable(model, *names, multiple=pattern.m)
         weights = {t.name: t.weight.detach() for t in targets}
         norms = self._norms()
         mask = extract_mask(weights, targets, norms, pattern)
-        mask.order = load_order(self.folder / ORDER_FILE)
+        mask.order = order
         return Learned(mask, sparsity_by_kind(weights, targets, pattern.m), "weight" if norms is None else "activation")
 
     def _norms(self) -> dict[str, Tensor] | None:

@@ -28,6 +28,7 @@ KINDS = ("int8",)  # of quantised values
 FORMATS = {None: "proxsparse-compact-1", "int8": "proxsparse-compact-int8-1"}  # of 2:4
 ANY_FORMATS = {None: "proxsparse-compact-nm-1", "int8": "proxsparse-compact-nm-int8-1"}  # which name their pattern
 LENGTHS = (2, 4, 8, 16)  # of a block
+MOST = 0.75  # of a block that is kept: with more, this form would not be smaller
 INDEX = "compact.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST = 2.0**-149  # positive number of float32
@@ -57,8 +58,12 @@ def check_pattern(pattern: Pattern) -> None:
     Raises:
         UsageError: says which ones there are.
     """
-    if not pattern.n or pattern.m not in LENGTHS:
-        raise UsageError(f"The compact form holds N:M weights with an M of 2, 4, 8 or 16, not {pattern}.", "form")
+    if not pattern.n or pattern.m not in LENGTHS or pattern.n > MOST * pattern.m:
+        raise UsageError(
+            f"The compact form holds N:M weights with an M of 2, 4, 8 or 16, and an N of at most three quarters of it; "
+            f"not {pattern}.",
+            "form",
+        )
 
 
 def pattern_of(rows: Tensor) -> Pattern | None:
@@ -71,7 +76,7 @@ def pattern_of(rows: Tensor) -> Pattern | None:
     for m in LENGTHS:
         if rows.numel() and rows.shape[-1] % m == 0:
             most = int((rows.unflatten(-1, (-1, m)) != 0).sum(-1).max())
-            found += [Pattern(most, m, 1 - most / m)] if 0 < most <= 0.75 * m else []
+            found += [Pattern(most, m, 1 - most / m)] if 0 < most <= MOST * m else []
     return max(found, key=lambda pattern: pattern.ratio, default=None)
 
 

@@ -158,6 +158,9 @@ def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception
     package = _missing_package(chain)
     if package:
         return RunError(f"The model {name} needs the package {package}, which is not installed: pip install {package}.")
+    unknown = re.search(r"got an unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        return UsageError(f"`{unknown[1]}` is no argument of loading a model: correct or drop it.", unknown[1])
     if "trust_remote_code" in text:
         return RunError(f"The model {name} needs its own code: read it, then pass `trust_remote_code=True`.")
     subject = f"The model {name}" if part == "model" else f"The {part} of {name}"

@@ -28,7 +28,9 @@ from proxsparse.model.prunable import find_prunable
 from proxsparse.operator.pattern import Pattern
 
 FILES = ("mask_compressed.npz", "mask.npz")  # as MaskLLM and PATCH name them
+LAYOUT = "MaskLLM, or another method with its layout of files"
 MASKED, SHAPE, META = ".mask", ".__shape__", "__meta__"
+LENGTHS = (4, 8, 16, 2)  # of blocks that are looked for, in this order
 KNOWN = ("repo", "base_model", "method", "variant", "sparsity", "pattern")  # of PATCH's JSON
 
 
@@ -48,14 +50,15 @@ class Published:
 
     @property
     def pattern(self) -> Pattern:
-        """N:4 where every block of four keeps the same number; else unstructured, as PATCH's mixed tiles are."""
-        kept = {
-            int(n)
-            for mask in self.tensors.values()
-            for n in ((mask.unflatten(-1, (-1, 4)).sum(-1)).unique() if mask.shape[-1] % 4 == 0 else (-1,))
-        }
-        if len(kept) == 1 and 0 < (n := kept.pop()) < 4:
-            return Pattern.parse(f"{n}:4", 1 - n / 4)
+        """N:M where every block keeps the same number; else unstructured, as PATCH's mixed tiles are."""
+        for m in LENGTHS:
+            kept = {
+                int(n)
+                for mask in self.tensors.values()
+                for n in ((mask.unflatten(-1, (-1, m)).sum(-1)).unique() if mask.shape[-1] % m == 0 else (-1,))
+            }
+            if len(kept) == 1 and 0 < (n := kept.pop()) < m:
+                return Pattern.parse(f"{n}:{m}")
         entries = sum(mask.numel() for mask in self.tensors.values())
         removed = 1 - sum(int(mask.sum()) for mask in self.tensors.values()) / entries
         if not 0 < removed < 1:
@@ -113,7 +116,7 @@ def _taken_apart(
     }
     packed = all(array.dtype == np.uint8 and array.ndim == 1 for array in bits.values())
     if bits and packed and all(MASKED in key for key in bits) and not shapes:
-        return {key.replace(MASKED, ""): array for key, array in bits.items()}, {}, {"method": "MaskLLM"}
+        return {key.replace(MASKED, ""): array for key, array in bits.items()}, {}, {"method": LAYOUT}
     if bits and packed and shapes.keys() == bits.keys():
         meta = json.loads(str(arrays[META])) if META in arrays else {}
         found = {key: meta[key] for key in KNOWN if key in meta}

@@ -39,14 +39,19 @@ def check_ctx_len(ctx_len: int, config) -> None:
     Raises:
         UsageError: with both numbers.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or ctx_len
-    longest = ctx_len if longest < 0 else longest  # XLNet has no limit and says -1
+    longest = _positions(config) or ctx_len
     if not 8 <= ctx_len <= longest:
         raise UsageError(f"`ctx_len` must be between 8 and {longest}, the positions this model has; got {ctx_len}.")
 
 
+def _positions(config) -> int | None:
+    """How many a model has; None: it has no limit, as XLNet, which says -1."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
+    return None if found < 0 else found
+
+
 def check_windows(windows: Any, config, name: str = "windows") -> None:
-    """Refuse what is no tensor of a model's tokens.
+    """Refuse what is no tensor of a model's tokens, and windows that are longer than its positions.
 
     Args:
         name: of the argument.
@@ -58,6 +63,10 @@ def check_windows(windows: Any, config, name: str = "windows") -> None:
     if not plain or windows.dtype not in INTEGERS or windows.dim() != 2 or not windows.numel() or windows.shape[1] < 2:
         found = f"{windows.dtype} of shape {tuple(windows.shape)}" if plain else type(windows).__name__
         raise UsageError(f"`{name}` must be an int64 tensor of token ids of shape (N, T >= 2); got {found}.", name)
+    if windows.shape[1] > (_positions(config) or windows.shape[1]):
+        raise UsageError(
+            f"`{name}` have {windows.shape[1]} tokens each, and this model has {_positions(config)} positions.", name
+        )
     check_tokens(windows, config, name)
 
 

@@ -3,6 +3,7 @@
 Shapes: (..., I) rows with the input dimension last; a block is m neighbours along it.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -60,19 +61,19 @@ class Pattern:
         return cls(n, m, 1 - n / m)
 
     @classmethod
-    def of_blocks(cls, text: str) -> "Pattern":
-        """Read 'N:M', and nothing else.
+    def of_blocks(cls, text: "str | Pattern") -> "Pattern":
+        """Read 'N:M', and nothing else; a pattern is read as its text.
 
         Raises:
             UsageError: the text is another pattern, or none.
         """
-        try:
-            found = cls.parse(text)
-        except UsageError as error:
-            raise UsageError(str(error), "pattern") from error
-        if not found.structured or not found.n:
-            raise UsageError(f"`pattern` must be N:M, as 2:4 or 4:8; got {text!r}.", "pattern")
-        return found
+        text = str(text) if isinstance(text, cls) else text
+        if isinstance(text, str) and text != "unstructured":
+            with contextlib.suppress(UsageError):
+                found = cls.parse(text)
+                if found.n:
+                    return found
+        raise UsageError(f"`pattern` must be N:M with N < M, as 2:4 or 4:8; got {text!r}.", "pattern")
 
     @property
     def structured(self) -> bool:
