@@ -238,7 +238,9 @@ class Coverage:
         # Rounded down, so that 100 % is said of all weights only.
         head = f"{self.word}: {int(1000 * self.share) / 10:.1f} % of the linear weights in {self.layers} layers"
         kinds = [f"{', '.join(kinds)} ({reason})" for reason, kinds in self.dense.items()]
-        return f"{head}; left dense: {', '.join(kinds)}" if kinds else f"{head}; none is left dense"
+        if kinds:
+            return f"{head}; left dense: {', '.join(kinds)}"
+        return head if self.word == "prunable" else f"{head}; none is left dense"
 
 
 def coverage(model: PreTrainedModel, targets: Iterable[Prunable], multiple: int = 4, word: str = "pruned") -> Coverage:
