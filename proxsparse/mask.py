@@ -24,13 +24,14 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_order, recall_order
 from proxsparse.model.compact import pattern_of
+from proxsparse.model.loading import noted_of
 from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local
 from proxsparse.model.source import name_of
 from proxsparse.operator.masked import learned_mask
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import atomic_path, origin_of, versions
+from proxsparse.record import atomic_path, versions
 
 FORMAT, ORDERED = "proxsparse-mask-1", "proxsparse-mask-2"  # the second one where channels have another order
 ORDER = "channel_order."  # before the names of its tensors
@@ -103,11 +104,10 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
-def noted_pattern(folder: str) -> Pattern | None:
-    """The N:M that ``save_pruned`` noted of a checkpoint; None: it noted none, or another pattern."""
-    noted = origin_of(folder).get("pattern") if folder else None
-    pattern = Pattern.parse(noted) if noted else None
-    return pattern if pattern and pattern.structured and pattern.n else None
+def noted_pattern(name: str) -> Pattern | None:
+    """The pattern that ``save_pruned`` noted of a checkpoint; None: it noted none."""
+    noted = noted_of(name).get("pattern")
+    return Pattern.parse(noted) if noted else None
 
 
 def pattern_of_zeros(targets: Iterable[Prunable]) -> Pattern:
@@ -130,13 +130,15 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     """
     check_model(model)
     base, tensors = model.config._name_or_path, {}
-    name, noted = base or "the model", origin_of(base) if base else {}  # a model made in memory has no folder
+    name, noted = base or "the model", noted_of(base)  # a model made in memory has no folder
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
     targets = find_prunable(model, multiple=1)
     given = None if pattern is None else Pattern.of_blocks(pattern)
     wanted = given or noted_pattern(base) or pattern_of_zeros(targets)
+    if not (wanted.structured and wanted.n):
+        raise UsageError(f"{name} was pruned to {wanted}, which its zeros do not tell: give its mask.", "mask")
     for target in targets:
         rows = target.rows(target.weight.detach())
         if rows.shape[-1] % wanted.m:
@@ -182,7 +184,7 @@ def save_mask(mask: Mask, path: Path | str) -> None:
         "shapes": shapes,
         "info": mask.info,
         "versions": versions(),
-    } | ({"channel_order": mask.order.described()} if mask.order else {})
+    } | ({"channel_order": mask.order.described(), "channel_order_note": mask.order.note} if mask.order else {})
     with atomic_path(path) as scratch:
         save_file(packed, str(scratch), metadata={"proxsparse": json.dumps(metadata, default=str)})
 
@@ -217,6 +219,7 @@ def load_mask(path: Path | str, model: PreTrainedModel | None = None) -> Mask:
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             indices = {n[len(ORDER) :]: torch.from_numpy(packed.pop(n)) for n in list(packed) if n.startswith(ORDER)}
             order = ChannelOrder.unpacked(metadata.get("channel_order", []), indices)
+            order.note = str(metadata.get("channel_order_note", ""))
     except UsageError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

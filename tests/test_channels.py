@@ -28,6 +28,7 @@ from proxsparse.model.channels import (
     ChannelOrder,
     Move,
     load_order,
+    mark,
     order_of,
     put_into_order,
     reordered,
@@ -67,7 +68,7 @@ def test_the_function_is_the_same_and_blocks_keep_more(family):
     torch.testing.assert_close(model(WINDOWS).logits, before, rtol=1e-4, atol=1e-4)
     after = kept_by(model)
     assert sum(after.values()) > 1.005 * sum(scores.values())
-    with pytest.raises(UsageError, match="load the model again"):
+    with pytest.raises(UsageError, match="load the model that it was made from"):
         order_channels(model, None)
     order.inverse().apply(model)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
@@ -155,7 +156,7 @@ def test_a_mask_knows_its_order_and_application_puts_the_model_into_it(base, pru
 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])
-def test_an_export_is_the_base_in_its_order_under_the_mask(form, base, pruned, tmp_path):
+def test_an_export_is_the_base_in_its_order_under_the_mask(form, base, pruned, tmp_path, capsys):
     flags = ["--model", str(base), "--mask", str(pruned), "--form", form, "--to", str(tmp_path / "out")]
     assert console(["export", *flags]) == 0
     assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 0
@@ -165,7 +166,13 @@ def test_an_export_is_the_base_in_its_order_under_the_mask(form, base, pruned, t
     with torch.no_grad():
         assert torch.equal(read(WINDOWS).logits, model(WINDOWS).logits)
     (tmp_path / "out" / ORDER_FILE).unlink()
-    assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 1
+    capsys.readouterr()
+    assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 2
+    assert "order that channel_order.npz should hold: copy that file" in capsys.readouterr().err
+    assert console(["check", "--model", str(tmp_path / "out"), "--base", str(tmp_path / "out")]) == 0
+    if form == "dense":  # whose files others read, and forget the note of
+        forget_order(tmp_path / "out")
+        assert console(["check", "--model", str(tmp_path / "out"), "--base", str(base)]) == 1
 
 
 def test_application_writes_what_export_writes(base, pruned, tmp_path, corpus):
@@ -385,6 +392,92 @@ def test_the_order_is_known_of_a_model_that_was_trained_and_saved_by_others(move
         apply_mask(load_model(str(tmp_path / "tuned")), other)
     with pytest.raises(UsageError, match="stand in an order of their own already"):
         order_channels(load_model(str(tmp_path / "tuned")), WINDOWS)
+
+
+@pytest.fixture
+def tuned(moved, tmp_path):
+    """Folder of a model in an order that was saved by others, so that only the digest of the order is known."""
+    folder, mask = moved
+    save_pruned(str(folder), mask, tmp_path / "pruned", tokenizer=byte_tokenizer())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").save_pretrained(tmp_path / "tuned")
+    byte_tokenizer().save_pretrained(tmp_path / "tuned")
+    assert not (tmp_path / "tuned" / ORDER_FILE).exists()
+    return tmp_path / "tuned"
+
+
+def test_models_that_share_a_configuration_are_moved_each(moved):
+    folder, mask = moved
+    first, second = load_model(str(folder)), load_model(str(folder))
+    second.config = first.config
+    apply_mask(first, mask)
+    assert not order_of(second)
+    apply_mask(second, mask)
+    assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
+
+
+def test_weights_on_disk_are_moved_with_the_others(moved, tmp_path):
+    folder, mask = moved
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+    mark(model, mask.order)  # as if the weights here had been moved
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(mask.order.of(name, parameter.detach()))
+    for given, out in ((model, "memory"), (str(folder), "files")):
+        save_pruned(given, mask, tmp_path / out)
+    ours, theirs = (load_file(tmp_path / out / "model.safetensors") for out in ("memory", "files"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_learning_and_recovery_keep_what_is_known_of_the_order(moved, tuned):
+    folder, mask = moved
+    model = load_model(str(tuned))
+    before = order_of(model)
+    assert before == mask.order
+    assert not before.moves
+    learned = proxsparse.learn_mask(model, byte_tokenizer(), WINDOWS, bf16=False, layer_rate=0.0)
+    assert order_of(model) == before == learned.order
+    dense, pruned = load_model(str(folder)), load_model(str(folder))
+    proxsparse.recover(pruned, dense, mask, byte_tokenizer(), WINDOWS, bf16=False)
+    for known in (dense, pruned):
+        assert order_of(known) == mask.order
+        assert getattr(known.config, NOTE) == mask.order.digest
+
+
+def test_a_mask_and_a_model_of_other_orders_are_refused_also_where_only_digests_are_known(moved, tuned, tmp_path):
+    folder, mask = moved
+    plain, kept = Mask(mask.tensors), mask_of_pruned(load_model(str(tuned)))
+    save_mask(kept, tmp_path / "kept.safetensors")
+    kept = load_mask(tmp_path / "kept.safetensors")
+    assert kept.order == mask.order
+    assert not kept.order.moves
+    for name, other in ((tuned, plain), (folder, kept)):
+        with pytest.raises(UsageError, match="another order"):
+            apply_mask(load_model(str(name)), other)
+        for given in (str(name), load_model(str(name))):
+            with pytest.raises(UsageError, match="another order"):
+                save_pruned(given, other, tmp_path / "wrong")
+    with pytest.raises(UsageError, match="stand in another order"):
+        proxsparse.recover(load_model(str(tuned)), load_model(str(folder)), kept, byte_tokenizer(), WINDOWS, bf16=False)
+    apply_mask(load_model(str(tuned)), kept)
+    save_pruned(str(tuned), kept, tmp_path / "out")
+    assert mask_of_pruned(load_model(str(tmp_path / "out"))).order == mask.order
+
+
+def test_a_run_on_a_model_of_which_only_the_digest_is_known_can_be_extracted(tuned, corpus, tmp_path, capsys):
+    flags = ["--dataset", corpus, "--ctx_len", "32", "--samples", "4", "--bf16", "false", "--use_cpu", "true"]
+    run = tmp_path / "run"
+    assert console(["learn", "--model", str(tuned), *flags, "--output_dir", str(run)]) == 0
+    learned = load_mask(run)
+    assert console(["extract", "--run", str(run), "--output", str(tmp_path / "again.safetensors")]) == 0
+    assert load_mask(tmp_path / "again.safetensors").order == learned.order == order_of(load_model(str(tuned)))
+    assert console(["export", "--run", str(run), "--to", str(tmp_path / "out")]) == 0
+    shutil.copytree(next(run.glob("checkpoint-*")), tmp_path / "copy")
+    capsys.readouterr()
+    assert console(["extract", "--checkpoint", str(tmp_path / "copy"), "--output", str(tmp_path / "x")]) == 2
+    assert "should hold: copy that file from the folder of the run" in capsys.readouterr().err
 
 
 def test_a_pruned_checkpoint_in_an_order_can_be_pruned_and_exported_again_but_not_by_another_order(moved, tmp_path):

@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
         noted = noted_pattern(args.model)
-        hint = "" if noted in (None, pattern) else f" It was exported as {noted}: `pattern={noted}` checks that."
+        other = noted is not None and noted.structured and noted.n and noted != pattern
+        hint = f" It was exported as {noted}: `pattern={noted}` checks that." if other else ""
         raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.{hint}")
     if args.target:
         sparse, dense = dense_weights(args.model, args.target, trust_remote_code=args.trust_remote_code)

@@ -32,7 +32,6 @@ from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import noted_pattern
 from proxsparse.model.prunable import find_prunable, sparsity_by_kind
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import origin_of
 
 
 def arguments() -> Parser:
@@ -71,9 +70,8 @@ def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
 
     Nothing has a share where there are no such blocks.
     """
-    folder = model.config._name_or_path
-    pattern = noted_pattern(folder) or TWO_OF_FOUR
-    if origin_of(folder).get("pattern", str(pattern)) != str(pattern):  # one without blocks
+    pattern = noted_pattern(model.config._name_or_path) or TWO_OF_FOUR
+    if not (pattern.structured and pattern.n):  # it has no blocks of one kind
         return pattern, {}
     try:
         coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of

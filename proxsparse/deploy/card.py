@@ -114,7 +114,7 @@ def model_card(
         pattern=mask.pattern,
         method=method,
         origin=" ".join(said),
-        moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order else "",
+        moved=(MASK_FILE if form == "mask" else ORDER_FILE) if mask.order.moves else "",
         settings=[(key, value) for key, value in info.items() if value is not None],
         results=rows,
         loading=loading + CODED if form == "dense" and origin in SHARES else loading,

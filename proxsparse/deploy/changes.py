@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, fit_mask
-from proxsparse.model.channels import ORDER_FILE, load_order, note_of
+from proxsparse.model.channels import order_in
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.prunable import Prunable
@@ -28,7 +28,7 @@ class Changes:
         missing = sorted(set(mask.tensors) - set(self.layout.of_parameter))
         if missing:
             raise RunError(f"The files of {base.name} lack {len(missing)} weights of the mask, as {missing[0]}.")
-        self.moved = set() if self._in_order(base, model) else {move.name for move in mask.order.moves}
+        self.moved = set() if self._in_order(base) else {move.name for move in mask.order.moves}
         self._kept: dict[str, Tensor] = {}  # by name in the files, of groups at work
         self._new: dict[str, Tensor] = {}
 
@@ -48,23 +48,23 @@ class Changes:
             tensor = tensor.masked_fill(~kept, 0.0)
         return tensor, kept
 
-    def _in_order(self, base: Checkpoint, model: PreTrainedModel) -> bool:
+    def _in_order(self, base: Checkpoint) -> bool:
         """Whether the files hold the channels in the mask's order already, as those of a pruned checkpoint do.
 
         Raises:
             UsageError: they hold them in another one.
         """
-        order, own = self.mask.order, load_order(base.folder / ORDER_FILE)  # of a pruned checkpoint
-        noted = own.digest() if own else note_of(model) if order else None
-        if noted is None:  # files that are pruned by the mask were written in its order, whatever they remember
-            return bool(order) and self._are_pruned()
-        if noted != order.digest():
+        order, own = self.mask.order, order_in(base.folder, base.config)
+        # Files that are pruned by the mask were written in its order, whatever they remember.
+        if own == order or (not own and self._are_pruned()):
+            return True
+        if own or not order.moves:
             raise UsageError(
                 f"The channels of {base.name} stand in another order than the mask's: give the model that it was made "
                 "from.",
                 "model",
             )
-        return True
+        return False
 
     def _are_pruned(self) -> bool:
         for name, kept in self.mask.tensors.items():

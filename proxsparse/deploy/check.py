@@ -7,14 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
-from proxsparse.model.channels import ORDER_FILE, ChannelOrder, load_order
+from proxsparse.model.channels import ORDER_FILE, ChannelOrder, order_in
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.coded import coded_tensors, is_coded
 from proxsparse.model.layout import Group, Layout
-from proxsparse.model.loading import empty_model, load_model
+from proxsparse.model.loading import empty_model, load_model, noted_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
-from proxsparse.record import origin_of
 
 MOST_OFFENDERS = 5
 
@@ -54,8 +53,8 @@ def check_sparsity(
     targets = {target.name: target for target in weights_to_check(name, model, include, exclude)}
     found = _checkpoint(name, None, "model")
     layout = _layout(found, model, targets, compared=base is not None)
-    original = _original(base, revision, trust_remote_code) if base else None
-    order = load_order(found.folder / ORDER_FILE)
+    order = order_in(found.folder, found.config)
+    original = _original(base, revision, trust_remote_code, order) if base else None
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders: list[str] = []
     seen: set[str] = set()
@@ -70,7 +69,7 @@ def check_sparsity(
             if key in parameters and tensor.is_floating_point() and not tensor.float().isfinite().all():
                 offenders.append(f"{key}: has values that are not finite")
             if original is not None:
-                sentence = _difference(key, tensor, original, order, pruned=target is not None)
+                sentence = _difference(key, tensor, original, pruned=target is not None)
                 counts["changed_tensors"] += sentence is not None
                 offenders += [sentence] if sentence else []
     if not counts["weights"]:
@@ -85,7 +84,7 @@ def weights_to_check(
     name: str, model: PreTrainedModel, include: str | None = None, exclude: str | None = None
 ) -> list[Prunable]:
     """The weights of a checkpoint that must be pruned: all but those that ``save_pruned`` noted as dense."""
-    dense = set(origin_of(name).get("dense", ()))
+    dense = set(noted_of(name).get("dense", ()))
     return [t for t in find_prunable(model, include, exclude, multiple=1) if t.name not in dense]
 
 
@@ -137,11 +136,12 @@ class _Original(Mapping[str, Tensor]):
     """The base's tensors by the names of ``_parts``; those of the last group stay, as several are asked for.
 
     Args:
-        order: the order of channels that the base was written in; its tensors are given as they were before.
+        back: undoes the order of channels that the base was written in.
+        order: the one that its tensors are given in.
     """
 
-    def __init__(self, layout: Layout, order: ChannelOrder):
-        self.layout, self.back = layout, order.inverse()
+    def __init__(self, layout: Layout, back: ChannelOrder, order: ChannelOrder):
+        self.layout, self.back, self.order = layout, back, order
         rest = [name for name in layout.tensors if name not in layout.of_stored]
         self.groups: dict[str, Group | None] = {**layout.of_parameter, **dict.fromkeys(rest)}
         self.last: tuple[Group | None, dict[str, Tensor]] = (None, {})
@@ -149,10 +149,10 @@ class _Original(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         group = self.groups[name]
         if group is None:
-            return self.back.of(name, self.layout.tensors[name].read())
+            return self.layout.tensors[name].read()
         if self.last[0] is not group:
             self.last = (group, self.layout.read(group))
-        return self.back.of(name, self.last[1][name])
+        return self.order.of(name, self.back.of(name, self.last[1][name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.groups)
@@ -161,13 +161,23 @@ class _Original(Mapping[str, Tensor]):
         return len(self.groups)
 
 
-def _original(base: str, revision: str | None, trust_remote_code: bool) -> Mapping[str, Tensor]:
-    """The base's tensors, by the names of parameters; those that the model's class lacks by their own."""
+def _original(base: str, revision: str | None, trust_remote_code: bool, order: ChannelOrder) -> Mapping[str, Tensor]:
+    """The base's tensors in an order, by the names of parameters; those that the model's class lacks by their own."""
     stored = None if base.lower().endswith(".gguf") else _checkpoint(base, revision, "base")
+    own = ChannelOrder() if stored is None else order_in(stored.folder, stored.config)
+    if own == order:
+        own = order = ChannelOrder()
+    for found in (own, order):
+        if found and not found.moves:
+            raise UsageError(
+                f"The channels stand in an order that {ORDER_FILE} should hold: copy that file from the checkpoint "
+                "that export wrote, or leave `base` out.",
+                "base",
+            )
     if stored is None:  # a GGUF, whose tensors have other names and forms
-        return dict(load_model(base).state_dict())
+        return {name: order.of(name, tensor) for name, tensor in load_model(base).state_dict().items()}
     model = empty_model(base, revision=revision, trust_remote_code=trust_remote_code)
-    return _Original(Layout(stored.tensors, model), load_order(stored.folder / ORDER_FILE))
+    return _Original(Layout(stored.tensors, model), own.inverse(), order)
 
 
 def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, pattern: Pattern, counts: dict[str, int]) -> list[str]:
@@ -183,12 +193,10 @@ def _wrong_blocks(key: str, target: Prunable, tensor: Tensor, pattern: Pattern, 
     return [f"{key}: {int(wrong.sum())} blocks are not {pattern}, the first is {place}row {row}, block {block}"]
 
 
-def _difference(
-    key: str, tensor: Tensor, original: Mapping[str, Tensor], order: ChannelOrder, pruned: bool
-) -> str | None:
+def _difference(key: str, tensor: Tensor, original: Mapping[str, Tensor], pruned: bool) -> str | None:
     if key not in original:
         return f"{key}: is not in the base"
-    before = order.of(key, original[key])
+    before = original[key]
     if before.shape != tensor.shape or before.dtype != tensor.dtype:
         ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, before))
         return f"{key}: {ours} in the model, {theirs} in the base"

@@ -121,10 +121,11 @@ def _describe(folder: Path, model: PreTrainedModel, mask: Mask, card: str) -> No
     note = {"base_model": mask.base_model, "pattern": str(mask.pattern), "info": mask.info}
     dense = [target.name for target in find_prunable(model, multiple=1) if target.name not in mask.tensors]
     write_json(folder / OWN, note | ({"dense": dense} if dense else {}))
-    if mask.order:
+    if mask.order.moves:
         save_order(mask.order, folder / ORDER_FILE)
+    if mask.order:
         config = dict(read_json(folder / "config.json"))
-        write_json(folder / "config.json", config | {NOTE: mask.order.digest()})
+        write_json(folder / "config.json", config | {NOTE: mask.order.digest})
 
 
 def _origin(base: Checkpoint | None) -> str:

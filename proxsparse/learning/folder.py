@@ -26,7 +26,7 @@ from torch import Tensor
 
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import MASK_FILE, Mask, extract_mask, load_mask, save_mask
-from proxsparse.model.channels import ORDER_FILE, load_order, note_of
+from proxsparse.model.channels import ORDER_FILE, load_order, order_of
 from proxsparse.model.inputs import NORMS_FILE
 from proxsparse.model.loading import load_model
 from proxsparse.model.prunable import find_prunable, sparsity_by_kind
@@ -259,10 +259,10 @@ class Run:
             return Learned(mask, zeros, settings.get("score", "activation"))
         model = load_model(str(checkpoint), trust_remote_code=bool(settings.get("trust_remote_code")))
         order = load_order(self.folder / ORDER_FILE)
-        if note_of(model) and not order:
+        if order_of(model) and order_of(model) != order:
             raise UsageError(
-                f"The channels of {checkpoint} stand in another order than the base's, and {ORDER_FILE} is not there: "
-                f"copy it from the folder of the run.",
+                f"The channels of {checkpoint} stand in an order that {self.folder / ORDER_FILE} should hold: copy "
+                "that file from the folder of the run.",
                 "checkpoint",
             )
         pattern = self.pattern

@@ -8,6 +8,7 @@ formed of neighbours, so another order is another choice of what competes. The m
 
 import hashlib
 import json
+import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,24 +56,25 @@ class Move:
 
 @dataclass
 class ChannelOrder:
-    """Another order of a model's channels.
+    """Another order of a model's channels, or only the digest of one, where nothing holds the order itself.
 
     Attributes:
         moves: what is reordered.
         indices: key -> (D,) int64: the old place of every new entry of a dimension; (E, D) for stacked experts.
+        note: digest of an order that is not known here.
     """
 
     moves: list[Move] = field(default_factory=list)
     indices: dict[str, Tensor] = field(default_factory=dict)
+    note: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.moves)
+        return bool(self.moves or self.note)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChannelOrder):
             return NotImplemented
-        same = self.moves == other.moves and self.indices.keys() == other.indices.keys()
-        return same and all(torch.equal(index, other.indices[key]) for key, index in self.indices.items())
+        return self.digest == other.digest
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter's values in this order."""
@@ -81,7 +83,7 @@ class ChannelOrder:
         return tensor
 
     def inverse(self) -> "ChannelOrder":
-        """The order that undoes this one."""
+        """The order that undoes this one, which must be known."""
         return ChannelOrder(self.moves[::-1], {key: index.argsort(-1) for key, index in self.indices.items()})
 
     def joined(self, other: "ChannelOrder") -> "ChannelOrder":
@@ -110,8 +112,11 @@ class ChannelOrder:
     def described(self) -> list[list[Any]]:
         return [[move.name, move.dim, move.key] for move in self.moves]
 
+    @cached_property
     def digest(self) -> str:
-        """What tells this order from others."""
+        """What tells this order from others; empty where nothing is moved."""
+        if not self.moves:
+            return self.note
         found = hashlib.sha256(json.dumps(self.described()).encode())
         for key, index in sorted(self.packed().items()):
             found.update(key.encode() + index.numpy().tobytes())
@@ -142,9 +147,9 @@ def reordered(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return torch.stack([own.index_select(dim - 1, places) for own, places in zip(tensor, index, strict=True)])
 
 
-def order_of(model: nn.Module) -> ChannelOrder:
-    """The order into which the channels of a model in memory have been put."""
-    return getattr(model, MARK, None) or ChannelOrder()
+def order_of(model: PreTrainedModel) -> ChannelOrder:
+    """The order that the channels of a model in memory stand in; perhaps only its digest."""
+    return getattr(model, MARK, None) or ChannelOrder(note=_note_of(model))
 
 
 def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
@@ -157,7 +162,7 @@ def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
     current = order_of(model)
     if current == order:
         return
-    if current or note_of(model):
+    if current or not order.moves:
         raise UsageError(
             "The channels of the model stand in another order: give the model that the mask was made from.",
             "model",
@@ -197,14 +202,22 @@ def check_order(model: PreTrainedModel, order: ChannelOrder) -> None:
 def mark(model: PreTrainedModel, order: ChannelOrder) -> None:
     """Remember that a model's channels have been put into an order."""
     setattr(model, MARK, order)
-    vars(model.config).pop(NOTE, None)
     if order:
-        setattr(model.config, NOTE, order.digest())
+        setattr(model.config, NOTE, order.digest)
+        _markers[id(model.config)] = weakref.ref(model)
+    else:
+        vars(model.config).pop(NOTE, None)
 
 
-def note_of(model: PreTrainedModel) -> str | None:
-    """The digest of the order that a model's configuration says its channels stand in."""
-    return getattr(model.config, NOTE, None)
+# By the identity of a configuration: which model wrote the note. Models in memory may share a configuration.
+_markers: dict[int, "weakref.ref[PreTrainedModel]"] = {}
+
+
+def _note_of(model: PreTrainedModel) -> str:
+    """The digest that came with a model's configuration; empty where there is none, or it is of another model."""
+    marker = _markers.get(id(model.config), lambda: None)()
+    others = marker is not None and marker is not model and marker.config is model.config
+    return "" if others else getattr(model.config, NOTE, "")
 
 
 def recall_order(model: PreTrainedModel, folder: Path | str | None = None, named: ChannelOrder | None = None) -> None:
@@ -215,12 +228,25 @@ def recall_order(model: PreTrainedModel, folder: Path | str | None = None, named
         named: an order that the configuration may name.
     """
     path = Path(folder or model.config._name_or_path or "") / ORDER_FILE
-    if order_of(model):
+    current = order_of(model)
+    if current.moves:
         return
     if path.is_file():
-        mark(model, load_order(path))
-    elif named and note_of(model) == named.digest():
+        found = load_order(path)
+        if current and current != found:
+            raise RunError(f"{path} is of another order of channels than its config.json names: get the model again.")
+        mark(model, found)
+    elif named and named.moves and current == named:
         mark(model, named)
+
+
+def order_in(folder: Path, config: Mapping[str, Any]) -> ChannelOrder:
+    """The order that the files of a checkpoint stand in; perhaps only its digest.
+
+    Args:
+        config: what config.json says.
+    """
+    return load_order(folder / ORDER_FILE) or ChannelOrder(note=str(config.get(NOTE, "")))
 
 
 def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None = None) -> None:
@@ -229,7 +255,8 @@ def save_order(order: ChannelOrder, path: Path, origin: Mapping[str, str] | None
     Args:
         origin: what it was chosen for.
     """
-    described = np.array(json.dumps({"moves": order.described(), "origin": dict(origin or {})}))
+    note = {"note": order.note} if order.note else {}
+    described = np.array(json.dumps({"moves": order.described(), "origin": dict(origin or {})} | note))
     indices = {f"{INDEX}{key}": index.numpy() for key, index in order.packed().items()}
     with atomic_path(path) as scratch, scratch.open("wb") as file:
         np.savez_compressed(file, **{DESCRIPTION: described}, **indices)  # type: ignore[arg-type]
@@ -253,6 +280,7 @@ def load_order(path: Path, origin: Mapping[str, str] | None = None) -> ChannelOr
             names = [name for name in file.files if name != DESCRIPTION]
             tensors = {name.removeprefix(INDEX): torch.from_numpy(file[name]) for name in names}
         order, found = ChannelOrder.unpacked(described["moves"], tensors), dict(described["origin"])
+        order.note = str(described.get("note", ""))
     except (BadZipFile, EOFError, KeyError, NotImplementedError, TypeError, ValueError, zlib.error) as error:
         raise RunError(f"The file {path} is damaged ({error}): copy it again.") from error
     if origin is not None and found != dict(origin):

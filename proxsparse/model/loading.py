@@ -39,7 +39,7 @@ from proxsparse.model.hub_errors import clear_errors, quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.quantised import KEYS, refuse_quantised
 from proxsparse.model.source import model_source, name_of, read_gguf
-from proxsparse.record import read_json
+from proxsparse.record import OWN, origin_of, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -323,7 +323,7 @@ def fetch(name: str, revision: str | None = None) -> Checkpoint:
     if found is None and not extra and not Path(source).is_dir():
         with doing(f"downloading {name}"), clear_errors(name):
             folder = Path(
-                snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, ORDER_FILE, SINGLE])
+                snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, ORDER_FILE, OWN, SINGLE])
             )
             if is_compact(folder):
                 snapshot_download(source, revision=revision, allow_patterns=["compact*.safetensors"])
@@ -336,3 +336,12 @@ def fetch(name: str, revision: str | None = None) -> Checkpoint:
         what = f"lacks {len(absent)} of its files, as {absent[0]}" if absent else "has no safetensors weights"
         raise RunError(f"The model {name} {what}: get it again (pickle files can run code, so they are not loaded).")
     return found
+
+
+def noted_of(name: str) -> dict[str, Any]:
+    """``origin_of`` a model's files on this machine; empty where there are none."""
+    try:
+        found = Checkpoint.find(name) if name else None
+    except UsageError:  # the folder that it came from is gone
+        return {}
+    return {} if found is None else origin_of(found.folder)

@@ -21,7 +21,6 @@ from proxsparse.model.channels import (
     Move,
     load_order,
     mark,
-    note_of,
     order_of,
     put_into_order,
     save_order,
@@ -60,10 +59,10 @@ def order_channels(
     Raises:
         UsageError: the channels have been put into another order before.
     """
-    if order_of(model) or note_of(model):
+    if order_of(model):
         raise UsageError(
             "The channels of the model stand in an order of their own already: use `permute=none`, or load the model "
-            "again.",
+            "that it was made from.",
             "model",
         )
     targets = find_prunable(model, multiple=1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from proxsparse.model.channels import mark, order_of
+from proxsparse.model.channels import MARK, mark, order_of
 
 
 @contextlib.contextmanager
@@ -58,7 +58,9 @@ def restored(model: PreTrainedModel, weights: bool = True) -> Iterator[None]:
         for part, mode in training.items():
             part.training = mode
         if weights:
-            mark(model, order)
+            setattr(model, MARK, order)  # the configuration is as it was, with what it notes
+        elif order_of(model):
+            mark(model, order_of(model))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in kept:
