@@ -89,9 +89,28 @@ def test_tail_exponents_are_one_a_block(uneven):
 def test_layers_and_weights_that_are_left_out_have_no_share(allocation, kind, uneven):
     some = {"exclude": r"layers\.1\.|q_proj"}
     patterns = allocate(uneven, Pattern.parse(kind), allocation, windows(), spread=0.5, **some)
+    assert sorted(patterns) == [0, 2, 3]
     mask = prune_layerwise(uneven, windows(), METHODS["wanda"](), patterns, **some)
     assert not [name for name in mask.tensors if "layers.1." in name or "q_proj" in name]
     assert mask.density() == pytest.approx(0.5, abs=0.02)
+    # The others share as they do in a model that has no more layers.
+    fewer = tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        for i, place in enumerate((0, 2, 3)):
+            fewer.model.layers[i].load_state_dict(tiny_llama(num_hidden_layers=4).model.layers[place].state_dict())
+        for target in find_prunable(fewer):
+            target.weight.copy_(target.weight.sign() * target.weight.abs() ** (1 + (0, 2, 3)[target.block]))
+    if allocation == "alphapruning":  # which reads no inputs, and so no layer that is left out
+        alone = allocate(fewer, Pattern.parse(kind), allocation, windows(), spread=0.5, exclude="q_proj")
+        assert [str(p) + str(p.ratio) for p in alone.values()] == [str(p) + str(p.ratio) for p in patterns.values()]
+
+
+def test_a_pattern_that_all_layers_share_is_no_mixed_one(uneven):
+    some = {"exclude": r"layers\.[03]\."}
+    patterns = allocate(uneven, Pattern.parse("4:8"), "owl", windows(), **some)
+    mask = prune_layerwise(uneven, windows(), METHODS["wanda"](), patterns, **some)
+    assert (str(mask.pattern) == "4:8") == (len({p.n for p in patterns.values()}) == 1)
+    assert "layers.0." not in "".join(mask.tensors)
 
 
 @pytest.mark.parametrize("allocation", ["owl", "alphapruning"])

@@ -14,7 +14,7 @@ from test_prunable import FAMILIES, build
 from torch import nn
 
 import proxsparse
-from proxsparse.deploy import compact_linear, decode_loops
+from proxsparse.deploy import compact_linear, decode_loops, dense
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.deploy.sparse import CompactLinear, use_compact
@@ -384,6 +384,18 @@ def test_wrong_folders_and_models_are_one_sentence(tmp_path, tokenizer):
         use_compact(prune(tiny_llama()), "fp8")
     with pytest.raises(UsageError, match="can't be made compact: no linear layer is N:M"):
         use_compact(tiny_llama())
+
+
+def test_patterns_that_older_versions_wrote_are_still_read(tmp_path, monkeypatch):
+    model = tiny_llama()
+    mask = Mask({t.name: Pattern(7, 8).mask(t.weight.detach().abs()) for t in find_prunable(model)}, Pattern(7, 8))
+    with pytest.raises(UsageError, match="an N of at most three quarters of it; not 7:8"):
+        save_pruned(model, mask, tmp_path / "out", form="compact")
+    monkeypatch.setattr(dense, "check_pattern", lambda pattern: None)
+    save_pruned(model, mask, tmp_path / "out", form="compact")
+    apply_mask(model, mask)
+    again = load_compact(tmp_path / "out")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def edit_index(folder, **changes):

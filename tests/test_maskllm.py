@@ -1,5 +1,6 @@
 """MaskLLM: its gradient, its masks, and that it finds a best mask that is known."""
 
+import json
 from functools import partial
 
 import pytest
@@ -83,6 +84,14 @@ def test_another_setting_makes_it_another_run_even_where_it_was_a_default(learn,
     learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", logging_steps=2)  # which decides nothing
     with pytest.raises(UsageError, match="holds a run with `tau="):
         learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", tau=(8.0, 0.01))
+    with pytest.raises(UsageError, match="holds a run with `exclude=None`, now it is q_proj"):
+        learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", exclude="q_proj")
+    record = json.loads((tmp_path / "run.json").read_text())  # of a version that left nothing out
+    assert record["settings"].pop("exclude") == "None"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no")
+    with pytest.raises(UsageError, match="holds a run with `exclude=None`, now it is q_proj"):
+        learn_masks(tiny_llama(), tmp_path, learn=learn, save_strategy="no", exclude="q_proj")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ so both are refused there.
 
 Sources: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), https://arxiv.org/abs/2310.05175;
 Lu et al., AlphaPruning, https://arxiv.org/abs/2410.10912.
-Shapes: L = layers. In the names of this module a block is a layer.
+Shapes: L = layers with something to prune. In the names of this module a block is a layer.
 """
 
 import math
@@ -47,7 +47,7 @@ def allocate(
         include, exclude: of ``find_prunable``.
 
     Returns:
-        index of the layer -> its pattern.
+        index of every layer that has something to prune -> its pattern.
 
     Raises:
         UsageError: an unknown allocation, or one that the pattern leaves no freedom for.
@@ -55,20 +55,20 @@ def allocate(
     if allocation not in ALLOCATIONS:
         raise UsageError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
     targets = find_prunable(model, include, exclude, multiple=pattern.m)
-    sizes = torch.zeros(max(t.block for t in targets) + 1, dtype=torch.float64)
-    for target in targets:
-        sizes[target.block] += target.weight.numel()
+    blocks = sorted({target.block for target in targets})
     if allocation == "uniform":
-        return dict.fromkeys(range(len(sizes)), pattern)
+        return dict.fromkeys(blocks, pattern)
+    entries = [sum(t.weight.numel() for t in targets if t.block == block) for block in blocks]
+    sizes = torch.tensor(entries, dtype=torch.float64)
     refuse_without_freedom(pattern, allocation)
     if allocation == "owl":
         shares = owl_shares(outlier_ratios(model, targets, windows, outlier), sizes, pattern.ratio, spread or 0.08)
     else:
         shares = alpha_shares(tail_exponents(targets), sizes, pattern.ratio, spread or 0.3)
     if not pattern.structured:
-        return {block: Pattern(1, 1, share) for block, share in enumerate(shares.tolist())}
+        return {block: Pattern(1, 1, share) for block, share in zip(blocks, shares.tolist(), strict=True)}
     kept = whole_numbers(shares, sizes, pattern)
-    return {block: Pattern(n, pattern.m, 1 - n / pattern.m) for block, n in enumerate(kept)}
+    return {block: Pattern(n, pattern.m, 1 - n / pattern.m) for block, n in zip(blocks, kept, strict=True)}
 
 
 def refuse_without_freedom(pattern: Pattern, allocation: str) -> None:
@@ -84,14 +84,14 @@ def outlier_ratios(model: PreTrainedModel, targets: list[Prunable], windows: Ten
     """Percent of a layer's Wanda scores that lie above ``outlier`` times their mean: (L,) float64 (OWL's D)."""
     norms = input_norms(model, targets, windows)
     scores: dict[int, list[Tensor]] = {}
-    ratios = torch.zeros(max(t.block for t in targets) + 1, dtype=torch.float64)
+    ratios = []
     for place, target in enumerate(targets):
         rows = target.rows(target.weight.detach()).float()
         scores.setdefault(target.block, []).append((rows.abs() * expand_scale(norms[target.name], rows)).flatten())
         if place + 1 == len(targets) or targets[place + 1].block != target.block:
             pooled = torch.cat(scores.pop(target.block))
-            ratios[target.block] = 100 * (pooled > outlier * pooled.mean()).double().mean()
-    return ratios
+            ratios.append(100 * (pooled > outlier * pooled.mean()).double().mean())
+    return torch.stack(ratios).cpu()
 
 
 def owl_shares(ratios: Tensor, sizes: Tensor, share: float, spread: float) -> Tensor:
@@ -107,10 +107,7 @@ def owl_shares(ratios: Tensor, sizes: Tensor, share: float, spread: float) -> Te
 
 
 def tail_exponents(targets: list[Prunable]) -> Tensor:
-    """Mean power-law exponent of the spectra of a layer's matrices: (L,) float64 (AlphaPruning's alpha).
-
-    A layer without such matrices gets the mean of the others.
-    """
+    """Mean power-law exponent of the spectra of a layer's matrices: (L,) float64 (AlphaPruning's alpha)."""
     exponents: dict[int, list[float]] = {}
     for target in targets:
         rows = target.rows(target.weight.detach())
@@ -118,9 +115,7 @@ def tail_exponents(targets: list[Prunable]) -> Tensor:
             # On the CPU from here on: accelerators have no histograms, and some no float64.
             spectrum = torch.linalg.svdvals(matrix.float()).cpu().double().square()
             exponents.setdefault(target.block, []).append(tail_exponent(spectrum))
-    means = {block: sum(found) / len(found) for block, found in exponents.items()}
-    usual = sum(means.values()) / len(means)
-    return torch.tensor([means.get(block, usual) for block in range(max(means) + 1)], dtype=torch.float64)
+    return torch.tensor([sum(found) / len(found) for _, found in sorted(exponents.items())], dtype=torch.float64)
 
 
 def tail_exponent(spectrum: Tensor) -> float:
@@ -178,10 +173,9 @@ def whole_numbers(shares: Tensor, sizes: Tensor, pattern: Pattern) -> list[int]:
     wished = pattern.m * (1 - shares)
     kept = wished.round().clamp(1, pattern.m)
     target = (pattern.n * sizes.sum()).item()
-    while abs(excess := (kept * sizes).sum().item() - target) > 0.5 * sizes[sizes > 0].min().item():
+    while abs(excess := (kept * sizes).sum().item() - target) > 0.5 * sizes.min().item():
         step = -1.0 if excess > 0 else 1.0
-        free = (kept + step >= 1) & (kept + step <= pattern.m) & (sizes > 0)
-        error = torch.where(free, (kept + step - wished).abs(), torch.inf)
+        error = torch.where((kept + step >= 1) & (kept + step <= pattern.m), (kept + step - wished).abs(), torch.inf)
         block = int(error.argmin())
         if abs(excess + step * sizes[block].item()) >= abs(excess):
             break  # layers of unequal size: nothing comes nearer

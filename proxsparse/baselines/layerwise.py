@@ -63,7 +63,8 @@ def prune_layerwise(
         for index, own, statistics in steps:
             for target in own:
                 masks[target.name] = _prune_one(target, method, statistics[target.name], patterns[index], update)
-    return Mask(masks, _common(patterns, width), model.config._name_or_path, order=order_of(model))
+    used = {target.block: patterns[target.block] for target in targets}
+    return Mask(masks, _common(used, width), model.config._name_or_path, order=order_of(model))
 
 
 def _common(patterns: dict[int, Pattern], width: int) -> Pattern:

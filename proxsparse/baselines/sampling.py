@@ -42,7 +42,8 @@ LOGITS_FILE = "mask_logits.safetensors"
 DECISIVE = (
     "tau", "kappa", "cooling", "cooled_by", "prior_strength", "keep_large", "learning_rate", "lr_scheduler_kwargs",
     "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps", "max_steps",
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "include",
+    "exclude",
 )  # fmt: skip
 
 
@@ -209,9 +210,8 @@ class SampledTrainer(SFTTrainer):
         with settings_at_fault():
             config = cls.config_class(**settings, output_dir=str(output_dir), max_length=windows.shape[1])
         made_by = {name: getattr(config, name) for name in DECISIVE}  # given or not: a default may change
-        made_by |= {name: value for name in ("include", "exclude") if (value := getattr(config, name))}
         made_by |= {"prune_method": cls.method, "sparsity_type": str(pattern)}
-        claim(output_dir, _record(model, windows, prior, made_by))
+        claim(output_dir, _record(model, windows, prior, made_by), earlier={"include": "None", "exclude": "None"})
         data = Dataset.from_dict({"input_ids": windows.tolist()})
         given = {"train_dataset": data, "processing_class": tokenizer, "data_collator": window_collator(tokenizer)}
         with restored(model, weights=False):

@@ -36,7 +36,7 @@ from proxsparse.commands.measuring import (
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import PRUNED, Run
-from proxsparse.record import OWN, refuse_folder
+from proxsparse.record import OWN, refuse_folder, refuse_trained
 
 
 def arguments() -> Parser:
@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.save:
         refuse_folder(args.save, args.model, args.mask)
+        refuse_trained(args.save, mask.info)
     windows = {} if args.no_eval else windows_of(args)
     tokenizer = tokenizer_to_save(args) if args.save else None
     model = load(args, mask=mask)

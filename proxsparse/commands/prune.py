@@ -47,7 +47,7 @@ from proxsparse.model.inputs import digest, origin_of
 from proxsparse.model.loading import load_tokenizer, native_bf16
 from proxsparse.model.ordering import order_channels
 from proxsparse.model.walk import runs_in_bf16
-from proxsparse.record import refuse_folder
+from proxsparse.record import refuse_folder, refuse_trained
 from proxsparse.text import SELF, parts_of, stamp
 
 
@@ -240,6 +240,7 @@ def check(args: argparse.Namespace, pattern: Pattern, changes_weights: bool) -> 
         )
     if args.save_model:
         refuse_folder(args.save_model, args.model)
+        refuse_trained(args.save_model, {})
     if args.save and Path(args.save).is_file():
         raise UsageError(f"--save {args.save} is a file; name a folder.", "save")
     if args.permute != "none" and not pattern.structured:

@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     saved = tokenizer_to_save(args)
     # One layer at a time is on the device; the models wait on the CPU.
     home = "cpu" if args.scope == "layer" else args.device
-    model = load(argparse.Namespace(**vars(args) | {"device": home}))
+    model = load(argparse.Namespace(**vars(args) | {"device": home}), mask=given)
     if model.dtype == torch.float16:
         print("note: float16 weights are updated in bfloat16, because second moments underflow in float16")
         model = cast_weights(model, torch.bfloat16)

@@ -51,13 +51,13 @@ def check_sparsity(
     """
     model = checked_model(name, trust_remote_code=trust_remote_code)
     targets = {target.name: target for target in weights_to_check(name, model, include, exclude)}
+    pruned = {target.name for target in weights_to_check(name, model)}
     found = _checkpoint(name, None, "model")
     layout = _layout(found, model, targets, compared=base is not None)
     order = order_in(found.folder, found.config)
     original = _original(base, revision, trust_remote_code, order) if base else None
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
-    offenders: list[str] = []
-    seen: set[str] = set()
+    offenders, seen = list[str](), set[str]()
     parameters = {key for key, _ in model.named_parameters()}
     tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
     for tensors in _parts(layout):
@@ -69,7 +69,7 @@ def check_sparsity(
             if key in parameters and tensor.is_floating_point() and not tensor.float().isfinite().all():
                 offenders.append(f"{key}: has values that are not finite")
             if original is not None:
-                sentence = _difference(key, tensor, original, pruned=target is not None)
+                sentence = _difference(key, tensor, original, key in pruned)
                 counts["changed_tensors"] += sentence is not None
                 offenders += [sentence] if sentence else []
     if not counts["weights"]:
@@ -83,9 +83,16 @@ def check_sparsity(
 def weights_to_check(
     name: str, model: PreTrainedModel, include: str | None = None, exclude: str | None = None
 ) -> list[Prunable]:
-    """The weights of a checkpoint that must be pruned: all but those that ``save_pruned`` noted as dense."""
+    """The weights of a checkpoint that must be pruned: all but those that ``save_pruned`` noted as dense.
+
+    Raises:
+        UsageError: there is none.
+    """
     dense = set(noted_of(name).get("dense", ()))
-    return [t for t in find_prunable(model, include, exclude, multiple=1) if t.name not in dense]
+    found = [t for t in find_prunable(model, include, exclude, multiple=1) if t.name not in dense]
+    if not found:
+        raise UsageError(f"The export left all weights of {name} dense that are to be checked: name others.", "include")
+    return found
 
 
 def _layout(found: Checkpoint, model: PreTrainedModel, targets: Iterable[str], compared: bool) -> Layout:

@@ -1,8 +1,8 @@
 """Write a pruned model: the base's own files, streamed shard by shard, in which only the pruned weights change.
 
-config.json, the tokenizer and every other small file stay as the base has them, byte for byte, and every tensor that is
-not pruned keeps its bits and its dtype. A model that has no such files (a GGUF, one made in memory) is written anew,
-and its card says so.
+The tokenizer and every other small file stay as the base has them, byte for byte (config.json too, unless it has to
+name an order of the channels or a quantisation), and every tensor that is not pruned keeps its bits and its dtype. A
+model that has no such files (a GGUF, one made in memory) is written anew, and its card says so.
 """
 
 import os

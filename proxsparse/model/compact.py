@@ -28,7 +28,7 @@ KINDS = ("int8",)  # of quantised values
 FORMATS = {None: "proxsparse-compact-1", "int8": "proxsparse-compact-int8-1"}  # of 2:4
 ANY_FORMATS = {None: "proxsparse-compact-nm-1", "int8": "proxsparse-compact-nm-int8-1"}  # which name their pattern
 LENGTHS = (2, 4, 8, 16)  # of a block
-MOST = 0.75  # of a block that is kept: with more, this form would not be smaller
+MOST = 0.75  # of a block that is kept: with more, this form hardly gets smaller
 INDEX = "compact.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALLEST = 2.0**-149  # positive number of float32
@@ -52,13 +52,16 @@ class Compact(NamedTuple):
     pattern: Pattern = TWO_OF_FOUR
 
 
-def check_pattern(pattern: Pattern) -> None:
+def check_pattern(pattern: Pattern, most: float = MOST) -> None:
     """Refuse patterns that have no compact form.
+
+    Args:
+        most: share of a block that may be kept.
 
     Raises:
         UsageError: says which ones there are.
     """
-    if not pattern.n or pattern.m not in LENGTHS or pattern.n > MOST * pattern.m:
+    if not pattern.n or pattern.m not in LENGTHS or pattern.n > most * pattern.m:
         raise UsageError(
             f"The compact form holds N:M weights with an M of 2, 4, 8 or 16, and an N of at most three quarters of it; "
             f"not {pattern}.",
@@ -70,7 +73,7 @@ def pattern_of(rows: Tensor) -> Pattern | None:
     """The sparsest pattern that the zeros of a weight (..., I) have; of equal ones, the shortest.
 
     None: the weight has no non-zeros, or keeps more than three quarters of any block, so that the compact form would
-    not be smaller.
+    hardly be smaller.
     """
     found = []
     for m in LENGTHS:
@@ -250,7 +253,7 @@ def compact_index(folder: Path) -> dict[str, Compact]:
     try:
         quantised = index["format"] in (FORMATS["int8"], ANY_FORMATS["int8"])
         pattern = TWO_OF_FOUR if index["format"] in FORMATS.values() else Pattern.of_blocks(index["pattern"])
-        check_pattern(pattern)
+        check_pattern(pattern, most=1)  # older versions wrote those as well
         return {name: _described(weight, quantised, pattern) for name, weight in index["weights"].items()}
     except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{folder / INDEX} is damaged ({error}); export the model again.") from error

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
@@ -49,10 +50,11 @@ class clear_errors:
     Args:
         name: name of the model.
         part: what is loaded: model or tokenizer.
+        given: names of the caller's arguments that are passed on.
     """
 
-    def __init__(self, name: str, part: str = "model"):
-        self.name, self.part = name, part
+    def __init__(self, name: str, part: str = "model", given: Iterable[str] = ()):
+        self.name, self.part, self.given = name, part, set(given)
 
     def __enter__(self) -> None:
         self.hub = logging.getLogger("huggingface_hub")
@@ -73,6 +75,9 @@ class clear_errors:
         for cause in chain:
             if isinstance(cause, OSError) and cause.errno in REFUSED and cause.filename:
                 raise cause  # it says so here too: which folder, and the variable of a cache
+            unknown = re.search(r"got an unexpected keyword argument '(\w+)'", str(cause))
+            if unknown and unknown[1] in self.given:
+                raise UsageError(f"`{unknown[1]}` is no argument of loading a model: correct or drop it.") from error
         raise (_of_the_hub(self.name, chain) or _of_the_model(self.name, self.part, chain)) from error
 
 
@@ -158,9 +163,6 @@ def _of_the_model(name: str, part: str, chain: list[BaseException]) -> Exception
     package = _missing_package(chain)
     if package:
         return RunError(f"The model {name} needs the package {package}, which is not installed: pip install {package}.")
-    unknown = re.search(r"got an unexpected keyword argument '(\w+)'", text)
-    if unknown:
-        return UsageError(f"`{unknown[1]}` is no argument of loading a model: correct or drop it.", unknown[1])
     if "trust_remote_code" in text:
         return RunError(f"The model {name} needs its own code: read it, then pass `trust_remote_code=True`.")
     subject = f"The model {name}" if part == "model" else f"The {part} of {name}"

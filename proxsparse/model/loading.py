@@ -126,7 +126,7 @@ def load_model(
     source, extra = model_source(name)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, quantised = _configuration(name, evaluating=evaluating, **hub)
-    with doing(f"loading the model {name}"), clear_errors(name), quiet_bars():
+    with doing(f"loading the model {name}"), clear_errors(name, given=kwargs), quiet_bars():
         if extra:
             wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
             found: Any = read_gguf(source, extra["gguf_file"], wanted, output_loading_info=True, **hub, **kwargs)
