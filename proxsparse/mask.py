@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from proxsparse.errors import RunError, UsageError
 from proxsparse.model.channels import ChannelOrder, mark, order_of, put_into_order, recall_order
 from proxsparse.model.compact import pattern_of
-from proxsparse.model.loading import noted_of
+from proxsparse.model.hub import commit_of, noted_of
 from proxsparse.model.prunable import Prunable, check_model, find_prunable
 from proxsparse.model.published import FILES, read_npz
 from proxsparse.model.sharding import gather, local
@@ -104,9 +104,9 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
-def noted_pattern(name: str) -> Pattern | None:
+def noted_pattern(name: str, revision: str | None = None) -> Pattern | None:
     """The pattern that ``save_pruned`` noted of a checkpoint; None: it noted none."""
-    noted = noted_of(name).get("pattern")
+    noted = noted_of(name, revision).get("pattern")
     return Pattern.parse(noted) if noted else None
 
 
@@ -130,13 +130,13 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     """
     check_model(model)
     base, tensors = model.config._name_or_path, {}
-    name, noted = base or "the model", noted_of(base)  # a model made in memory has no folder
+    name, noted = base or "the model", noted_of(base, commit_of(model))  # a model made in memory has no folder
     if any(local(p) is not p for p in model.parameters()):
         raise UsageError("The model is sharded: take the mask from its zeros before that.", "model")
     recall_order(model)
     targets = find_prunable(model, multiple=1)
     given = None if pattern is None else Pattern.of_blocks(pattern)
-    wanted = given or noted_pattern(base) or pattern_of_zeros(targets)
+    wanted = given or noted_pattern(base, commit_of(model)) or pattern_of_zeros(targets)
     if not (wanted.structured and wanted.n):
         raise UsageError(f"{name} was pruned to {wanted}, which its zeros do not tell: give its mask.", "mask")
     for target in targets:

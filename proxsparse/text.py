@@ -34,6 +34,7 @@ from proxsparse.errors import RunError, UsageError, check_switches, doing
 from proxsparse.model import embedded
 from proxsparse.model.documents import SPLITS, read_local, shuffled, split_of, text_stamp
 from proxsparse.model.generating import sample_tokens
+from proxsparse.model.hub_errors import offline
 from proxsparse.model.source import name_of
 from proxsparse.model.windows import check_tokenizer, check_whole
 
@@ -295,7 +296,8 @@ def _from_hub(repository: str, config: str | None = None, **kwargs) -> Sequence[
     try:
         return load_dataset(repository, config, **kwargs)["text"]
     except (ConnectionError, OSError, ValueError) as error:
+        why = "HF_HUB_OFFLINE is set" if offline() else type(error).__name__
         raise RunError(
-            f"The dataset {repository} can't be loaded from the Hub ({type(error).__name__}). "
+            f"The dataset {repository} can't be loaded from the Hub ({why}). "
             f"Give a local file, or one of the embedded texts: {' or '.join(EMBEDDED)}."
         ) from error

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_prunable import SIZES, build
@@ -21,9 +22,12 @@ from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, apply_mask, load_mask
 from proxsparse.model.checkpoint import Checkpoint
+from proxsparse.model.hub import commit_of
+from proxsparse.model.hub_errors import clear_errors
 from proxsparse.model.layout import Layout
 from proxsparse.model.loading import empty_model, load_config, load_model, load_tokenizer
 from proxsparse.model.prunable import find_prunable
+from proxsparse.operator.pattern import Pattern
 from proxsparse.operator.prox import top2_mask
 
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -164,6 +168,91 @@ def hub(llama3, tmp_path, monkeypatch):
         (snapshot / path.name).symlink_to(blobs / str(number))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     return "org/tiny"
+
+
+@pytest.fixture
+def revisions(hub, llama3, tmp_path):
+    """Folder of another model, and a branch of org/tiny in the cache that holds it: pruned, and of another config."""
+    other = tmp_path / "other"
+    shutil.copytree(llama3, other)
+    model = load_model(str(llama3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    model.config.rms_norm_eps = 0.05
+    model.save_pretrained(other)
+    targets = find_prunable(model)
+    mask = Mask({t.name: Pattern(4, 8).mask(t.rows(t.weight.detach()).float().abs()) for t in targets}, "4:8")
+    proxsparse.save_pruned(str(other), mask, tmp_path / "branch")
+    repository = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(tmp_path / "branch", repository / "snapshots" / "def456")
+    (repository / "refs" / "v2").write_text("def456")
+    return tmp_path / "branch"
+
+
+def test_a_revision_is_itself_in_whatever_is_made_of_it(hub, revisions, corpus, tmp_path):
+    branch = ["--model", hub, "--revision", "v2"]
+    run("prune", *branch, "--prune_method", "magnitude", "--save", tmp_path / "mask", "--save_model", tmp_path / "one")
+    run("apply", *branch, "--mask", tmp_path / "mask", "--save", tmp_path / "two", "--no_eval")
+    run("export", *branch, "--mask", tmp_path / "mask", "--to", tmp_path / "three")
+    run("export", "--model", revisions, "--mask", tmp_path / "mask", "--to", tmp_path / "wanted")
+    for made in ("one", "two", "three"):
+        for file in ("config.json", "tokenizer.json"):
+            assert (tmp_path / made / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
+        ours, theirs = tensors_of(tmp_path / made), tensors_of(tmp_path / "wanted")
+        assert all(torch.equal(bits(ours[name]), bits(theirs[name])) for name in theirs)
+    assert load_config(str(tmp_path / "one")).rms_norm_eps == 0.05
+    model = load_model(hub, revision="v2")
+    assert proxsparse.mask_of_pruned(model).pattern == Pattern(4, 8)
+    assert commit_of(model) == "def456"
+    assert commit_of(load_model(hub)) == "abc123"
+
+
+def test_check_reads_the_revisions_of_model_and_base(hub, revisions, llama3, tmp_path, capsys):
+    check = ["check", "--model", hub, "--pattern", "4:8"]
+    run(*check, "--revision", "v2")
+    run(*check, "--revision", "v2", "--base", tmp_path / "other")
+    assert console([*check, "--base", str(tmp_path / "other")]) == 1  # the main branch is dense
+    assert console(["check", "--model", str(revisions), "--pattern", "4:8", "--base", hub]) == 1
+    run("check", "--model", revisions, "--pattern", "4:8", "--base", hub, "--base_revision", "v2")
+    assert console([*check, "--base_revision", "v2"]) == 2
+    assert "--base_revision is that of a --base" in capsys.readouterr().err
+
+
+def test_a_wrong_revision_or_name_is_told_as_it_is(hub, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="they are of another `revision`"):
+        load_model(hub, revision="nosuch")
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_model(hub).config.vocab_size == load_model(str(tmp_path / "llama3")).config.vocab_size
+    with pytest.raises(UsageError, match="There is no folder org/none; for a Hub id of that name, work in another"):
+        load_model("org/none")
+
+
+def test_what_the_hub_answers_is_told_apart():
+    text = "If you are trying to access a private or gated repo, make sure you are authenticated."
+    for kind, sentence in (
+        (RepositoryNotFoundError, "There is no model org/none"),
+        (GatedRepoError, "The model org/none is gated"),
+        (RevisionNotFoundError, "org/none has no such revision"),
+    ):
+        error = kind.__new__(kind)
+        error.args = (text,)
+        with pytest.raises(RunError, match=sentence), clear_errors("org/none"):
+            raise error
+
+
+def test_a_shard_that_the_cache_lacks_is_named(hub, tmp_path):
+    snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / "abc123"
+    for path in snapshot.glob("*.safetensors*"):
+        path.unlink()
+    tiny_llama().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for path in (tmp_path / "sharded").glob("*.safetensors*"):
+        shutil.copy(path, snapshot)
+    gone = sorted(snapshot.glob("*.safetensors"))[2]
+    gone.unlink()
+    with pytest.raises(RunError, match=f"The cache lacks {gone.name} of org/tiny"):
+        load_model(hub)
 
 
 @pytest.mark.parametrize("way", ["export", "apply", "prune"])
@@ -471,7 +560,7 @@ def test_a_compact_export_is_read_by_its_hub_id(llama3, hub, tmp_path, monkeypat
                 shutil.copy(path, snapshot / path.name)
         return str(snapshot)
 
-    monkeypatch.setattr("proxsparse.model.loading.snapshot_download", download)
+    monkeypatch.setattr("proxsparse.model.hub.snapshot_download", download)
     for path in snapshot.iterdir():
         path.unlink()
     for name in ("config.json", "compact.json", "generation_config.json"):

@@ -19,7 +19,7 @@ does not change.
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import add_choice_arguments
+from proxsparse.commands.groups import add_choice_arguments, options_of
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model, weights_to_check
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError, UsageError
@@ -39,7 +39,8 @@ def arguments() -> Parser:
     )
     parser.add_argument("--pattern", default=str(TWO_OF_FOUR), help="N:M of the blocks; default: %(default)s")
     add_choice_arguments(parser, "check")
-    parser.add_argument("--revision", default=None, help="revision of a base on the Hub")
+    parser.add_argument("--revision", default=None, help="revision of a model on the Hub")
+    parser.add_argument("--base_revision", default=None, help="revision of a base on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
 
@@ -49,24 +50,30 @@ def main(args: argparse.Namespace) -> None:
     pattern = Pattern.of_blocks(args.pattern)
     if args.target and pattern != TWO_OF_FOUR:
         raise UsageError(f"--target is about kernels for 2:4 weights; got --pattern {pattern}.")
-    model = checked_model(args.model, trust_remote_code=args.trust_remote_code)
+    options = options_of(args)
+    model = checked_model(args.model, **options)
     names = {"include": args.include, "exclude": args.exclude}
     if getattr(model, "hf_quantizer", None) is None:  # else its weights are codes
-        print(coverage(model, weights_to_check(args.model, model, **names), pattern.m, "checked"), flush=True)
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code} | names
-    counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **options)
+        print(
+            coverage(model, weights_to_check(args.model, model, args.revision, **names), pattern.m, "checked"),
+            flush=True,
+        )
+    if args.base_revision and not args.base:
+        raise UsageError("--base_revision is that of a --base: give one.", "base_revision")
+    names["base_revision"] = args.base_revision
+    counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **names, **options)
     print(
         f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not {pattern}"
     )
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
-        noted = noted_pattern(args.model)
+        noted = noted_pattern(args.model, args.revision)
         other = noted is not None and noted.structured and noted.n and noted != pattern
         hint = f" It was exported as {noted}: `pattern={noted}` checks that." if other else ""
         raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.{hint}")
     if args.target:
-        sparse, dense = dense_weights(args.model, args.target, trust_remote_code=args.trust_remote_code)
+        sparse, dense = dense_weights(args.model, args.target, **options)
         print(f"{args.target} can take {sparse} of {sparse + len(dense)} weights")
         for sentence in dense:
             print(f"  {sentence}")

@@ -30,6 +30,7 @@ from proxsparse.commands.measuring import (
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import noted_pattern
+from proxsparse.model.hub import commit_of
 from proxsparse.model.prunable import find_prunable, sparsity_by_kind
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
@@ -70,7 +71,7 @@ def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
 
     Nothing has a share where there are no such blocks.
     """
-    pattern = noted_pattern(model.config._name_or_path) or TWO_OF_FOUR
+    pattern = noted_pattern(model.config._name_or_path, commit_of(model)) or TWO_OF_FOUR
     if not (pattern.structured and pattern.n):  # it has no blocks of one kind
         return pattern, {}
     try:

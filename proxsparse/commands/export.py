@@ -58,9 +58,10 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.learning.folder import PRUNED, WINDOWS, Run
 from proxsparse.mask import Mask, apply_mask, fit_mask
 from proxsparse.model.compact import check_pattern
+from proxsparse.model.hub import fetch
 from proxsparse.model.hub_errors import UNREACHABLE
 from proxsparse.model.layout import Layout
-from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer, resolve_device
+from proxsparse.model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from proxsparse.model.source import model_source
 from proxsparse.record import read_record, refuse_folder, refuse_trained
 from proxsparse.text import SELF, parts_of

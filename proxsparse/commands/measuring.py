@@ -14,6 +14,7 @@ from proxsparse.errors import RunError, UsageError
 from proxsparse.evaluation.perplexity import Perplexity, perplexity
 from proxsparse.learning.folder import WINDOWS, Run
 from proxsparse.mask import mask_file
+from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.loading import load_config, load_tokenizer
 from proxsparse.model.windows import check_ctx_len, check_tokens
 from proxsparse.record import read_record, stamp_of
@@ -58,14 +59,17 @@ def decisive_of(args: argparse.Namespace) -> dict[str, Any]:
     mask = getattr(args, "mask", None)
     names = ("model", "revision", "dtype", "dataset", "split", "ctx_len", "max_windows", "bos")
     decisive = {name: getattr(args, name) for name in names} | {"files": [stamp(text) for text in args.dataset]}
-    decisive["weights"] = weights_stamp(args.model)
+    decisive["weights"] = weights_stamp(args.model, args.revision)
     return decisive | {"mask": None if mask is None else mask_digest(mask)}
 
 
-def weights_stamp(model: str) -> str | None:
-    """What tells that the weights of a model in a folder may have changed; None for a name."""
+def weights_stamp(model: str, revision: str | None = None) -> str | None:
+    """What tells that the weights of a model may have changed: of files, or the commit; None for a GGUF."""
     folder = Path(model)
-    return stamp_of(sorted(folder.glob("*.safetensors")), folder) if folder.is_dir() else None
+    if folder.is_dir():
+        return stamp_of(sorted(folder.glob("*.safetensors")), folder)
+    found = Checkpoint.find(model, revision)
+    return found.folder.name if found is not None and found.folder.parent.name == "snapshots" else None
 
 
 def mask_digest(mask: str | Path) -> str:

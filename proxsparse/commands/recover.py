@@ -53,6 +53,7 @@ def arguments() -> Parser:
     add_model_arguments(parser)
     add_mask_argument(parser)
     parser.add_argument("--base", default=None, metavar="MODEL", help="the dense model; default: --model, with --mask")
+    parser.add_argument("--base_revision", default=None, help="revision of a --base on the Hub")
     parser.add_argument("--to", default=None, metavar="FOLDER", help="new folder for the recovered checkpoint")
     parser.add_argument("--dataset", default=None, metavar="TEXT", help=f"text to learn from: {CALIBRATION_HELP}")
     parser.add_argument("--ctx_len", type=positive_int, default=4096, help="tokens per window; default: %(default)s")
@@ -106,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
     tokens = round(args.samples * args.ctx_len * args.num_train_epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
     made_of = settings | {name: getattr(args, name) for name in ("model", "base", "dataset", "samples", "ctx_len")}
+    made_of |= {name: value for name in ("revision", "base_revision") if (value := getattr(args, name))}
     made_of |= {"mask": None if args.mask is None else mask_digest(args.mask), "files": stamp(args.dataset)}
     if args.run and (to / OWN).is_file():
         before = origin_of(to).get("info", {}).get("recovery")
@@ -122,9 +124,10 @@ def main(args: argparse.Namespace) -> None:
     if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
         raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model
-    of_base = argparse.Namespace(**vars(args) | {"model": base})
-    check_ctx_len(args.ctx_len, load_config(base, **options_of(args)))  # before a model writes the text
-    tokenizer = load_tokenizer(base, **options_of(args))
+    revision = args.revision if base == args.model else args.base_revision
+    of_base = argparse.Namespace(**vars(args) | {"model": base, "revision": revision})
+    check_ctx_len(args.ctx_len, load_config(base, **options_of(of_base)))  # before a model writes the text
+    tokenizer = load_tokenizer(base, **options_of(of_base))
     set_seed(args.seed)
     dense = load(of_base) if SELF in parts_of(args.dataset) else None
     windows = samples_of(of_base, tokenizer, dense)
@@ -137,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
         model = cast_weights(model, torch.bfloat16)
     mask = mask_of_pruned(model) if given is None else given
     if dense is None or dense.dtype != model.dtype:
-        dense = load_model(base, dtype=model.dtype, **options_of(args))
+        dense = load_model(base, dtype=model.dtype, **options_of(of_base))
     dense = dense.to(model.device)  # type: ignore[arg-type]
     recover(model, dense, mask, tokenizer, windows, scratch, device=device, **settings)
     mask = dataclasses.replace(

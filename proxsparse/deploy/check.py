@@ -10,8 +10,9 @@ from proxsparse.errors import UsageError
 from proxsparse.model.channels import ORDER_FILE, ChannelOrder, order_in
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.coded import coded_tensors, is_coded
+from proxsparse.model.hub import noted_of
 from proxsparse.model.layout import Group, Layout
-from proxsparse.model.loading import empty_model, load_model, noted_of
+from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
@@ -25,6 +26,7 @@ def check_sparsity(
     pattern: Pattern = TWO_OF_FOUR,
     include: str | None = None,
     exclude: str | None = None,
+    base_revision: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[dict[str, int], list[str]]:
@@ -40,25 +42,25 @@ def check_sparsity(
             Not for a quantised checkpoint, whose weights are rounded.
         pattern: N:M of the blocks.
         include, exclude: of ``find_prunable``: which weights are pruned.
-        revision: revision of the base.
+        revision, base_revision: of a model and a base on the Hub.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        (counts of weights, blocks and offending blocks, one sentence for each of the first offenders).
+        (counts of weights, blocks and offending blocks, a sentence for each of the first offenders).
 
     Raises:
         UsageError: no checkpoint, one that lacks weights of its model, or no weight has blocks of this pattern.
     """
-    model = checked_model(name, trust_remote_code=trust_remote_code)
-    targets = {target.name: target for target in weights_to_check(name, model, include, exclude)}
-    pruned = {target.name for target in weights_to_check(name, model)}
-    found = _checkpoint(name, None, "model")
+    model = checked_model(name, revision, trust_remote_code)
+    targets = {target.name: target for target in weights_to_check(name, model, revision, include, exclude)}
+    pruned = {target.name for target in weights_to_check(name, model, revision)}
+    found = _checkpoint(name, revision, "model")
     layout = _layout(found, model, targets, compared=base is not None)
     order = order_in(found.folder, found.config)
-    original = _original(base, revision, trust_remote_code, order) if base else None
+    original = _original(base, base_revision, trust_remote_code, order) if base else None
     counts = {"weights": 0, "blocks": 0, "wrong_blocks": 0, "changed_tensors": 0}
     offenders, seen = list[str](), set[str]()
-    parameters = {key for key, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters()).keys()
     tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}
     for tensors in _parts(layout):
         for key, tensor in tensors.items():
@@ -68,10 +70,9 @@ def check_sparsity(
                 offenders += _wrong_blocks(key, target, tensor, pattern, counts)
             if key in parameters and tensor.is_floating_point() and not tensor.float().isfinite().all():
                 offenders.append(f"{key}: has values that are not finite")
-            if original is not None:
-                sentence = _difference(key, tensor, original, key in pruned)
-                counts["changed_tensors"] += sentence is not None
-                offenders += [sentence] if sentence else []
+            if original is not None and (sentence := _difference(key, tensor, original, key in pruned)):
+                counts["changed_tensors"] += 1
+                offenders.append(sentence)
     if not counts["weights"]:
         raise UsageError(f"No weight of {name} has a width that is a multiple of {pattern.m}.", "pattern")
     offenders += [f"{key}: is not in the files" for key in sorted(parameters - seen - tied)]
@@ -81,14 +82,18 @@ def check_sparsity(
 
 
 def weights_to_check(
-    name: str, model: PreTrainedModel, include: str | None = None, exclude: str | None = None
+    name: str,
+    model: PreTrainedModel,
+    revision: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
 ) -> list[Prunable]:
     """The weights of a checkpoint that must be pruned: all but those that ``save_pruned`` noted as dense.
 
     Raises:
         UsageError: there is none.
     """
-    dense = set(noted_of(name).get("dense", ()))
+    dense = set(noted_of(name, revision).get("dense", ()))
     found = [t for t in find_prunable(model, include, exclude, multiple=1) if t.name not in dense]
     if not found:
         raise UsageError(f"The export left all weights of {name} dense that are to be checked: name others.", "include")
@@ -110,11 +115,11 @@ def _layout(found: Checkpoint, model: PreTrainedModel, targets: Iterable[str], c
     return layout
 
 
-def checked_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def checked_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint, without values; also where ``export`` has quantised its weights."""
-    found = Checkpoint.find(name)
+    found = Checkpoint.find(name, revision)
     coded = found is not None and is_coded(found.config)
-    return empty_model(name, trust_remote_code=trust_remote_code, evaluating=coded)
+    return empty_model(name, revision=revision, trust_remote_code=trust_remote_code, evaluating=coded)
 
 
 def _checkpoint(name: str, revision: str | None, argument: str) -> Checkpoint:

@@ -38,9 +38,10 @@ from proxsparse.model.channels import (
 from proxsparse.model.checkpoint import INDEX, Checkpoint
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import check_pattern, index_entry, packed, write_index
+from proxsparse.model.hub import add_small_files, commit_of, fetch
 from proxsparse.model.hub_errors import quiet_bars
 from proxsparse.model.layout import Layout
-from proxsparse.model.loading import empty_model, fetch, load_model, load_tokenizer
+from proxsparse.model.loading import empty_model, load_model, load_tokenizer
 from proxsparse.model.prunable import find_prunable
 from proxsparse.model.quantised import without_quantisation
 from proxsparse.model.source import model_source, name_of
@@ -203,11 +204,12 @@ def _files_of(model: PreTrainedModel) -> Checkpoint | None:
     """The files that a model in memory came from; None where there are none, or where it is another one by now."""
     name = getattr(model.config, "_name_or_path", "")
     try:
-        found = Checkpoint.find(name, getattr(model.config, "_commit_hash", None)) if name else None
+        found = Checkpoint.find(name, commit_of(model)) if name else None
     except UsageError:  # the folder that it came from is gone
         return None
     if found is None:
         return None
+    add_small_files(found)
     layout, own = Layout(found.tensors, model), model.named_parameters()
     shapes = {name: shape for group in layout.groups for name, shape in group.parameters.items()}
     tied = {name for pair in (model.all_tied_weights_keys or {}).items() for name in pair}

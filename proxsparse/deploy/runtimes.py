@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
 from proxsparse.mask import Mask
+from proxsparse.model.hub import fetch
 from proxsparse.model.layout import Layout
-from proxsparse.model.loading import empty_model, fetch
+from proxsparse.model.loading import empty_model
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.operator.pattern import TWO_OF_FOUR
 from proxsparse.record import write_json
@@ -72,12 +73,15 @@ vllm serve {folder} --dtype bfloat16 --quantization torchao \\
 """
 
 
-def dense_weights(name: str, target: str, *, trust_remote_code: bool = False) -> tuple[int, list[str]]:
+def dense_weights(
+    name: str, target: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, list[str]]:
     """Which weights of a pruned checkpoint a kernel can't compute sparse, and why.
 
     Args:
         name: a pruned checkpoint with plain weights: folder or Hub id.
         target: one of ``TARGETS``.
+        revision: revision of a model on the Hub.
         trust_remote_code: run code that comes with the model.
 
     Returns:
@@ -88,8 +92,8 @@ def dense_weights(name: str, target: str, *, trust_remote_code: bool = False) ->
     """
     if target not in TARGETS:
         raise UsageError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.", "target")
-    model = empty_model(name, trust_remote_code=trust_remote_code)
-    layout = Layout(fetch(name).tensors, model)
+    model = empty_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    layout = Layout(fetch(name, revision).tensors, model)
     targets = find_prunable(model, multiple=1)
     found: list[str] = []
     for weight in targets:

@@ -22,6 +22,7 @@ from proxsparse.learning.copies import OriginalWeights, TakingTurns
 from proxsparse.learning.layer_steps import LayerSteps
 from proxsparse.learning.losses import distillation_loss, frozen_weight_penalty, lm_loss, loss_through_head
 from proxsparse.learning.refusals import Refusal
+from proxsparse.model.hub import commit_of
 from proxsparse.model.prunable import Prunable
 from proxsparse.model.sharding import local, total
 
@@ -124,7 +125,7 @@ class Objective:
         self.units = {name: plain for name, (plain, _) in rms.items()}
         swaps = self.swaps(self.args)
         if swaps or self.args.project_lambda2:
-            source = (model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+            source = (model.config._name_or_path, commit_of(model))
             self.original = OriginalWeights(self.targets, self.args.keep_base, *source)
         if swaps:
             assert self.original is not None

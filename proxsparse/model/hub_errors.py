@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging as hf_logging
 
 from proxsparse.errors import RunError, UsageError
@@ -85,18 +86,21 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     """What a refusal of the Hub, or a missing connection, means."""
     kinds = tuple(type(e) for e in chain)
     text = " ".join(str(e) for e in chain)
-    if _is_cached(name, ADAPTER) and not _is_cached(name, "config.json"):
+    if is_cached(name, ADAPTER) and not is_cached(name):
         return UsageError(
             f"The model {name} is a LoRA adapter ({ADAPTER}), not a whole model: merge it into its base model first "
             "(merge_and_unload of peft), and give the merged folder.",
             "model",
         )
-    if GatedRepoError in kinds or "gated repo" in text:
+    if RevisionNotFoundError in kinds or "is not a valid git identifier" in text:
+        return RunError(f"{name} has no such revision: correct `revision`.")
+    missing = RepositoryNotFoundError in kinds and GatedRepoError not in kinds  # whose text speaks of gated ones too
+    if GatedRepoError in kinds or ("gated repo" in text and not missing):
         return RunError(
             f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
             "and log in with 'hf auth login'."
         )
-    if RepositoryNotFoundError in kinds or "is not a valid model identifier" in text:
+    if missing or "is not a valid model identifier" in text:
         return RunError(
             f"There is no model {name}: it is neither a local folder nor a public Hub id "
             "(private ones need 'hf auth login')."
@@ -109,6 +113,9 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     if pointer := lfs_pointer(Path(name)):
         return RunError(f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.")
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        if absent := _absent_shard(name):
+            why = "HF_HUB_OFFLINE is set" if offline() else "the download broke off"
+            return RunError(f"The cache lacks {absent} of {name}, and {why}: download the model again.")
         if (single := Path(name, "model.safetensors")).is_dir() or single.is_symlink():
             what = "a folder" if single.is_dir() else "a link to a file that is not there"
             return RunError(f"{single} is {what}: get the model again.")
@@ -121,11 +128,15 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
             f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
             "Convert it with https://huggingface.co/spaces/safetensors/convert."
         )
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     if not Path(name).is_dir() and any(
         word in text.lower() for word in ("connect", "offline", "name or service", "resolve", "localentrynotfound")
     ):
-        why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+        why = "HF_HUB_OFFLINE is set" if offline() else "the Hub can't be reached"
+        if is_cached(name):  # of another revision, or without what was asked for
+            return RunError(
+                f"Of the model {name}, not all files that are asked for are in the cache, or they are of another "
+                f"`revision`, and {why}."
+            )
         return RunError(
             f"The model {name} is neither a local folder nor in the cache, and {why}. "
             f"Give a folder, or `model={EMBEDDED}`, which comes with script/setup.sh."
@@ -133,7 +144,25 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     return None
 
 
-def _is_cached(name: str, file: str) -> bool:
+def offline() -> bool:
+    """Whether the user has switched the Hub off."""
+    return os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def _absent_shard(name: str) -> str | None:
+    """The first file of weights that an index in the cache names, and the cache lacks."""
+    try:
+        index = try_to_load_from_cache(name, "model.safetensors.index.json")
+    except HFValidationError:  # no Hub id
+        return None
+    if not isinstance(index, str):
+        return None
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return next((shard for shard in shards if not Path(index).with_name(shard).is_file()), None)
+
+
+def is_cached(name: str, file: str = "config.json") -> bool:
+    """Whether the Hub's cache has a file of a model."""
     try:
         return isinstance(try_to_load_from_cache(name, file), str)
     except HFValidationError:  # no Hub id

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,20 +28,19 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from proxsparse.errors import RunError, UsageError, check_switches, doing
-from proxsparse.model.channels import ORDER_FILE, recall_order
-from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files, refuse_code
+from proxsparse.model.channels import recall_order
+from proxsparse.model.checkpoint import Checkpoint, refuse_code
 from proxsparse.model.compact import INDEX as COMPACT_INDEX
 from proxsparse.model.compact import is_compact
 from proxsparse.model.embedded import EMBEDDED as EMBEDDED
-from proxsparse.model.hub import hub_file, hub_tensors
+from proxsparse.model.hub import fetch, hub_file, hub_tensors, notes_from_hub
 from proxsparse.model.hub_errors import clear_errors, quiet_bars
 from proxsparse.model.layout import Layout
 from proxsparse.model.quantised import KEYS, refuse_quantised
 from proxsparse.model.source import model_source, name_of, read_gguf
-from proxsparse.record import OWN, origin_of, read_json
+from proxsparse.record import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def resolve_dtype(dtype: str) -> torch.dtype | str:
@@ -146,8 +144,7 @@ def load_model(
             "its config.json and its weights do not belong together, or it is no causal language model."
         )
     model.config._name_or_path = name  # GGUF files carry a title here that nobody can load
-    ordered = None if Path(source).is_dir() else hub_file(source, ORDER_FILE, revision)
-    recall_order(model, source if ordered is None else ordered.parent)
+    recall_order(model, source if Path(source).is_dir() else notes_from_hub(model, source, revision))
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
@@ -309,39 +306,3 @@ def parameter_readers(name: str, revision: str | None = None) -> dict[str, Calla
     if "auto_map" in checkpoint.config:  # code of its own, for which transformers renames nothing
         return {name: stored.read for name, stored in checkpoint.tensors.items()}
     return Layout(checkpoint.tensors, empty_model(name, revision=revision)).readers()
-
-
-def fetch(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint of a model, with all of its files: from here, or downloaded from the Hub.
-
-    Raises:
-        UsageError, RunError: one sentence on what is missing.
-    """
-    found = Checkpoint.find(name, revision)
-    source, extra = model_source(name)
-    folder = Path(source)
-    if found is None and not extra and not Path(source).is_dir():
-        with doing(f"downloading {name}"), clear_errors(name):
-            folder = Path(
-                snapshot_download(source, revision=revision, allow_patterns=[*SMALL_FILES, ORDER_FILE, OWN, SINGLE])
-            )
-            if is_compact(folder):
-                snapshot_download(source, revision=revision, allow_patterns=["compact*.safetensors"])
-            elif not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-                shards = [path.name for path in index_files(folder / INDEX)]
-                snapshot_download(source, revision=revision, allow_patterns=shards)
-            found = Checkpoint.find(name, revision)
-    if found is None:
-        absent = [file.name for file in Checkpoint(folder).files if not file.is_file()]
-        what = f"lacks {len(absent)} of its files, as {absent[0]}" if absent else "has no safetensors weights"
-        raise RunError(f"The model {name} {what}: get it again (pickle files can run code, so they are not loaded).")
-    return found
-
-
-def noted_of(name: str) -> dict[str, Any]:
-    """``origin_of`` a model's files on this machine; empty where there are none."""
-    try:
-        found = Checkpoint.find(name) if name else None
-    except UsageError:  # the folder that it came from is gone
-        return {}
-    return {} if found is None else origin_of(found.folder)
