@@ -240,6 +240,8 @@ def test_what_the_hub_answers_is_told_apart():
         error.args = (text,)
         with pytest.raises(RunError, match=sentence), clear_errors("org/none"):
             raise error
+        with pytest.raises(RunError, match=sentence.replace("model", "adapter")), clear_errors("org/none", "adapter"):
+            raise error
 
 
 def test_a_shard_that_the_cache_lacks_is_named(hub, tmp_path):

@@ -50,7 +50,7 @@ class clear_errors:
 
     Args:
         name: name of the model.
-        part: what is loaded: model or tokenizer.
+        part: what is loaded: model, tokenizer or adapter.
         given: names of the caller's arguments that are passed on.
     """
 
@@ -79,14 +79,16 @@ class clear_errors:
             unknown = re.search(r"got an unexpected keyword argument '(\w+)'", str(cause))
             if unknown and unknown[1] in self.given:
                 raise UsageError(f"`{unknown[1]}` is no argument of loading a model: correct or drop it.") from error
-        raise (_of_the_hub(self.name, chain) or _of_the_model(self.name, self.part, chain)) from error
+        raise (_of_the_hub(self.name, self.part, chain) or _of_the_model(self.name, self.part, chain)) from error
 
 
-def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
+def _of_the_hub(name: str, part: str, chain: list[BaseException]) -> Exception | None:
     """What a refusal of the Hub, or a missing connection, means."""
     kinds = tuple(type(e) for e in chain)
     text = " ".join(str(e) for e in chain)
-    if is_cached(name, ADAPTER) and not is_cached(name):
+    adapter = part == "adapter"
+    what, argument = ("adapter", "adapter") if adapter else ("model", "model")
+    if not adapter and is_cached(name, ADAPTER) and not is_cached(name):
         return UsageError(
             f"The model {name} is a LoRA adapter ({ADAPTER}), not a whole model: merge it into its base model first "
             "(merge_and_unload of peft), and give the merged folder.",
@@ -97,18 +99,18 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
     missing = RepositoryNotFoundError in kinds and GatedRepoError not in kinds  # whose text speaks of gated ones too
     if GatedRepoError in kinds or ("gated repo" in text and not missing):
         return RunError(
-            f"The model {name} is gated: accept its licence on https://huggingface.co/{name}, "
+            f"The {what} {name} is gated: accept its licence on https://huggingface.co/{name}, "
             "and log in with 'hf auth login'."
         )
     if missing or "is not a valid model identifier" in text:
         return RunError(
-            f"There is no model {name}: it is neither a local folder nor a public Hub id "
+            f"There is no {what} {name}: it is neither a local folder nor a public Hub id "
             "(private ones need 'hf auth login')."
         )
     if HFValidationError in kinds:
-        revision = " (a revision is given with `revision`)" if re.search("[@:]", name) else ""
+        revision = " (a revision is given with `revision`)" if re.search("[@:]", name) and not adapter else ""
         return UsageError(
-            f"{name!r} is neither a folder here nor a Hub id of the form organisation/name{revision}.", "model"
+            f"{name!r} is neither a folder here nor a Hub id of the form organisation/name{revision}.", argument
         )
     if pointer := lfs_pointer(Path(name)):
         return RunError(f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.")
@@ -138,8 +140,8 @@ def _of_the_hub(name: str, chain: list[BaseException]) -> Exception | None:
                 f"`revision`, and {why}."
             )
         return RunError(
-            f"The model {name} is neither a local folder nor in the cache, and {why}. "
-            f"Give a folder, or `model={EMBEDDED}`, which comes with script/setup.sh."
+            f"The {what} {name} is neither a local folder nor in the cache, and {why}. Give a folder"
+            + ("." if adapter else f", or `model={EMBEDDED}`, which comes with script/setup.sh.")
         )
     return None
 
