@@ -413,6 +413,11 @@ def test_models_that_share_a_configuration_are_moved_each(moved):
     assert not order_of(second)
     apply_mask(second, mask)
     assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
+    copied = type(first)(first.config)  # which stands in the order of what it is a copy of
+    copied.load_state_dict(first.state_dict())
+    apply_mask(copied, mask)
+    assert all(torch.equal(p, copied.get_parameter(name)) for name, p in first.named_parameters())
+    assert first.model.config is first.config
 
 
 def test_weights_on_disk_are_moved_with_the_others(moved, tmp_path):

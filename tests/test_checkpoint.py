@@ -10,17 +10,25 @@ import pytest
 import torch
 import transformers as hf
 from conftest import byte_tokenizer, tiny_llama
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_prunable import SIZES, build
 
 import proxsparse
 from proxsparse.__main__ import main as console
+from proxsparse.commands import groups
+from proxsparse.commands import recover as recover_command
 from proxsparse.deploy.check import check_sparsity
 from proxsparse.deploy.dense import save_pruned
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import Mask, apply_mask, load_mask
+from proxsparse.model import hub as hub_module
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.hub import commit_of
 from proxsparse.model.hub_errors import clear_errors
@@ -217,6 +225,31 @@ def test_check_reads_the_revisions_of_model_and_base(hub, revisions, llama3, tmp
     run("check", "--model", revisions, "--pattern", "4:8", "--base", hub, "--base_revision", "v2")
     assert console([*check, "--base_revision", "v2"]) == 2
     assert "--base_revision is that of a --base" in capsys.readouterr().err
+    assert console(["check", "--model", str(revisions), "--base", hub, "--revision", "v2"]) == 2
+    assert "is --base_revision meant?" in capsys.readouterr().err
+
+
+def test_the_teacher_of_a_recovery_is_of_its_own_revision(hub, revisions, corpus, tmp_path, monkeypatch):
+    asked = []
+
+    def loaded(name, **options):
+        asked.append((name, options["revision"]))
+        return load_model(name, **options)
+
+    for module in (groups, recover_command):
+        monkeypatch.setattr(module, "load_model", loaded)
+    flags = ["--dataset", corpus, "--ctx_len", "32", "--samples", "2", "--device", "cpu", "--scope", "norms"]
+    branch = ["--model", hub, "--revision", "v2"]
+    for number, (base, wanted) in enumerate(
+        (
+            (["--base", hub], (hub, None)),
+            (["--base", hub, "--base_revision", "abc123"], (hub, "abc123")),
+            (["--base", str(tmp_path / "other")], (str(tmp_path / "other"), None)),
+        )
+    ):
+        asked.clear()
+        run("recover", *branch, *base, *flags, "--to", tmp_path / f"out{number}")
+        assert asked == [(hub, "v2"), wanted]
 
 
 def test_a_wrong_revision_or_name_is_told_as_it_is(hub, tmp_path, monkeypatch):
@@ -227,6 +260,29 @@ def test_a_wrong_revision_or_name_is_told_as_it_is(hub, tmp_path, monkeypatch):
     assert load_model(hub).config.vocab_size == load_model(str(tmp_path / "llama3")).config.vocab_size
     with pytest.raises(UsageError, match="There is no folder org/none; for a Hub id of that name, work in another"):
         load_model("org/none")
+
+
+def test_the_hub_is_asked_again_unless_it_gave_no_answer(hub, monkeypatch):
+    asked = []
+
+    def refuse(kind):
+        def cached_file(name, file, **options):
+            asked.append(name)
+            error = kind.__new__(kind)
+            error.args = ("no",)
+            raise OSError("transformers' own") from error
+
+        return cached_file
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_module, "_silent_since", {})
+    for kind, times in ((GatedRepoError, 2), (LocalEntryNotFoundError, 1)):
+        asked.clear()
+        monkeypatch.setattr(hub_module, "cached_file", refuse(kind))
+        assert hub_module.hub_file(hub, "none.json") is None
+        assert hub_module.hub_file("org/other", "none.json") is None
+        assert len(asked) == times
+    assert hub_module.hub_file(hub, "config.json").is_file()  # from the cache
 
 
 def test_what_the_hub_answers_is_told_apart():

@@ -19,7 +19,7 @@ does not change.
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import add_choice_arguments, options_of
+from proxsparse.commands.groups import add_choice_arguments, check_base_revision, options_of
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model, weights_to_check
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError, UsageError
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     pattern = Pattern.of_blocks(args.pattern)
     if args.target and pattern != TWO_OF_FOUR:
         raise UsageError(f"--target is about kernels for 2:4 weights; got --pattern {pattern}.")
+    check_base_revision(args)
     options = options_of(args)
     model = checked_model(args.model, **options)
     names = {"include": args.include, "exclude": args.exclude}
@@ -58,8 +59,6 @@ def main(args: argparse.Namespace) -> None:
             coverage(model, weights_to_check(args.model, model, args.revision, **names), pattern.m, "checked"),
             flush=True,
         )
-    if args.base_revision and not args.base:
-        raise UsageError("--base_revision is that of a --base: give one.", "base_revision")
     names["base_revision"] = args.base_revision
     counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **names, **options)
     print(

@@ -165,6 +165,20 @@ def put_mask(model: PreTrainedModel, mask: Mask | None, args: argparse.Namespace
     print(f"{mask.pattern} mask applied to {len(pruned)} weights, {mask.density():.1%} of their entries kept")
 
 
+def check_base_revision(args: argparse.Namespace) -> None:
+    """Refuse revisions that are of nothing.
+
+    Raises:
+        UsageError: --base_revision without a base; or --revision where only the base can have one.
+    """
+    if args.base_revision and not args.base:
+        raise UsageError("--base_revision is that of a --base: give one.", "base_revision")
+    if args.revision and args.base and not args.base_revision and Path(args.model).exists():
+        raise UsageError(
+            "--revision is that of --model, which is not on the Hub: is --base_revision meant?", "revision"
+        )
+
+
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords that loading a model, its tokenizer and its configuration share."""
     return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}

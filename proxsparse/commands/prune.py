@@ -211,7 +211,8 @@ def information(args: argparse.Namespace, weights_updated: bool) -> dict[str, An
     always = {name: getattr(args, name) for name in ("allocation", "dataset", "samples", "ctx_len", "seed")}
     # Left out where they are as ever, so that a mask of an older version is known again.
     changed: dict[str, Any] = {"permute": "none", "inputs": "pruned"}
-    changed |= dict.fromkeys(("cooling", "include", "exclude", "revision"))
+    changed |= dict.fromkeys(("cooling", "include", "exclude"))
+    changed["revision"] = Run(args.run).settings.get("revision") if args.run else None
     changed |= {} if args.prune_method in ONE_SHOT else {"prior": "sparsegpt"}
     more = {name: value for name, usual in changed.items() if (value := getattr(args, name)) != usual}
     return {"method": args.prune_method, "weights_updated": weights_updated} | always | more

@@ -26,6 +26,7 @@ from proxsparse.commands.groups import (
     RunParser,
     add_mask_argument,
     add_model_arguments,
+    check_base_revision,
     load,
     model_of,
     options_of,
@@ -91,12 +92,14 @@ def _from_run(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     settings = run.settings
     found = {name: settings[name] for name in ("dataset", "ctx_len", "samples") if settings.get("dataset") != WINDOWS}
     found |= {"mask": str(run.mask_file), "to": str(run.recovered_folder), "base": settings["model"]}
+    found["base_revision"] = settings.get("revision")
     return model_of(run) | found | {"seed": int(settings.get("seed", 42)) + 1}  # other windows than the mask's
 
 
 @command(arguments)
 def main(args: argparse.Namespace) -> None:
     require(args, "to", "dataset")
+    check_base_revision(args)
     to, device = Path(args.to), resolve_device(args.device)
     scratch = to.with_name(f"{to.name}-training")
     rate = RATES[args.scope] if args.learning_rate is None else args.learning_rate
@@ -107,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
     tokens = round(args.samples * args.ctx_len * args.num_train_epochs)
     updated = f"distilling the dense model ({args.scope}, {tokens:,} tokens, rate {rate}, seed {args.seed})"
     made_of = settings | {name: getattr(args, name) for name in ("model", "base", "dataset", "samples", "ctx_len")}
-    made_of |= {name: value for name in ("revision", "base_revision") if (value := getattr(args, name))}
+    usual = Run(args.run).settings.get("revision") if args.run else None
+    made_of |= {name: value for name in ("revision", "base_revision") if (value := getattr(args, name)) != usual}
     made_of |= {"mask": None if args.mask is None else mask_digest(args.mask), "files": stamp(args.dataset)}
     if args.run and (to / OWN).is_file():
         before = origin_of(to).get("info", {}).get("recovery")
@@ -124,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
     if scratch.is_dir() and any(scratch.iterdir()) and not (scratch / RUN_FILE).is_file():
         raise UsageError(f"Checkpoints go into {scratch}, which holds something else: give another --to.", "to")
     base = args.base or args.model
-    revision = args.revision if base == args.model else args.base_revision
+    revision = args.revision if args.base is None else args.base_revision
     of_base = argparse.Namespace(**vars(args) | {"model": base, "revision": revision})
     check_ctx_len(args.ctx_len, load_config(base, **options_of(of_base)))  # before a model writes the text
     tokenizer = load_tokenizer(base, **options_of(of_base))

@@ -10,7 +10,7 @@ from proxsparse.errors import UsageError
 from proxsparse.model.channels import ORDER_FILE, ChannelOrder, order_in
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.coded import coded_tensors, is_coded
-from proxsparse.model.hub import noted_of
+from proxsparse.model.hub import add_small_files, noted_of
 from proxsparse.model.layout import Group, Layout
 from proxsparse.model.loading import empty_model, load_model
 from proxsparse.model.prunable import Prunable, find_prunable
@@ -118,6 +118,8 @@ def _layout(found: Checkpoint, model: PreTrainedModel, targets: Iterable[str], c
 def checked_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint, without values; also where ``export`` has quantised its weights."""
     found = Checkpoint.find(name, revision)
+    if found is not None:
+        add_small_files(found)  # with notes that others do not download
     coded = found is not None and is_coded(found.config)
     return empty_model(name, revision=revision, trust_remote_code=trust_remote_code, evaluating=coded)
 

@@ -6,9 +6,9 @@ formed of neighbours, so another order is another choice of what competes. The m
 ``proxsparse.model.wiring`` finds what must move together, ``proxsparse.model.ordering`` chooses the order.
 """
 
+import copy
 import hashlib
 import json
-import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,7 +149,7 @@ def reordered(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def order_of(model: PreTrainedModel) -> ChannelOrder:
     """The order that the channels of a model in memory stand in; perhaps only its digest."""
-    return getattr(model, MARK, None) or ChannelOrder(note=_note_of(model))
+    return getattr(model, MARK, None) or ChannelOrder(note=getattr(model.config, NOTE, ""))
 
 
 def put_into_order(model: PreTrainedModel, order: ChannelOrder) -> None:
@@ -202,22 +202,14 @@ def check_order(model: PreTrainedModel, order: ChannelOrder) -> None:
 def mark(model: PreTrainedModel, order: ChannelOrder) -> None:
     """Remember that a model's channels have been put into an order."""
     setattr(model, MARK, order)
-    if order:
-        setattr(model.config, NOTE, order.digest)
-        _markers[id(model.config)] = weakref.ref(model)
-    else:
+    if not order:
         vars(model.config).pop(NOTE, None)
-
-
-# By the identity of a configuration: which model wrote the note. Models in memory may share a configuration.
-_markers: dict[int, "weakref.ref[PreTrainedModel]"] = {}
-
-
-def _note_of(model: PreTrainedModel) -> str:
-    """The digest that came with a model's configuration; empty where there is none, or it is of another model."""
-    marker = _markers.get(id(model.config), lambda: None)()
-    others = marker is not None and marker is not model and marker.config is model.config
-    return "" if others else getattr(model.config, NOTE, "")
+    elif getattr(model.config, NOTE, "") != order.digest:
+        shared, own = model.config, copy.copy(model.config)  # another model may share it, and is not moved
+        setattr(own, NOTE, order.digest)
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                module.config = own  # type: ignore[assignment]
 
 
 def recall_order(model: PreTrainedModel, folder: Path | str | None = None, named: ChannelOrder | None = None) -> None:

@@ -2,11 +2,20 @@
 
 import contextlib
 import functools
+import logging
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -14,14 +23,15 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model.channels import ORDER_FILE
 from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files
 from proxsparse.model.compact import is_compact
-from proxsparse.model.hub_errors import UNREACHABLE, clear_errors
+from proxsparse.model.hub_errors import SILENT, UNREACHABLE, clear_errors
 from proxsparse.model.source import model_source
 from proxsparse.record import OWN, origin_of
 
 COMMIT = "_proxsparse_commit"  # on a model that was loaded from the Hub
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
-_unreachable: set[str] = set()  # endpoints that gave no answer: each further question would wait for half a minute
+WAIT = 60.0  # seconds in which nothing is asked after the Hub gave no answer: each question waits for half of that
+_silent_since: dict[str, float] = {}  # by endpoint
 
 
 def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -29,14 +39,39 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
     here = try_to_load_from_cache(name, file, revision=revision)
     if isinstance(here, str):
         return Path(here)
-    if constants.ENDPOINT in _unreachable:
+    absent = here is not None and re.fullmatch(r"[0-9a-f]{40}", revision or "")  # and a commit does not change
+    if absent or not _may_answer():
         return None
-    try:
+    with contextlib.suppress(OSError), _asking():
         found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # transformers' own, of whatever the Hub's client raised
-        _unreachable.add(constants.ENDPOINT)
-        return None
-    return Path(found) if found else None
+        return Path(found) if found else None
+    return None
+
+
+def _may_answer() -> bool:
+    """Whether the Hub may be asked: the user has not switched it off, and it was not silent just now."""
+    silent = time.monotonic() - _silent_since.get(constants.ENDPOINT, -WAIT) < WAIT
+    return not (silent or constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Inside, the Hub is asked, without its client's lines about every attempt; that it is silent is remembered."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, *UNREACHABLE) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, (LocalEntryNotFoundError, *SILENT)):
+                _silent_since[constants.ENDPOINT] = time.monotonic()
+                break
+            cause = cause.__cause__ or cause.__context__
+        raise
+    finally:
+        logger.setLevel(level)
 
 
 @functools.cache
@@ -101,10 +136,15 @@ def fetch(name: str, revision: str | None = None) -> Checkpoint:
 
 def add_small_files(found: Checkpoint) -> None:
     """Download what a model on the Hub has next to its weights, which alone are in the cache where others loaded it."""
-    commit = found.folder.name
-    if not Path(found.name).is_dir() and found.folder.parent.name == "snapshots" and not constants.HF_HUB_OFFLINE:
-        with contextlib.suppress(OSError, *UNREACHABLE):
-            snapshot_download(found.name, revision=commit, allow_patterns=[*SMALL_FILES, ORDER_FILE, OWN])
+    if not Path(found.name).is_dir() and found.folder.parent.name == "snapshots":
+        _add_small_files(found.name, found.folder.name)
+
+
+@functools.cache
+def _add_small_files(name: str, commit: str) -> None:
+    if _may_answer():
+        with contextlib.suppress(OSError, *UNREACHABLE), _asking():
+            snapshot_download(name, revision=commit, allow_patterns=[*SMALL_FILES, ORDER_FILE, OWN])
 
 
 def noted_of(name: str, revision: str | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging as hf_logging
 
@@ -23,7 +23,8 @@ except ImportError:
     import httpx  # type: ignore[no-redef]
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
-UNREACHABLE = (httpx.HTTPError,)  # what it raises where it gets no answer; this is no OSError
+SILENT = (httpx.TransportError, ConnectionError)  # what it raises where it gets no answer at all
+UNREACHABLE = (httpx.HTTPError,)  # that, and refusals; these are no OSErrors
 
 ADAPTER = "adapter_config.json"
 AGAIN = (
@@ -52,10 +53,11 @@ class clear_errors:
         name: name of the model.
         part: what is loaded: model, tokenizer or adapter.
         given: names of the caller's arguments that are passed on.
+        revision: of a model on the Hub.
     """
 
-    def __init__(self, name: str, part: str = "model", given: Iterable[str] = ()):
-        self.name, self.part, self.given = name, part, set(given)
+    def __init__(self, name: str, part: str = "model", given: Iterable[str] = (), revision: str | None = None):
+        self.name, self.part, self.given, self.revision = name, part, set(given), revision
 
     def __enter__(self) -> None:
         self.hub = logging.getLogger("huggingface_hub")
@@ -79,10 +81,12 @@ class clear_errors:
             unknown = re.search(r"got an unexpected keyword argument '(\w+)'", str(cause))
             if unknown and unknown[1] in self.given:
                 raise UsageError(f"`{unknown[1]}` is no argument of loading a model: correct or drop it.") from error
-        raise (_of_the_hub(self.name, self.part, chain) or _of_the_model(self.name, self.part, chain)) from error
+        raise (
+            _of_the_hub(self.name, self.part, self.revision, chain) or _of_the_model(self.name, self.part, chain)
+        ) from error
 
 
-def _of_the_hub(name: str, part: str, chain: list[BaseException]) -> Exception | None:
+def _of_the_hub(name: str, part: str, revision: str | None, chain: list[BaseException]) -> Exception | None:
     """What a refusal of the Hub, or a missing connection, means."""
     kinds = tuple(type(e) for e in chain)
     text = " ".join(str(e) for e in chain)
@@ -108,33 +112,19 @@ def _of_the_hub(name: str, part: str, chain: list[BaseException]) -> Exception |
             "(private ones need 'hf auth login')."
         )
     if HFValidationError in kinds:
-        revision = " (a revision is given with `revision`)" if re.search("[@:]", name) and not adapter else ""
+        how = " (a revision is given with `revision`)" if re.search("[@:]", name) and not adapter else ""
         return UsageError(
-            f"{name!r} is neither a folder here nor a Hub id of the form organisation/name{revision}.", argument
+            f"{name!r} is neither a folder here nor a Hub id of the form organisation/name{how}.", argument
         )
     if pointer := lfs_pointer(Path(name)):
         return RunError(f"{pointer} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.")
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
-        if absent := _absent_shard(name):
-            why = "HF_HUB_OFFLINE is set" if offline() else "the download broke off"
-            return RunError(f"The cache lacks {absent} of {name}, and {why}: download the model again.")
-        if (single := Path(name, "model.safetensors")).is_dir() or single.is_symlink():
-            what = "a folder" if single.is_dir() else "a link to a file that is not there"
-            return RunError(f"{single} is {what}: get the model again.")
-        if other := sorted(path.name for path in Path(name).glob("*.safetensors")):
-            return RunError(
-                f"The folder {name} has {other[0]}, which transformers does not open: name it model.safetensors, where "
-                "its tensors have transformers' names."
-            )
-        return RunError(
-            f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
-            "Convert it with https://huggingface.co/spaces/safetensors/convert."
-        )
+        return _without_weights(name, revision)
     if not Path(name).is_dir() and any(
         word in text.lower() for word in ("connect", "offline", "name or service", "resolve", "localentrynotfound")
     ):
         why = "HF_HUB_OFFLINE is set" if offline() else "the Hub can't be reached"
-        if is_cached(name):  # of another revision, or without what was asked for
+        if in_cache(name):  # of another revision, or without what was asked for
             return RunError(
                 f"Of the model {name}, not all files that are asked for are in the cache, or they are of another "
                 f"`revision`, and {why}."
@@ -146,21 +136,46 @@ def _of_the_hub(name: str, part: str, chain: list[BaseException]) -> Exception |
     return None
 
 
+def _without_weights(name: str, revision: str | None) -> Exception:
+    """What it means that transformers finds no weights that it reads."""
+    if absent := _absent_shard(name, revision):
+        why = "HF_HUB_OFFLINE is set" if offline() else "the download broke off"
+        return RunError(f"The cache lacks {absent} of {name}, and {why}: download the model again.")
+    if (single := Path(name, "model.safetensors")).is_dir() or single.is_symlink():
+        what = "a folder" if single.is_dir() else "a link to a file that is not there"
+        return RunError(f"{single} is {what}: get the model again.")
+    if other := sorted(path.name for path in Path(name).glob("*.safetensors")):
+        return RunError(
+            f"The folder {name} has {other[0]}, which transformers does not open: name it model.safetensors, where "
+            "its tensors have transformers' names."
+        )
+    return RunError(
+        f"The model {name} has no safetensors weights, and pickle files can run code, so they are not loaded. "
+        "Convert it with https://huggingface.co/spaces/safetensors/convert."
+    )
+
+
 def offline() -> bool:
     """Whether the user has switched the Hub off."""
     return os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
-def _absent_shard(name: str) -> str | None:
+def _absent_shard(name: str, revision: str | None) -> str | None:
     """The first file of weights that an index in the cache names, and the cache lacks."""
     try:
-        index = try_to_load_from_cache(name, "model.safetensors.index.json")
+        index = try_to_load_from_cache(name, "model.safetensors.index.json", revision=revision)
     except HFValidationError:  # no Hub id
         return None
     if not isinstance(index, str):
         return None
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return next((shard for shard in shards if not Path(index).with_name(shard).is_file()), None)
+
+
+def in_cache(name: str) -> bool:
+    """Whether the Hub's cache has some revision of a model."""
+    folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+    return folder.is_dir() and any(folder.glob("*/config.json"))
 
 
 def is_cached(name: str, file: str = "config.json") -> bool:

@@ -124,7 +124,7 @@ def load_model(
     source, extra = model_source(name)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config, quantised = _configuration(name, evaluating=evaluating, **hub)
-    with doing(f"loading the model {name}"), clear_errors(name, given=kwargs), quiet_bars():
+    with doing(f"loading the model {name}"), clear_errors(name, given=kwargs, revision=revision), quiet_bars():
         if extra:
             wanted = dtype if isinstance(dtype, torch.dtype) else torch.float32
             found: Any = read_gguf(source, extra["gguf_file"], wanted, output_loading_info=True, **hub, **kwargs)
@@ -206,7 +206,7 @@ def _configuration(
     """The configuration, and how the weights are quantised."""
     check_switches(trust_remote_code=trust_remote_code)
     source, extra = model_source(name)
-    with doing(f"loading the configuration of {name}"), clear_errors(name):
+    with doing(f"loading the configuration of {name}"), clear_errors(name, revision=revision):
         raw = {} if extra else _raw_configuration(name, source, revision)
         quantised = refuse_quantised(name, raw, evaluating)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **extra)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from proxsparse.errors import UsageError
 from proxsparse.model.embedded import EMBEDDED, package_file
-from proxsparse.model.hub_errors import ADAPTER, is_cached, quiet_bars
+from proxsparse.model.hub_errors import ADAPTER, in_cache, quiet_bars
 from proxsparse.record import atomic_path, usual_cache, writable
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def model_source(name: str | os.PathLike) -> tuple[str, dict]:
             "model",
         )
     # A name below a folder that is there is a path, mistyped; asking the Hub would take long and explain nothing.
-    below = len(path.parts) > 1 and path.parent.is_dir() and not is_cached(name)
+    below = len(path.parts) > 1 and path.parent.is_dir() and not in_cache(name)
     if ending in (".gguf", ".safetensors"):
         raise UsageError(f"There is no file {name}.", "model")
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or below:
