@@ -223,7 +223,12 @@ MISTAKES = [
     ("end-to-end/main.py", ["--ctx_len", "4096"], 2, "--ctx_len must be between 8 and 128"),
     ("end-to-end/main.py", ["--samples", "100000"], 2, "but --samples is 100000"),
     ("end-to-end/main.py", ["--lambda_valeu", "1"], 2, "There is no flag --lambda_valeu; did you mean --lambda_value?"),
-    ("eval/ppl.py", ["--model", "tests/nowhere"], 2, "--model: there is no folder tests/nowhere."),
+    (
+        "eval/ppl.py",
+        ["--model", "tests/nowhere"],
+        2,
+        "--model: there is no folder tests/nowhere; for a Hub id of that name",
+    ),
     ("end-to-end/main.py", ["--lambda_value", "-1"], 2, "--lambda_value must be a finite number"),
     (
         "end-to-end/main.py",
