@@ -19,8 +19,8 @@ from proxsparse.learning.config import ProxSparseConfig
 ROOT = Path(__file__).resolve().parent.parent
 # Flags that take any text, and outputs, which are written to wherever they name.
 FREE = {
-    "revision", "base_revision", "include", "exclude", "output", "save", "save_model", "record", "draw", "to", "output_dir", "block",
-    "run_name", "hub_token", "project", "push_to_hub",
+    "revision", "base_revision", "include", "exclude", "output", "save", "save_model", "record", "draw", "to",
+    "output_dir", "block", "run_name", "hub_token", "project", "push_to_hub",
 }  # fmt: skip
 # Texts with a meaning: a value that is wrong for each.
 WRONG_TEXT = {
