@@ -9,7 +9,7 @@ Shapes: O = out_features, I = in_features; experts are (E, O, I). Masks are bool
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,9 @@ def extract_mask(
     return Mask(tensors, pattern)
 
 
-def noted_pattern(name: str, revision: str | None = None) -> Pattern | None:
-    """The pattern that ``save_pruned`` noted of a checkpoint; None: it noted none."""
-    noted = noted_of(name, revision).get("pattern")
-    return Pattern.parse(noted) if noted else None
+def noted_pattern(noted: Mapping[str, Any]) -> Pattern | None:
+    """The pattern among what ``save_pruned`` noted of a checkpoint; None: it noted none."""
+    return Pattern.parse(noted["pattern"]) if "pattern" in noted else None
 
 
 def pattern_of_zeros(targets: Iterable[Prunable]) -> Pattern:
@@ -136,8 +135,8 @@ def mask_of_pruned(model: PreTrainedModel, pattern: Pattern | str | None = None)
     recall_order(model)
     targets = find_prunable(model, multiple=1)
     given = None if pattern is None else Pattern.of_blocks(pattern)
-    wanted = given or noted_pattern(base, commit_of(model)) or pattern_of_zeros(targets)
-    if not (wanted.structured and wanted.n):
+    wanted = given or noted_pattern(noted) or pattern_of_zeros(targets)
+    if not wanted.is_nm:
         raise UsageError(f"{name} was pruned to {wanted}, which its zeros do not tell: give its mask.", "mask")
     for target in targets:
         rows = target.rows(target.weight.detach())
@@ -334,10 +333,14 @@ def take_order(model: PreTrainedModel, mask: Mask, targets: Mapping[str, Prunabl
 
 
 @torch.no_grad()
-def is_pruned_by(mask: Mask, targets: Mapping[str, Prunable]) -> bool:
-    """Whether the mask prunes something, and all of it is zero; ``targets`` is what ``fit_mask`` returns."""
+def is_pruned_by(
+    mask: Mask,
+    targets: Mapping[str, Prunable],
+    read: Callable[[Prunable], Tensor] = lambda target: target.weight.detach(),
+) -> bool:
+    """Whether the mask prunes some of ``fit_mask``'s targets, and all that it prunes is zero; ``read`` gives values."""
     for name, target in targets.items():
-        rows = target.rows(target.weight.detach())
+        rows = target.rows(read(target))
         if rows[~mask.tensors[name].to(rows.device)].any():
             return False
     return not all(kept.all() for kept in mask.tensors.values())

@@ -37,6 +37,7 @@ def prune_layerwise(
         windows: (N, T) calibration token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
         pattern: for all layers, or by index of the layer (see ``allocation.allocate``).
+        include, exclude: of ``find_prunable``.
         update: keep the method's new weights. False keeps the original ones under the mask; later layers see these.
         hidden_device: where the hidden states are kept between layers.
         bf16: compute the layers in bfloat16 autocast; statistics and solves stay float32.

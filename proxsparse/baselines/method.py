@@ -65,6 +65,11 @@ class Wanted:
         if self.inputs not in INPUTS:
             raise UsageError(f"`inputs` must be one of {', '.join(INPUTS)}; got {self.inputs!r}.", "inputs")
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """Which weights, as keywords."""
+        return {"include": self.include, "exclude": self.exclude}
+
     def refuse_inputs(self) -> None:
         """For methods that score no weight by its inputs.
 
@@ -128,18 +133,17 @@ class OneShot:
     def prune_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, wanted: Wanted
     ) -> Mask:
-        some: dict[str, Any] = {"include": wanted.include, "exclude": wanted.exclude}
         return prune_layerwise(
             model,
             windows,
             self,
-            allocate(model, wanted.pattern, wanted.allocation, windows, **some),
+            allocate(model, wanted.pattern, wanted.allocation, windows, **wanted.choice),
             update=wanted.update,
             hidden_device=wanted.hidden_device,
             bf16=bool(wanted.bf16),
             dense_inputs=wanted.inputs == "dense",
             progress=f"{type(self).__name__.lower()} {wanted.pattern}",
-            **some,
+            **wanted.choice,
         )
 
     def forget(self, wanted: Wanted) -> None:
@@ -169,16 +173,15 @@ class Learned:
         from proxsparse.baselines.sampling import one_shot_prior
 
         assert wanted.folder is not None
-        some: dict[str, Any] = {"include": wanted.include, "exclude": wanted.exclude}
         options: dict[str, Any] = {"hidden_device": wanted.hidden_device, "bf16": bool(wanted.bf16)}
         prior = None
         if wanted.prior is not None:
-            prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **some, **options)
+            prior = one_shot_prior(model, windows, wanted.prior, wanted.pattern, **wanted.choice, **options)
         if model.dtype == torch.float16:
             cast_weights(model, torch.bfloat16)  # as in learning: gradients underflow in float16
         settings: dict[str, Any] = {"seed": wanted.seed}
         settings |= {name: value for name in ("bf16", "cooling") if (value := getattr(wanted, name)) is not None}
-        settings |= {"prior": prior, "pattern": wanted.pattern} | some
+        settings |= {"prior": prior, "pattern": wanted.pattern} | wanted.choice
         mask = self.trainer().learn_mask(model, tokenizer, windows, wanted.folder, **settings)
         apply_mask(model, mask)
         return mask

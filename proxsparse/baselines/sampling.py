@@ -148,7 +148,7 @@ class SampledTrainer(SFTTrainer):
     ):
         if self.only is not None and pattern != self.only:
             raise UsageError(f"{self.method} learns {self.only} masks only; got `pattern={pattern}`.", "pattern")
-        if not (pattern.structured and pattern.n):
+        if not pattern.is_nm:
             raise UsageError(f"{self.method} learns N:M masks only; got `pattern={pattern}`.", "pattern")
         self.pattern, self.args = pattern, args
         for parameter in model.parameters():
@@ -222,8 +222,7 @@ class SampledTrainer(SFTTrainer):
                 return trainer.mask()
             finally:
                 for target in find_prunable(model, multiple=1):
-                    if hasattr(target.module, _attribute(target)):
-                        delattr(target.module, _attribute(target))
+                    target.module._parameters.pop(_attribute(target), None)
 
     def logits(self, target: Prunable) -> nn.Parameter:
         """(K, O, I / M) float32 logits of one weight."""
@@ -324,6 +323,7 @@ def one_shot_prior(
     """Mask of a one-shot method for the original weights; the model's weights stay as they are.
 
     Args:
+        windows: (N, T) token ids.
         method: one of ``proxsparse.baselines.ONE_SHOT``.
         pattern: N:M of the mask.
         options: arguments of ``prune_layerwise``.

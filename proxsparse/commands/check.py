@@ -19,12 +19,12 @@ does not change.
 import argparse
 
 from proxsparse.commands.cli import Parser, command, print_json
-from proxsparse.commands.groups import add_choice_arguments, check_base_revision, options_of
+from proxsparse.commands.groups import add_choice_arguments, check_base_revision, options_of, print_coverage
 from proxsparse.deploy.check import MOST_OFFENDERS, check_sparsity, checked_model, weights_to_check
 from proxsparse.deploy.runtimes import TARGETS, dense_weights
 from proxsparse.errors import RunError, UsageError
 from proxsparse.mask import noted_pattern
-from proxsparse.model.prunable import coverage
+from proxsparse.model.hub import noted_of
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
 
@@ -54,21 +54,18 @@ def main(args: argparse.Namespace) -> None:
     options = options_of(args)
     model = checked_model(args.model, **options)
     names = {"include": args.include, "exclude": args.exclude}
-    if getattr(model, "hf_quantizer", None) is None:  # else its weights are codes
-        print(
-            coverage(model, weights_to_check(args.model, model, args.revision, **names), pattern.m, "checked"),
-            flush=True,
-        )
-    names["base_revision"] = args.base_revision
-    counts, offenders = check_sparsity(args.model, args.base, pattern=pattern, **names, **options)
+    print_coverage(model, weights_to_check(args.model, model, args.revision, **names), pattern.m, "checked")
+    counts, offenders = check_sparsity(
+        args.model, args.base, pattern=pattern, base_revision=args.base_revision, **names, **options
+    )
     print(
         f"{counts['weights']} prunable weights, {counts['blocks']:,} blocks, {counts['wrong_blocks']:,} not {pattern}"
     )
     if offenders:
         for sentence in offenders[:MOST_OFFENDERS]:
             print(f"  {sentence}")
-        noted = noted_pattern(args.model, args.revision)
-        other = noted is not None and noted.structured and noted.n and noted != pattern
+        noted = noted_pattern(noted_of(args.model, args.revision))
+        other = noted is not None and noted.is_nm and noted != pattern
         hint = f" It was exported as {noted}: `pattern={noted}` checks that." if other else ""
         raise RunError(f"{args.model} fails the check: {len(offenders)} findings, the first above.{hint}")
     if args.target:

@@ -30,7 +30,7 @@ from proxsparse.commands.measuring import (
 from proxsparse.errors import UsageError
 from proxsparse.learning.folder import DENSE, RECOVERED, Run
 from proxsparse.mask import noted_pattern
-from proxsparse.model.hub import commit_of
+from proxsparse.model.hub import commit_of, noted_of
 from proxsparse.model.prunable import find_prunable, sparsity_by_kind
 from proxsparse.operator.pattern import TWO_OF_FOUR, Pattern
 
@@ -71,8 +71,8 @@ def sparse_blocks(model: PreTrainedModel) -> tuple[Pattern, dict[str, float]]:
 
     Nothing has a share where there are no such blocks.
     """
-    pattern = noted_pattern(model.config._name_or_path, commit_of(model)) or TWO_OF_FOUR
-    if not (pattern.structured and pattern.n):  # it has no blocks of one kind
+    pattern = noted_pattern(noted_of(model.config._name_or_path, commit_of(model))) or TWO_OF_FOUR
+    if not pattern.is_nm:  # it has no blocks of one kind
         return pattern, {}
     try:
         coded = getattr(model, "hf_quantizer", None) is not None  # its weights are no numbers to count zeros of

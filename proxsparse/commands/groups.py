@@ -25,7 +25,7 @@ from proxsparse.model.loading import (
     resolve_device,
     resolve_dtype,
 )
-from proxsparse.model.prunable import coverage, find_prunable
+from proxsparse.model.prunable import Prunable, coverage, find_prunable
 from proxsparse.model.windows import check_ctx_len, check_tokens
 from proxsparse.operator.pattern import Pattern
 from proxsparse.record import versions, write_json
@@ -212,15 +212,19 @@ def say_coverage(
 
     Without a mask, and without a pattern that the command prunes to, it is the share that can be pruned.
     """
-    if getattr(model, "hf_quantizer", None) is not None:  # its weights are codes
-        return
     pattern = mask.pattern if mask else pattern
     try:
         targets = find_prunable(model, include, exclude, multiple=pattern.m if pattern and not mask else 1)
     except UsageError:  # nothing to prune: commands that prune say so, others do without
         return
     chosen = targets if mask is None else [target for target in targets if target.name in mask.tensors]
-    print(coverage(model, chosen, pattern.m if pattern else 4, "pruned" if pattern else "prunable"), flush=True)
+    print_coverage(model, chosen, pattern.m if pattern else 4, "pruned" if pattern else "prunable")
+
+
+def print_coverage(model: PreTrainedModel, targets: list[Prunable], multiple: int, word: str) -> None:
+    """The sentence of ``coverage``; none for a quantised model, whose weights are codes."""
+    if getattr(model, "hf_quantizer", None) is None:
+        print(coverage(model, targets, multiple, word), flush=True)
 
 
 def samples_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import RunError, UsageError
-from proxsparse.mask import Mask, fit_mask
+from proxsparse.mask import Mask, fit_mask, is_pruned_by
 from proxsparse.model.channels import order_in
 from proxsparse.model.checkpoint import Checkpoint
 from proxsparse.model.layout import Group, Layout
@@ -56,7 +56,7 @@ class Changes:
         """
         order, own = self.mask.order, order_in(base.folder, base.config)
         # Files that are pruned by the mask were written in its order, whatever they remember.
-        if own == order or (not own and self._are_pruned()):
+        if own == order or (not own and is_pruned_by(self.mask, self.targets, self._read)):
             return True
         if own or not order.moves:
             raise UsageError(
@@ -66,12 +66,8 @@ class Changes:
             )
         return False
 
-    def _are_pruned(self) -> bool:
-        for name, kept in self.mask.tensors.items():
-            rows = self.targets[name].rows(self.layout.read(self.layout.of_parameter[name])[name])
-            if rows[~kept].any():
-                return False
-        return not all(kept.all() for kept in self.mask.tensors.values())
+    def _read(self, target: Prunable) -> Tensor:
+        return self.layout.read(self.layout.of_parameter[target.name])[target.name]
 
     def _work_out(self, group: Group) -> None:
         masks = {

@@ -5,12 +5,10 @@ by a formula: the forward pass runs on fake tensors, which have shapes and no me
 up. So the plan is right for every architecture, and takes seconds for any size.
 """
 
-import contextlib
 import inspect
 import logging
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +28,7 @@ from proxsparse.learning.config import ProxSparseConfig
 from proxsparse.learning.layer_steps import recomputed
 from proxsparse.learning.objective import Objective
 from proxsparse.learning.optim import cost_of
-from proxsparse.model.hub_errors import clear_errors
+from proxsparse.model.hub_errors import clear_errors, quiet_log
 from proxsparse.model.loading import load_config
 from proxsparse.model.prunable import decoder_blocks, find_prunable
 
@@ -202,7 +200,11 @@ def _sizes(
     compute: torch.dtype,
 ) -> _Sizes:
     """From a model on fake tensors: see the module's docstring."""
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), _quiet_fakes():
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        warnings.catch_warnings(),
+        quiet_log("torch._subclasses.fake_tensor", logging.CRITICAL),  # what fake tensors can't do, the plan says
+    ):
         warnings.simplefilter("ignore")
         model = _model(dimensions, dtype)
         if model is not None:
@@ -229,18 +231,6 @@ def _model(dimensions: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel 
             return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
         except DataDependentOutputException:
             return None
-
-
-@contextlib.contextmanager
-def _quiet_fakes() -> Iterator[None]:
-    """torch logs what fake tensors can't do, and the plan says it itself."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _counts(model: PreTrainedModel, config: ProxSparseConfig) -> _Sizes:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -23,14 +22,14 @@ from proxsparse.errors import RunError, UsageError, doing
 from proxsparse.model.channels import ORDER_FILE
 from proxsparse.model.checkpoint import INDEX, SINGLE, Checkpoint, index_files
 from proxsparse.model.compact import is_compact
-from proxsparse.model.hub_errors import SILENT, UNREACHABLE, clear_errors
+from proxsparse.model.hub_errors import SILENT, UNREACHABLE, causes, clear_errors, quiet_log
 from proxsparse.model.source import model_source
 from proxsparse.record import OWN, origin_of
 
 COMMIT = "_proxsparse_commit"  # on a model that was loaded from the Hub
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
-
-WAIT = 60.0  # seconds in which nothing is asked after the Hub gave no answer: each question waits for half of that
+# Seconds for which the Hub is not asked again after it gave no answer. Its client waits half of that for each answer.
+WAIT = 60.0
 _silent_since: dict[str, float] = {}  # by endpoint
 
 
@@ -57,21 +56,13 @@ def _may_answer() -> bool:
 @contextlib.contextmanager
 def _asking() -> Iterator[None]:
     """Inside, the Hub is asked, without its client's lines about every attempt; that it is silent is remembered."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with quiet_log("huggingface_hub"):
+            yield
     except (OSError, *UNREACHABLE) as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, (LocalEntryNotFoundError, *SILENT)):
-                _silent_since[constants.ENDPOINT] = time.monotonic()
-                break
-            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(cause, (LocalEntryNotFoundError, *SILENT)) for cause in causes(error)):
+            _silent_since[constants.ENDPOINT] = time.monotonic()
         raise
-    finally:
-        logger.setLevel(level)
 
 
 @functools.cache

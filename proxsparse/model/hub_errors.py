@@ -1,12 +1,13 @@
 """What transformers and the Hub's client print and raise while a model is loaded, in one sentence or not at all."""
 
+import contextlib
 import errno
 import importlib.util
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import transformers
@@ -46,6 +47,28 @@ class quiet_bars:
             hf_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def quiet_log(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Hide what a library logs below a level, where one sentence follows anyway."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error, and what it was raised from or while handling, back to the first."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
 class clear_errors:
     """Turn whatever the Hub and transformers raise on a wrong or unreachable model into one sentence.
 
@@ -60,19 +83,14 @@ class clear_errors:
         self.name, self.part, self.given, self.revision = name, part, set(given), revision
 
     def __enter__(self) -> None:
-        self.hub = logging.getLogger("huggingface_hub")
-        self.level = self.hub.level
-        self.hub.setLevel(logging.ERROR)  # it would tell of every attempt to connect; one sentence follows anyway
+        self.quiet = quiet_log("huggingface_hub")  # which would tell of every attempt to connect
+        self.quiet.__enter__()
 
     def __exit__(self, kind, error, trace) -> None:
-        self.hub.setLevel(self.level)
+        self.quiet.__exit__(None, None, None)
         if not isinstance(error, Exception) or isinstance(error, (UsageError, RunError, MemoryError)):
             return
-        chain: list[BaseException] = []
-        cause: BaseException | None = error
-        while cause is not None and cause not in chain:
-            chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
+        chain = causes(error)
         if "OutOfMemory" in type(error).__name__:
             return  # the command line says what helps
         for cause in chain:

@@ -16,15 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxsparse.errors import UsageError
-from proxsparse.model.channels import (
-    ChannelOrder,
-    Move,
-    load_order,
-    mark,
-    order_of,
-    put_into_order,
-    save_order,
-)
+from proxsparse.model.channels import ChannelOrder, Move, load_order, mark, order_of, put_into_order, save_order
 from proxsparse.model.inputs import input_norms, origin_of
 from proxsparse.model.prunable import Prunable, find_prunable
 from proxsparse.model.restoring import evaluation_mode

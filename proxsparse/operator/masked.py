@@ -38,7 +38,7 @@ def learned_mask(learned: Tensor, pattern: Pattern, scale: Tensor | None = None)
     Raises:
         ValueError: I is no multiple of m, or the pattern is mixed or unstructured.
     """
-    if not pattern.n or not pattern.structured or learned.shape[-1] % pattern.m:
+    if not pattern.is_nm or learned.shape[-1] % pattern.m:
         raise ValueError(f"{pattern} has no blocks in a weight of shape {tuple(learned.shape)}.")
     if learned.dim() == 1:
         return learned_mask(learned[None], pattern, scale)[0]

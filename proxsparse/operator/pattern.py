@@ -71,13 +71,18 @@ class Pattern:
         if isinstance(text, str) and text != "unstructured":
             with contextlib.suppress(UsageError):
                 found = cls.parse(text)
-                if found.n:
+                if found.is_nm:
                     return found
         raise UsageError(f"`pattern` must be N:M with N < M, as 2:4 or 4:8; got {text!r}.", "pattern")
 
     @property
     def structured(self) -> bool:
         return self.m > 1
+
+    @property
+    def is_nm(self) -> bool:
+        """Whether every weight keeps the same n of every m."""
+        return self.structured and self.n > 0
 
     def __str__(self) -> str:
         return f"{self.n or 'mixed N'}:{self.m}" if self.structured else "unstructured"
