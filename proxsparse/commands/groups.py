@@ -172,11 +172,9 @@ def check_base_revision(args: argparse.Namespace) -> None:
         UsageError: --base_revision without a base; or --revision where only the base can have one.
     """
     if args.base_revision and not args.base:
-        raise UsageError("--base_revision is that of a --base: give one.", "base_revision")
+        raise UsageError("--base_revision is that of a --base: give one.")
     if args.revision and args.base and not args.base_revision and Path(args.model).exists():
-        raise UsageError(
-            "--revision is that of --model, which is not on the Hub: is --base_revision meant?", "revision"
-        )
+        raise UsageError("--revision is that of --model, which is not on the Hub: is --base_revision meant?")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
